@@ -1,0 +1,126 @@
+"""Every knob once, with its meaning. Other configs start from `get_config()` here and change a few lines."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults; a stand-alone run needs at least `data.store`."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict(
+        dict(
+            store="",  # event store directory, made by wallwm_jax.build_events
+            split="train",  # train | heldout
+            window_kind="event",  # event | fixed
+            levels={"subtask": 0.5, "action": 0.5},  # share of drawn events per level (event windows)
+            views=(),  # view names in order; () takes the store's
+            rows=4,  # B: global rows per step
+            latents_per_row=34,  # F
+            actions_per_row=256,  # A
+            events_per_row=16,  # E
+            text_length=96,  # L: caption tokens kept per event
+            draw_block_rows=64,  # R: rows packed together; all drawn events fit
+            fill_target=0.98,  # a block draws until the next event would exceed this share of R * F
+            vl_power=0.5,  # a in n_vl^-a * n_act^-b; (0, 0) is uniform sampling
+            action_power=0.5,  # b
+            weight_clip=10.0,  # weights stay within [1/clip, clip] times their mean
+            parent_caption_prob=0.3,  # prefix a caption by its parent's
+            paraphrase_prob=0.5,  # draw one of the paraphrases instead of the caption
+            duration_clause_prob=0.3,  # append "takes 2.5 s"
+            caption_drop=0.1,  # replace the caption by the null text, for guidance
+            max_bad_records=100,  # abort when more records than this fail their checksum
+            workers=1,  # Grain worker processes; 0 loads in threads
+            prefetch=4,  # batches ready ahead of the device
+        )
+    )
+
+    config.model = ConfigDict(
+        dict(
+            latent_shape=(8, 8),  # h, w: latent cells per view
+            latent_channels=768,  # C, from the codec
+            patch=(2, 2),  # cells per token
+            width=128,  # video tower
+            depth=4,  # blocks, of both towers
+            heads=4,
+            ffn=512,
+            freq_dim=256,  # sinusoidal timestep features
+            max_views=8,  # rows of the camera table; row 0 is the unknown camera
+            view_attention=True,
+            action_width=128,
+            action_heads=4,
+            action_ffn=512,
+            action_dim=32,  # Da = Ds
+            actions_per_latent=8,  # K_p
+            max_latents=17,  # future positions of the E_tau table: -max..max
+            text=ConfigDict(
+                dict(
+                    kind="bytes",  # bytes (trained with the model) | features (cached, frozen encoder)
+                    width=128,  # Dt
+                    depth=2,  # bytes encoder blocks
+                    heads=4,
+                    pad_to=0,  # 512 reproduces Wan's zero padding as one biased key; 0 masks padding
+                )
+            ),
+            duration_quantiles=(0.1, 0.5, 0.9),
+            compute_dtype="float32",  # float32 | bfloat16; parameters, softmax and accumulations stay float32
+            remat="none",  # none | full
+        )
+    )
+
+    config.objective = ConfigDict(
+        dict(
+            video_shift=5.0,  # sigma = shift * u / (1 + (shift - 1) * u), u uniform
+            action_shift=1.0,
+            action_draws=4,  # K noise draws of the actions per video forward
+            action_sigma="independent",  # symmetric (= video sigma) | independent
+            anchor_sigma=0.357,  # stage action: video noise level, step 45 of 50 at shift 5
+            anchor_jitter_steps=2,
+            schedule_steps=50,
+            video_weight=1.0,
+            action_weight=1.0,
+            duration_weight=0.1,
+        )
+    )
+
+    config.optim = ConfigDict(
+        dict(
+            name="muon",  # muon | adamw
+            lr=1e-3,  # peak, for AdamW leaves
+            muon_lr=2e-3,  # peak, for Muon matrices; update scale 0.2 * sqrt(max(m, n))
+            warmup_steps=50,
+            final_lr_fraction=0.05,
+            weight_decay=0.01,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            muon_momentum=0.95,
+            clip_norm=1.0,  # global, before momentum
+        )
+    )
+
+    config.train = ConfigDict(
+        dict(
+            stage="joint",  # joint | video | action
+            init_from="",  # workdir or checkpoint of an earlier stage: its parameters are restored where they match
+            steps=1000,
+            max_seconds=0.0,  # stop early after this much training time; 0 never
+            log_every=10,
+            save_every=500,
+            keep_checkpoints=3,
+            ema_decay=0.9999,
+        )
+    )
+
+    config.mesh = ConfigDict(dict(slice=1, data=1, fsdp=-1, context=1, tensor=1))
+
+    config.sampling = ConfigDict(
+        dict(
+            sampler="anchored",  # anchored | symmetric
+            steps=10,  # Euler steps of the action stream (symmetric: of both)
+            video_steps=5,  # Euler steps of the video stream from noise to anchor_sigma (anchored)
+            guidance=1.0,
+            buckets=(5, 9, 13, 17),  # latents per event, rounded up; one compilation each
+        )
+    )
+    return config.lock()

@@ -1,0 +1,44 @@
+"""Packaging of wallwm_jax. Extras: sim (OCBench demos), notebooks, parity, tpu, gpu, dev."""
+
+from setuptools import find_packages, setup
+
+SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
+NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
+PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4", "sentencepiece>=0.2"]
+
+setup(
+    name="wallwm_jax",
+    version="0.1.0",
+    description="Event-grounded World Action Models, pretrained with JAX on TPU pods",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["wallwm_jax", "wallwm_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.4",
+        "grain>=0.2.18",
+        "array-record>=0.8",
+        "tensorflow-datasets>=4.9.10",
+        "ml-collections>=1.1",
+        "chex>=0.1.92",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
+        "opencv-python-headless>=4.10",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "sim": SIMULATOR,
+        "notebooks": NOTEBOOKS,
+        "parity": PARITY,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda12]>=0.10.2"],
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", *NOTEBOOKS],
+    },
+)

@@ -1,0 +1,1 @@
+"""Closed-loop and open-loop evaluation, and the report."""

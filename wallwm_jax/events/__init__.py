@@ -1,0 +1,1 @@
+"""Events: episodes, spans, captions, windows and the canonical action. numpy only, no JAX."""

@@ -1,0 +1,1 @@
+"""Decoding modes, samplers, policy."""

@@ -1,0 +1,1 @@
+"""Stages, train step, state, checkpoints, telemetry."""
