@@ -6,7 +6,7 @@
 #
 # PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder (default .venv).
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,8{s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,7{s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 ensure_environment sim,dev

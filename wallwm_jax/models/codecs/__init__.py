@@ -1,1 +1,49 @@
-"""Video codecs: pixels to latents and back."""
+"""Video codecs: frozen maps between frames and latents, with Wan's causal time layout; chosen by name.
+
+A codec sees `1 + 4N` frames and returns `1 + N` latents: latent 0 is the first frame alone, latent n is frames
+`4n - 3 .. 4n` (WALL-WM section 2.1: the first frame is the observation, the rest is the future). Importing this
+package does not import JAX; data loader workers use it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import numpy as np
+
+from wallwm_jax.console import UserError
+from wallwm_jax.models.codecs.haar import HaarCodec
+
+
+class Codec(Protocol):
+    """What the data pipeline and inference need of a codec. Latents are not normalised; the store's statistics do that.
+
+    Attributes:
+      name: as given to `get_codec` and written into stores.
+      stride: pixels per latent cell over (time, height, width); the first frame is a group of its own.
+      channels: `C`, numbers per latent cell.
+    """
+
+    name: str
+    stride: tuple[int, int, int]
+    channels: int
+
+    def encode(self, frames: Any) -> np.ndarray:
+        """Frames `[..., 1+4N, H, W, 3]`, uint8 or float in [-1, 1], to latents `[..., 1+N, H/s, W/s, C]` float32."""
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """Latents `[..., 1+N, h, w, C]` to frames `[..., 1+4N, h*s, w*s, 3]` float32, nominally in [-1, 1]."""
+
+
+@functools.cache
+def get_codec(name: str) -> Codec:
+    """Returns the codec called `name`: `haar8` (the exact wavelet at spatial stride 8), `haar4` or `haar16`.
+
+    Raises:
+      UserError: no codec has this name.
+    """
+    strides = {"haar4": 4, "haar8": 8, "haar16": 16}
+    if name not in strides:
+        raise UserError(f"unknown codec {name!r}; choose one of {', '.join(strides)}")
+    return HaarCodec(strides[name])

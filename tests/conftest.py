@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: one small event store, built once per test run from synthetic episodes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from synthetic import synthetic_episode
+
+from wallwm_jax.data.clusters import cluster_store
+from wallwm_jax.data.store_writer import StoreOptions, atomic_directory, write_store
+
+
+def build_small_store(target: Path) -> None:
+    """Builds the store of the `small_store` fixture at `target`."""
+    with atomic_directory(target, overwrite=False) as directory:
+        episodes = (synthetic_episode(seed, steps=64 + 7 * seed) for seed in range(6))
+        write_store(directory, episodes, StoreOptions(fixed_steps=16, latent_sample=64))
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory) -> Path:
+    """Path of a store of 6 synthetic episodes: 64 px, 2 views, subtask and action events, fixed windows of 16 steps.
+
+    Both splits exist (5 episodes train, 1 heldout); clusters are still -1. Copy it before changing anything in it.
+    """
+    target = tmp_path_factory.mktemp("stores") / "small"
+    build_small_store(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def clustered_store(small_store, tmp_path_factory) -> Path:
+    """Path of a copy of `small_store` with cluster ids and `clusters.json`. Copy it before changing anything in it."""
+    target = tmp_path_factory.mktemp("stores") / "clustered"
+    shutil.copytree(small_store, target)
+    cluster_store(target)
+    return target

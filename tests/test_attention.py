@@ -1,0 +1,79 @@
+"""Attention: segments, biases, masks, rows without keys, and Wan's text padding as one biased key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wallwm_jax.models.attention import attend
+
+B, S, T, H, D = 2, 7, 9, 3, 8
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (B, n, H, D)) for key, n in zip(keys, (S, T, T))]
+
+
+def dense(query, key, value, allowed, bias=0.0):
+    """Attention written out, float64; `allowed [B, S, T]`."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    logits = np.einsum("bshd,bthd->bhst", query, key) / np.sqrt(D) + bias
+    weights = np.exp(logits - logits.max()) * allowed[:, None]
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bhst,bthd->bshd", np.where(total > 0, weights / np.where(total > 0, total, 1), 0), value)
+
+
+def test_plain_attention(qkv):
+    np.testing.assert_allclose(attend(*qkv), dense(*qkv, np.ones((B, S, T))), atol=1e-6)
+
+
+def test_segments_close_other_events_and_padding(qkv):
+    q_segments = np.array([[1, 1, 2, 2, 3, 0, 0], [2, 2, 1, 1, 1, 0, 4]])
+    kv_segments = np.array([[1, 1, 1, 2, 2, 2, 0, 0, 0], [1, 1, 2, 2, 3, 3, 3, 0, 0]])
+    allowed = (q_segments[:, :, None] == kv_segments[:, None]) & (kv_segments != 0)[:, None]
+    out = attend(*qkv, q_segments=jnp.asarray(q_segments), kv_segments=jnp.asarray(kv_segments))
+    np.testing.assert_allclose(out, dense(*qkv, allowed), atol=1e-6)
+    assert (np.asarray(out)[~allowed.any(-1)] == 0).all()
+    assert (~allowed.any(-1)).sum() == 5
+
+
+def test_a_row_without_keys_has_zero_output_and_finite_gradients(qkv):
+    closed = jnp.full((B, T), -jnp.inf)
+    value, gradients = jax.value_and_grad(lambda q, k, v: attend(q, k, v, key_bias=closed).sum(), (0, 1, 2))(*qkv)
+    assert value == 0
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_segments_bias_and_mask_combine(qkv):
+    rng = np.random.default_rng(0)
+    q_segments, kv_segments = rng.integers(1, 3, (B, S)), rng.integers(1, 3, (B, T))
+    bias = np.where(rng.random((B, T)) < 0.3, -np.inf, rng.normal(size=(B, T))).astype(np.float32)
+    mask = rng.random((B, S, T)) < 0.7
+    allowed = (q_segments[:, :, None] == kv_segments[:, None]) & np.isfinite(bias)[:, None] & mask
+    out = attend(
+        *qkv,
+        q_segments=jnp.asarray(q_segments),
+        kv_segments=jnp.asarray(kv_segments),
+        key_bias=jnp.asarray(bias),
+        mask=jnp.asarray(mask),
+    )
+    finite = np.where(np.isfinite(bias), bias, 0)[:, None, None]
+    np.testing.assert_allclose(out, dense(*qkv, allowed, finite), atol=1e-6)
+
+
+def test_equal_padding_keys_are_one_key_with_log_bias(qkv):
+    """Wan attends to all 512 - n zero pads of a caption; one key with bias log(512 - n) is the same function."""
+    query, key, value = qkv
+    n, pads = T - 1, 503
+    repeats = np.array([1] * n + [pads])
+    padded = attend(query, jnp.repeat(key, repeats, axis=1), jnp.repeat(value, repeats, axis=1))
+    bias = jnp.asarray(np.log(repeats), jnp.float32)[None].repeat(B, 0)
+    np.testing.assert_allclose(attend(query, key, value, key_bias=bias), padded, atol=1e-5)
+
+
+def test_half_precision_stays_close_to_float32(qkv):
+    out = attend(*(x.astype(jnp.bfloat16) for x in qkv))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), attend(*qkv), atol=0.04)

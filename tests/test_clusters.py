@@ -1,0 +1,158 @@
+"""Clusterings of a store, the weights and balance figures that follow, and the mean trajectories evaluation uses."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_mutual_info_score
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data import clusters
+from wallwm_jax.data.clusters import (
+    balance_report,
+    cluster_store,
+    gini,
+    gripper_flips,
+    load_clusters,
+    normalised_entropy,
+    number_of_clusters,
+    resample,
+    sampling_weights,
+)
+from wallwm_jax.data.event_store import INDEX_DTYPE, open_store
+from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.events.windows import KINDS
+
+
+def index_of(cluster_vl, cluster_action, level="action"):
+    index = np.zeros(len(cluster_vl), INDEX_DTYPE)
+    index["cluster_vl"], index["cluster_action"] = cluster_vl, cluster_action
+    index["level"] = LEVELS.index(level)
+    return index
+
+
+def test_weights_are_powers_of_both_cluster_sizes():
+    index = index_of([0, 0, 0, 0, 1], [5, 5, 6, 6, 6])
+    np.testing.assert_array_equal(sampling_weights(index, 0.0, 0.0, 10.0), np.ones(5))
+    raw = np.array([4, 4, 4, 4, 1]) ** -0.5 * np.array([2, 2, 3, 3, 3]) ** -1.0
+    np.testing.assert_allclose(sampling_weights(index, 0.5, 1.0, 10.0), raw / raw.mean())
+
+
+def test_weights_are_clipped_around_their_mean():
+    index = index_of([0] * 999 + [1], [0] * 1000)
+    weights = sampling_weights(index, 1.0, 0.0, 4.0)
+    assert weights[-1] == 4.0  # unclipped: 500
+    assert weights[0] == pytest.approx(0.5005, rel=1e-3)
+    with pytest.raises(UserError, match=r"weight_clip=0\.5"):
+        sampling_weights(index, 1.0, 0.0, 0.5)
+
+
+def test_cluster_sizes_count_the_windows_of_the_same_level_only():
+    index = np.concatenate([index_of([0, 0, 1], [0, 0, 0]), index_of([0, 0, 0], [0, 0, 0], "subtask")])
+    weights = sampling_weights(index, 1.0, 0.0, 10.0)
+    np.testing.assert_allclose(weights, [0.75, 0.75, 1.5, 1, 1, 1])
+
+
+def test_gini_and_entropy_of_known_shares():
+    assert gini(np.array([1.0, 1.0, 1.0, 1.0])) == 0.0
+    assert gini(np.array([0.0, 0.0, 0.0, 1.0])) == 0.75
+    assert gini(np.array([1.0, 3.0])) == pytest.approx(0.25)
+    assert normalised_entropy(np.array([0.5, 0.5])) == 1.0
+    assert normalised_entropy(np.array([1.0, 0.0])) == 0.0
+    assert normalised_entropy(np.array([0.25, 0.75])) == pytest.approx(0.8112781, abs=1e-6)
+    assert normalised_entropy(np.array([1.0])) == 1.0
+
+
+def test_full_power_makes_clusters_equal_at_the_price_of_effective_samples():
+    index = index_of([0] * 90 + [1] * 10, [0] * 100)
+    (report,) = balance_report(index, sampling_weights(index, 1.0, 0.0, 10.0))
+    assert (report["kind"], report["level"], report["windows"]) == ("event", "action", 100)
+    assert report["cluster_vl"]["before"] == [0.9, 0.1]
+    np.testing.assert_allclose(report["cluster_vl"]["after"], [0.5, 0.5])
+    assert report["cluster_vl"]["gini"] == [pytest.approx(0.4), pytest.approx(0.0)]
+    assert report["cluster_vl"]["entropy"][1] == pytest.approx(1.0)
+    assert report["effective_sample_size"] == pytest.approx(1 / (90 * (0.5 / 90) ** 2 + 10 * 0.05**2))
+
+
+def test_resampling_keeps_the_times_of_a_straight_motion():
+    steps = np.arange(1, 9) / 8.0
+    line = np.stack([steps, 2 * steps], axis=1)
+    np.testing.assert_allclose(resample(line, 4), line[1::2], atol=1e-6)
+    np.testing.assert_allclose(resample(resample(line, 32), 8), line, atol=1e-6)
+    np.testing.assert_allclose(resample(line, 1), line[-1:], atol=1e-6)
+
+
+def test_gripper_flips_count_crossings_of_half_closed():
+    actions = np.zeros((6, 32))
+    actions[:, 9] = [0, 0.4, 0.6, 1.0, 0.2, 0.1]
+    assert gripper_flips(actions) == 2
+
+
+def test_number_of_clusters_grows_with_the_root_and_is_capped():
+    assert number_of_clusters(1000, 3.0, 4096) == 30
+    assert number_of_clusters(10**8, 3.0, 1024) == 1024
+    assert number_of_clusters(2, 9.0, 1024) == 2
+
+
+def test_every_window_of_both_splits_gets_clusters_of_its_own_level(clustered_store):
+    found = load_clusters(clustered_store)
+    for split in ("train", "heldout"):
+        store = open_store(clustered_store, split)
+        for name, table in (("cluster_vl", found.vision_language), ("cluster_action", found.action)):
+            assert store.index[name].min() >= 0
+            for window, number in enumerate(store.index[name]):
+                assert table[number]["level"] == LEVELS[store.index["level"][window]]
+                assert table[number]["kind"] == KINDS[store.index["kind"][window]]
+            counts = np.bincount(store.index[name], minlength=len(table))
+            assert counts.tolist() == [row[split] for row in table]
+    assert [row["id"] for row in found.vision_language] == list(range(len(found.vision_language)))
+    events = int((open_store(clustered_store).index["level"] == LEVELS.index("action")).sum())
+    actions = [row for row in found.vision_language if row["level"] == "action"]
+    assert len(actions) == round(3 * math.sqrt(events / 10))
+
+
+def test_clusters_follow_what_is_said_and_how_the_arm_moves(clustered_store):
+    """Mutual information, adjusted for chance: 0 for random clusters, 1 for clusters that equal the labels."""
+    store = open_store(clustered_store)
+    windows = np.flatnonzero((store.index["level"] == LEVELS.index("action")) & (store.index["kind"] == 0))
+    spans = [store.span(int(window)) for window in windows]
+    captions, verbs = ([span[name] for span in spans] for name in ("caption", "verb"))
+    assert adjusted_mutual_info_score(captions, store.index["cluster_vl"][windows]) > 0.6
+    assert adjusted_mutual_info_score(verbs, store.index["cluster_action"][windows]) > 0.3
+
+
+def test_the_mean_trajectory_of_a_cluster_is_the_mean_of_its_train_windows(clustered_store):
+    store, found = open_store(clustered_store), load_clusters(clustered_store)
+    number = int(store.index["cluster_vl"][0])
+    members = np.flatnonzero(store.index["cluster_vl"] == number)
+    mean = np.mean([resample(store.read(int(window)).actions, 32) for window in members], axis=0)
+    np.testing.assert_allclose(found.mean_actions(number, 32), mean, atol=1e-5)
+    assert found.mean_actions(number, 7).shape == (7, 32)
+    np.testing.assert_allclose(found.mean_actions(number, 7)[-1], mean[-1], atol=1e-5)
+    durations = store.index["duration_s"][members]
+    assert found.vision_language[number]["duration_s"] == pytest.approx(durations.mean(), abs=1e-3)
+    with pytest.raises(UserError, match="no vision-language cluster -1"):
+        found.mean_actions(-1, 4)
+
+
+def test_the_same_seed_gives_the_same_clusters_and_a_rerun_replaces_them(clustered_store, tmp_path):
+    copy = tmp_path / "store"
+    shutil.copytree(clustered_store, copy)
+    cluster_store(copy)
+    assert (copy / "index-train.npy").read_bytes() == (clustered_store / "index-train.npy").read_bytes()
+    assert (copy / clusters.FILE_NAME).read_bytes() == (clustered_store / clusters.FILE_NAME).read_bytes()
+    fewer = cluster_store(copy, scale=1.0, fit_windows=20)
+    assert len(fewer.vision_language) < len(load_clusters(clustered_store).vision_language)
+    assert load_clusters(copy) == fewer
+    assert open_store(copy).index["cluster_vl"].max() == len(fewer.vision_language) - 1
+    assert not list(copy.glob("*.partial"))
+
+
+def test_missing_or_damaged_clusters_are_named(small_store, clustered_store, tmp_path):
+    with pytest.raises(UserError, match=r"no clusters\.json; run wallwm_jax"):
+        load_clusters(small_store)
+    (tmp_path / clusters.FILE_NAME).write_text(json.dumps({"action": []}))
+    with pytest.raises(UserError, match="damaged"):
+        load_clusters(tmp_path)

@@ -1,0 +1,360 @@
+"""The world action model: what reaches what, one-way coupling, reuse of the video forward, gradients, learning."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from random_batch import random_batch, tiny_config
+
+from wallwm_jax.console import UserError
+from wallwm_jax.models import flow_matching as fm
+from wallwm_jax.models import world_action_model as wam
+
+CONFIG = tiny_config()
+MODEL = CONFIG.model
+DRAWS = 3
+
+
+def with_model(**changes):
+    config = MODEL.copy_and_resolve_references()
+    with config.unlocked():
+        config.update(changes)
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return jax.tree.map(jnp.asarray, random_batch(CONFIG, seed=1))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters with every zero-initialised branch opened, so that each path carries signal."""
+    params = wam.init(MODEL, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+
+
+def draw_noise(batch, seed=2, draws=DRAWS):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sigma = batch["text_length"].shape
+    return dict(
+        noisy_latents=jax.random.normal(keys[0], batch["latents"].shape),
+        video_sigma=jax.random.uniform(keys[1], sigma),
+        noisy_actions=jax.random.normal(keys[2], (draws, *batch["actions"].shape)),
+        action_sigma=jax.random.uniform(keys[3], (draws, *sigma)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("run_actions", "train_video"))
+def run(params, batch, noise, run_actions=True, train_video=True):
+    text = wam.encode_text(params, MODEL, batch)
+    outputs = wam.forward(params, MODEL, batch, text=text, run_actions=run_actions, train_video=train_video, **noise)
+    return outputs, wam.predict_duration(params, MODEL, batch, text)
+
+
+def loss(params, batch, noise, model=MODEL, **options):
+    text = wam.encode_text(params, model, batch)
+    outputs = wam.forward(params, model, batch, text=text, **options, **noise)
+    total = jnp.mean(outputs.video_velocity**2)
+    return total if outputs.action_velocity is None else total + jnp.mean(outputs.action_velocity**2)
+
+
+# --- what reaches what ---------------------------------------------------------------------------------------------
+
+
+def poison(batch, noise, event):
+    """Other finite values in everything that belongs to one event of every row."""
+    rng = np.random.default_rng(5)
+    batch, noise = ({k: np.array(v) for k, v in part.items()} for part in (batch, noise))
+    frames, tokens, slot = batch["latent_event"] == event, batch["action_event"] == event, event - 1
+    for latents in (batch["latents"], noise["noisy_latents"]):
+        moved = np.moveaxis(latents, 1, 2)
+        moved[frames] = 100 * rng.normal(size=moved[frames].shape)
+    batch["actions"][tokens] = 100 * rng.normal(size=batch["actions"][tokens].shape)
+    noise["noisy_actions"][:, tokens] = 100 * rng.normal(size=noise["noisy_actions"][:, tokens].shape)
+    batch["state"][:, slot] = 100 * rng.normal(size=batch["state"][:, slot].shape)
+    batch["action_valid"][tokens] = ~batch["action_valid"][tokens]
+    batch["state_valid"][:, slot] = ~batch["state_valid"][:, slot]
+    batch["text_ids"][:, slot] = rng.integers(3, 200, batch["text_ids"][:, slot].shape)
+    batch["text_length"][:, slot] = batch["text_ids"].shape[-1]
+    batch["view_id"][:, slot] = [[0, 3], [1, 0]]
+    batch["valid_rect"][:, slot] = 0.25
+    batch["duration_s"][:, slot] = 77
+    batch["window_index"][:, slot] = 12345
+    noise["video_sigma"][:, slot] = 0.99
+    noise["action_sigma"][:, :, slot] = 0.01
+    return batch, noise
+
+
+def test_poisoning_one_event_leaves_all_others_bit_unchanged(params, batch):
+    noise = draw_noise(batch)
+    clean, clean_duration = run(params, batch, noise)
+    assert int(batch["latent_event"].max()) >= 3
+    for event in (1, 2):
+        outputs, duration = run(params, *poison(batch, noise, event))
+        others = np.asarray(batch["latent_event"] != event)
+        for ours, theirs in zip(*(np.moveaxis(np.asarray(o.video_velocity), 1, 2) for o in (clean, outputs))):
+            assert np.isfinite(theirs).all()
+        ours, theirs = (np.moveaxis(np.asarray(o.video_velocity), 1, 2) for o in (clean, outputs))
+        np.testing.assert_array_equal(ours[others], theirs[others])
+        assert np.abs(ours[~others] - theirs[~others]).max() > 0.1
+        others = np.asarray(batch["action_event"] != event)
+        ours, theirs = (np.asarray(o.action_velocity) for o in (clean, outputs))
+        np.testing.assert_array_equal(ours[:, others], theirs[:, others])
+        assert np.abs(ours[:, ~others] - theirs[:, ~others]).max() > 0.1
+        kept = np.arange(duration.shape[1]) != event - 1
+        np.testing.assert_array_equal(clean_duration[:, kept], duration[:, kept])
+        assert np.abs(clean_duration[:, ~kept] - duration[:, ~kept]).max() > 1e-3
+
+
+def test_an_absent_view_reaches_nothing(params, batch):
+    noise = draw_noise(batch)
+    absent = np.array(batch["view_id"])
+    absent[:, :, 1] = 0
+    closed = {**batch, "view_id": jnp.asarray(absent)}
+    other = {**closed, "latents": closed["latents"].at[:, 1].add(3.0)}
+    moved = {**noise, "noisy_latents": noise["noisy_latents"].at[:, 1].add(3.0)}
+    (ours, duration), (theirs, other_duration) = run(params, closed, noise), run(params, other, moved)
+    np.testing.assert_array_equal(ours.video_velocity[:, 0], theirs.video_velocity[:, 0])
+    np.testing.assert_array_equal(ours.action_velocity, theirs.action_velocity)
+    np.testing.assert_array_equal(duration, other_duration)
+    assert np.isfinite(np.asarray(theirs.video_velocity)).all()
+
+
+def test_clean_latents_come_from_the_batch(params, batch):
+    noise = draw_noise(batch)
+    clean = np.asarray(batch["latent_role"] == 1)[:, None, :, None, None, None]
+    other = {**noise, "noisy_latents": jnp.where(clean, 9.0, noise["noisy_latents"])}
+    for ours, theirs in zip(run(params, batch, noise)[0], run(params, batch, other)[0]):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# --- one-way coupling ----------------------------------------------------------------------------------------------
+
+
+def test_the_video_is_bit_equal_with_and_without_the_action_tower(params, batch):
+    noise = draw_noise(batch)
+    attached, _ = run(params, batch, noise)
+    alone, _ = run(params, batch, noise, run_actions=False)
+    assert alone.action_velocity is None
+    np.testing.assert_array_equal(attached.video_velocity, alone.video_velocity)
+
+
+def test_context_and_action_velocity_equal_the_joint_forward(params, batch):
+    noise = draw_noise(batch)
+    joint, _ = run(params, batch, noise)
+    text = wam.encode_text(params, MODEL, batch)
+    velocity, context = wam.video_context(
+        params, MODEL, batch, noise["noisy_latents"], noise["video_sigma"], text
+    )
+    actions = wam.action_velocity(params, MODEL, batch, context, noise["noisy_actions"], noise["action_sigma"])
+    np.testing.assert_allclose(velocity, joint.video_velocity, atol=1e-5)
+    np.testing.assert_allclose(actions, joint.action_velocity, atol=1e-5)
+
+
+def test_draws_share_the_video_and_nothing_else(params, batch):
+    noise = draw_noise(batch)
+    together, _ = run(params, batch, noise)
+    for draw in range(DRAWS):
+        one = {**noise, **{k: noise[k][draw : draw + 1] for k in ("noisy_actions", "action_sigma")}}
+        alone, _ = run(params, batch, one)
+        np.testing.assert_allclose(together.action_velocity[draw], alone.action_velocity[0], atol=1e-5)
+
+
+def test_the_actions_see_the_video_and_its_noise_level(params, batch):
+    noise = draw_noise(batch)
+    base = np.asarray(run(params, batch, noise)[0].action_velocity)
+    for name in ("noisy_latents", "video_sigma"):
+        changed = run(params, batch, {**noise, name: noise[name] * 0.5})[0].action_velocity
+        assert np.abs(base - changed)[:, np.asarray(batch["action_event"]) > 0].max() > 1e-3, name
+
+
+def test_stage_action_has_no_gradient_in_video_and_text(params, batch):
+    gradient = jax.jit(jax.grad(functools.partial(loss, train_video=False)))(params, batch, draw_noise(batch))
+    size = {part: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree)) for part, tree in gradient.items()}
+    del gradient["video"]["head"], gradient["video"]["head_modulation"]
+    assert size["action"] > 0
+    assert size["video"] == size["text"] == 0
+
+
+def test_stage_action_builds_no_video_backward():
+    """Compiled FLOPs of loss and gradient, where the video's width dwarfs the actions'."""
+    config = tiny_config(rows=1)
+    with config.unlocked():
+        config.model.update(width=192, ffn=768, depth=1, view_attention=False)
+    model = config.lock().model
+    batch, params = random_batch(config), wam.abstract_params(model)
+    noise = jax.eval_shape(functools.partial(draw_noise, draws=1), batch)
+
+    def action_loss(params, batch, noise, **options):
+        text = wam.encode_text(params, model, batch)
+        return jnp.mean(wam.forward(params, model, batch, text=text, **options, **noise).action_velocity ** 2)
+
+    def flops(function):
+        return jax.jit(function).lower(params, batch, noise).compile().cost_analysis()["flops"]
+
+    forward = flops(action_loss)
+    frozen = flops(jax.value_and_grad(functools.partial(action_loss, train_video=False)))
+    full = flops(jax.value_and_grad(functools.partial(loss, model=model)))
+    assert frozen < 1.8 * forward
+    assert frozen < 0.6 * full
+
+
+# --- structure -----------------------------------------------------------------------------------------------------
+
+
+def test_at_init_several_views_equal_each_view_alone_bit_for_bit(batch):
+    """Cross-view attention starts closed, its gradient does not."""
+    params = wam.init(MODEL, jax.random.key(3))
+    params["video"]["head"]["kernel"] = jax.random.normal(jax.random.key(4), params["video"]["head"]["kernel"].shape)
+    noise = draw_noise(batch)
+    both, _ = run(params, batch, noise, run_actions=False)
+    single = with_model(view_attention=False)
+    alone = dict(params, video=dict(params["video"]))
+    del alone["video"]["cameras"]
+    alone["video"]["blocks"] = {k: v for k, v in params["video"]["blocks"].items() if k != "view_attention"}
+    text = wam.encode_text(alone, single, batch)
+    without = jax.jit(lambda p: wam.forward(p, single, batch, text=text, run_actions=False, **noise))(alone)
+    np.testing.assert_array_equal(both.video_velocity, without.video_velocity)
+    branch = params["video"]["blocks"]["view_attention"]
+    own = params["video"]["blocks"]
+    np.testing.assert_array_equal(branch["attention"]["key"]["kernel"], own["self_attention"]["key"]["kernel"])
+    np.testing.assert_array_equal(branch["modulation"], own["modulation"][:, :3])
+    gradient = jax.grad(functools.partial(loss, run_actions=False))(params, batch, noise)
+    output = gradient["video"]["blocks"]["view_attention"]["attention"]["output"]["kernel"]
+    assert float(jnp.abs(output).max()) > 0
+
+
+@pytest.mark.parametrize("pad_to", [0, 40])
+def test_caption_padding_equals_the_padded_twin(pad_to):
+    """`pad_to` = P attends to P tokens of which those beyond the caption are zero features; 0 attends to the caption."""
+    tokens = 40
+    text_config = MODEL.text.copy_and_resolve_references()
+    with text_config.unlocked():
+        text_config.update(kind="features", pad_to=pad_to)
+    model = with_model(text=text_config)
+    batch = jax.tree.map(jnp.asarray, random_batch(CONFIG, seed=1))
+    params = {k: v for k, v in wam.init(model, jax.random.key(0)).items()}
+    assert "text" not in params
+    params["video"]["head"]["kernel"] += jax.random.normal(jax.random.key(4), params["video"]["head"]["kernel"].shape)
+    noise = draw_noise(batch)
+    features = jax.random.normal(jax.random.key(6), (*batch["text_ids"].shape, MODEL.text.width))
+    length = batch["text_length"][..., None, None]
+    features = jnp.where(jnp.arange(features.shape[2])[:, None] < length, features, 0)
+    ours = {**batch, "text_features": features}
+    twin_features = jnp.pad(features, ((0, 0), (0, 0), (0, tokens - features.shape[2]), (0, 0)))
+    twin_length = jnp.full_like(batch["text_length"], tokens) if pad_to else batch["text_length"]
+    twin = {**batch, "text_features": twin_features, "text_length": twin_length}
+
+    @jax.jit
+    def video(batch):
+        text = wam.encode_text(params, model, batch)
+        return wam.forward(params, model, batch, text=text, run_actions=False, **noise).video_velocity
+
+    np.testing.assert_allclose(video(ours), video(twin), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(compute_dtype="bfloat16")])
+def test_options_compute_the_same_function(params, batch, change):
+    noise = draw_noise(batch)
+    model = with_model(**change)
+    tolerance = 1e-5 if "remat" in change else 0.05
+    (value, ours), (expected, theirs) = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, model=m)))(params, batch, noise) for m in (model, MODEL)
+    )
+    assert float(value) == pytest.approx(float(expected), rel=tolerance)
+    norm = float(optax.global_norm(theirs))
+    assert float(optax.global_norm(jax.tree.map(jnp.subtract, ours, theirs))) < tolerance * norm
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(ours))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(width=33), "model.width = 33 over 2 heads"),
+        (dict(patch=(3, 3)), "not a multiple of model.patch"),
+        (dict(remat="some"), "model.remat = 'some'"),
+        (dict(compute_dtype="float16"), "model.compute_dtype = 'float16'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        wam.abstract_params(with_model(**change))
+
+
+# --- duration ------------------------------------------------------------------------------------------------------
+
+
+def test_duration_ignores_the_length_and_the_future_of_the_event(params, batch):
+    duration = functools.partial(wam.predict_duration, params, MODEL)
+    text = wam.encode_text(params, MODEL, batch)
+    expected = duration(batch, text)
+    last = int(batch["latent_event"].max(initial=0, axis=1)[0])
+    frames = np.asarray(batch["latent_event"])[0] == last
+    end = int(np.flatnonzero(frames)[-1])
+    shorter = {k: np.array(v) for k, v in batch.items()}
+    for name in ("latent_event", "latent_role", "latent_pos"):
+        shorter[name][0, end] = 0
+    future = np.asarray(batch["latent_role"]) == 2
+    np.moveaxis(shorter["latents"], 1, 2)[future] = 5.0
+    shorter["action_event"][0, -8:] = 0
+    shorter["actions"] += 1
+    shorter["duration_s"] *= 2
+    np.testing.assert_array_equal(duration(shorter, text), expected)
+    first = {**batch, "latents": batch["latents"] * 2 + 1}
+    assert float(jnp.abs(duration(first, text) - expected).max()) > 1e-3
+
+
+def test_duration_quantiles_rise(params, batch):
+    quantiles = wam.predict_duration(params, MODEL, batch, wam.encode_text(params, MODEL, batch))
+    assert quantiles.shape == (2, 5, 3)
+    assert float(jnp.diff(quantiles, axis=-1).min()) > 0
+
+
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tiny_model_memorises_one_batch(batch):
+    noise = draw_noise(batch)
+    sigma = fm.sigma_from_uniform(noise["video_sigma"], 1.0)
+    slot = jnp.maximum(batch["latent_event"] - 1, 0)
+    frame_sigma = jnp.take_along_axis(sigma, slot, 1)[:, None, :, None, None, None]
+    noisy_latents = fm.add_noise(batch["latents"], noise["noisy_latents"], frame_sigma)
+    action_slot = jnp.maximum(batch["action_event"] - 1, 0)
+    action_sigma = jax.vmap(lambda s: jnp.take_along_axis(s, action_slot, 1))(noise["action_sigma"])[..., None]
+    noisy_actions = fm.add_noise(batch["actions"], noise["noisy_actions"], action_sigma)
+    inputs = dict(noise, noisy_latents=noisy_latents, noisy_actions=noisy_actions)
+    video_target = fm.velocity_target(batch["latents"], noise["noisy_latents"])
+    action_target = fm.velocity_target(batch["actions"], noise["noisy_actions"])
+    denoised = (batch["latent_role"] == 2)[:, None, :, None, None, None]
+    optimizer = optax.adam(5e-3)
+
+    def losses(params):
+        text = wam.encode_text(params, MODEL, batch)
+        outputs = wam.forward(params, MODEL, batch, text=text, **inputs)
+        video = jnp.where(denoised, (outputs.video_velocity - video_target) ** 2, 0.0)
+        action = jnp.where(batch["action_valid"], (outputs.action_velocity - action_target) ** 2, 0.0)
+        video = video.sum() / jnp.broadcast_to(denoised, video.shape).sum()
+        action = action.sum() / (DRAWS * batch["action_valid"].sum())
+        return video + action, (video, action)
+
+    @jax.jit
+    def step(params, state):
+        gradient, values = jax.grad(losses, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, values
+
+    params = wam.init(MODEL, jax.random.key(0))
+    state = optimizer.init(params)
+    history = []
+    for _ in range(80):
+        params, state, values = step(params, state)
+        history.append(values)
+    for stream, (first, last) in dict(zip(("video", "action"), zip(history[0], history[-1]))).items():
+        assert float(first) > 1.0, stream
+        assert float(last) < float(first) / 5, stream

@@ -1,0 +1,64 @@
+"""The parameter table: one rule each, ranks agree, and what the optimizer is told."""
+
+import math
+
+import jax
+import pytest
+from random_batch import tiny_config
+
+from wallwm_jax.models import param_axes
+from wallwm_jax.models.world_action_model import abstract_params
+
+
+def leaves(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+    }
+
+
+@pytest.fixture(scope="module")
+def params():
+    return abstract_params(tiny_config().model)
+
+
+def test_every_parameter_matches_exactly_one_rule_of_its_rank(params):
+    for path, leaf in leaves(params).items():
+        assert len(param_axes.rule_for(path).axes) == leaf.ndim, path
+
+
+def test_every_rule_is_used(params):
+    used = {param_axes.rule_for(path).pattern for path in leaves(params)}
+    assert used == {rule.pattern for rule in param_axes.RULES}
+
+
+def test_a_parameter_without_rule_is_an_error(params):
+    with pytest.raises(ValueError, match="'video/extra' must match exactly one rule"):
+        param_axes.map_params(lambda path, rule, leaf: 0, {"video": {"extra": params["video"]["head"]["bias"]}})
+
+
+def test_a_parameter_of_another_rank_is_an_error(params):
+    with pytest.raises(ValueError, match="'video/head/bias' has shape"):
+        wrong = {"video": {"head": {"bias": params["video"]["head"]["kernel"]}}}
+        param_axes.map_params(lambda path, rule, leaf: 0, wrong)
+
+
+def test_muon_takes_nearly_all_of_the_blocks_and_nothing_else(params):
+    sizes = {path: math.prod(leaf.shape) for path, leaf in leaves(params).items()}
+    matrices = leaves(param_axes.muon_matrices(params))
+    blocks = {path: size for path, size in sizes.items() if "/blocks/" in path}
+    muon = {path: size for path, size in sizes.items() if matrices[path] is not None}
+    assert set(muon) <= set(blocks)
+    assert sum(muon.values()) >= 0.9 * sum(blocks.values())
+    assert matrices["video/blocks/ffn/up/kernel"] == param_axes.MatrixAxes(reduction=1, output=2)
+    assert leaves(params)["video/blocks/ffn/up/kernel"].shape == (2, 32, 64)
+
+
+def test_decay_spares_biases_norms_and_modulation(params):
+    decayed = {path for path, decay in leaves(param_axes.decay_mask(params)).items() if decay}
+    assert {"video/patch_embedding/kernel", "text/embedding", "action/blocks/ffn/gate/kernel"} <= decayed
+    assert not any(path.endswith(("bias", "scale", "modulation", "angles")) for path in decayed)
+
+
+def test_groups_are_the_top_level_parts(params):
+    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration"}

@@ -1,0 +1,164 @@
+r"""Builds an event store: records or reads episodes, cuts them into windows, writes and clusters them.
+
+Twenty scripted demonstrations of each of two OCBench families, at 64 pixels:
+
+    python -m wallwm_jax.build_events --source=ocbench:chamber,block --episodes=20 --out=runs/store
+
+Only events, with the finest level too, and a quarter of the episodes held out for evaluation:
+
+    python -m wallwm_jax.build_events --source=ocbench:switch --episodes=40 --out=runs/switch \
+        --windows=event --levels=subtask,action,segment --heldout_fraction=0.25
+
+The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
+unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
+with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from wallwm_jax.console import UserError, phase, run_command
+
+# Recording processes import this module again, so what is heavy is imported where it is used.
+if TYPE_CHECKING:
+    from wallwm_jax.data.store_writer import StoreOptions, StoreSummary
+    from wallwm_jax.events.schema import Episode
+
+
+@dataclass
+class FamilyCount:
+    """Episodes of one family: those the source kept, and attempts it dropped because they did not succeed."""
+
+    kept: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class Build:
+    """What `build` did: the writer's own summary, episodes per family, bytes of the store, seconds per phase."""
+
+    summary: StoreSummary
+    families: dict[str, FamilyCount]
+    size_on_disk: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def build(
+    source: str,
+    out: str,
+    options: StoreOptions,
+    *,
+    episodes: int = 40,
+    size: int = 64,
+    workers: int = 2,
+    overwrite: bool = False,
+) -> Build:
+    """Builds and clusters a store; see the flags of the command for the arguments.
+
+    Raises:
+      UserError: unknown source, codec, window kind or level; `out` exists; the simulator is not installed.
+    """
+    from wallwm_jax.data.clusters import cluster_store
+    from wallwm_jax.data.store_writer import atomic_directory, write_store
+
+    seconds: dict[str, float] = {}
+    with atomic_directory(out, overwrite=overwrite) as directory:
+        stream, families = _open_source(source, episodes, options.seed, size, workers)
+        with phase(f"record {source} into windows", seconds):
+            summary = write_store(directory, stream, options)
+        with phase("cluster windows", seconds):
+            cluster_store(directory, seed=options.seed)
+        size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return Build(summary, families(), size_on_disk, seconds)
+
+
+def report(build: Build, out: str) -> str:
+    """The summary that the command prints: episodes per family, windows per kind and level, bytes, seconds."""
+    summary = build.summary
+    splits: Counter[str] = Counter()
+    for (_, split), count in summary.episodes.items():
+        splits[split] += count
+    windows = sum(summary.windows.values())
+    lines = [f"event store {out}"]
+    lines += [
+        f"  episodes  {family:<16} {count.kept:>6} kept {count.dropped:>6} dropped"
+        for family, count in build.families.items()
+    ]
+    lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
+    if summary.too_short:
+        lines.append(f"  episodes  {'too short':<16} {summary.too_short:>6} left out: not one video stride long")
+    lines += [f"  windows   {f'{kind}/{level}':<16} {count:>6}" for (kind, level), count in summary.windows.items()]
+    lines.append(f"  bytes     {build.size_on_disk:>23,} ({build.size_on_disk / windows:,.0f} per window)")
+    lines += [f"  seconds   {name:<48} {spent:>7.1f}" for name, spent in build.seconds.items()]
+    return "\n".join(lines)
+
+
+def _open_source(
+    source: str, episodes: int, seed: int, size: int, workers: int
+) -> tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]:
+    """The episodes of a source, and a function that tells the count per family once they are all read."""
+    name, _, families = source.partition(":")
+    if name != "ocbench" or not families:
+        raise UserError(
+            f"unknown source {source!r}; give ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block"
+        )
+    if episodes < 1:
+        raise UserError(f"--episodes is {episodes}; at least one per family is needed")
+    from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
+
+    stream = demonstrations(families.split(","), episodes, seed, size=size, workers=workers)
+    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]", required=True)
+    flags.DEFINE_integer("episodes", 40, "Successful episodes to keep of each family")
+    flags.DEFINE_string("out", None, "Directory of the new store", required=True)
+    flags.DEFINE_string("codec", "haar8", "Video codec of the latents")
+    flags.DEFINE_integer("size", 64, "Height and width of the frames, pixels")
+    flags.DEFINE_list("windows", ["event", "fixed"], "Kinds of windows: event (one per span), fixed (tiles)")
+    flags.DEFINE_list("levels", ["subtask", "action"], "Levels of event windows: task, subtask, action, segment")
+    flags.DEFINE_integer("fixed_steps", 32, "Control steps of a fixed window")
+    flags.DEFINE_float("heldout_fraction", 0.15, "Share of the episodes kept from training", 0.0, 1.0)
+    flags.DEFINE_integer("seed", 0, "Everything random follows from it")
+    flags.DEFINE_integer("workers", 2, "Processes that record; 0 records in this one", 0)
+    flags.DEFINE_bool("overwrite", False, "Replace an existing store")
+
+
+def main(_: Sequence[str]) -> None:
+    """Builds what the flags ask for and prints the summary."""
+    from wallwm_jax.data.store_writer import StoreOptions
+
+    values = flags.FLAGS
+    start = time.monotonic()
+    options = StoreOptions(
+        codec=values.codec,
+        kinds=tuple(values.windows),
+        levels=tuple(values.levels),
+        fixed_steps=values.fixed_steps,
+        heldout_fraction=values.heldout_fraction,
+        seed=values.seed,
+    )
+    built = build(
+        values.source,
+        values.out,
+        options,
+        episodes=values.episodes,
+        size=values.size,
+        workers=values.workers,
+        overwrite=values.overwrite,
+    )
+    print(report(built, values.out))
+    print(f"  seconds   {'total':<48} {time.monotonic() - start:>7.1f}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)

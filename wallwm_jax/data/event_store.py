@@ -1,0 +1,382 @@
+"""The event store: one checked record per window, beside a memory-mapped index, captions, statistics and episodes.
+
+A store is a directory, made by `wallwm_jax.build_events`:
+
+    store.json           what the store is: codec, text encoder, clock, views, camera table, splits, schema version
+    index-<split>.npy    one row of `INDEX_DTYPE` per window, followed by the CRC-32 of the file's bytes before it
+    tfds/events/1.0.0/   the records, ArrayRecord files that `tfds.data_source("events", data_dir=store / "tfds")` opens
+    captions.npz         every distinct caption once
+    stats.json           `wallwm_jax.data.normalization.Stats`
+    episodes.json        per episode: source, seed, success, split, spans of all levels
+
+Reading needs neither JAX nor TensorFlow, is safe from several threads, and a store can be pickled into processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.normalization import Stats
+from wallwm_jax.events.actions import ACTION_DIM
+from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.events.windows import GROUP, KINDS
+
+SCHEMA_VERSION = 1
+GEOMETRY_DIM = 21  # fx/W fy/H cx/W cy/H, k1 k2 p1 p2 k3, world-from-camera 3x4 row-major
+RECORDS = Path("tfds", "events", "1.0.0")
+UNFINISHED = "UNFINISHED"  # a file in the directory of a build that has not ended, holding the builder's process id
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("kind", np.int8),  # index into KINDS
+        ("level", np.int8),  # index into LEVELS
+        ("length", np.int16),  # latents, 1 + N
+        ("num_actions", np.int16),  # T
+        ("duration_s", np.float32),  # true seconds of the span, uncapped
+        ("episode", np.int32),
+        ("event_index", np.int32),  # in its level of its episode
+        ("embodiment", np.int16),  # index into meta["embodiments"]
+        ("source", np.int16),  # index into meta["sources"]
+        ("cluster_vl", np.int32),  # -1 until wallwm_jax.data.clusters ran
+        ("cluster_action", np.int32),
+        ("checksum", np.uint32),  # CRC-32 of the serialised record
+    ]
+)
+
+# Arrays of a record: name → dtype and shape, stored as bytes. V counts the views of the store.
+RECORD_ARRAYS: dict[str, tuple[type, tuple[int | None, ...]]] = {
+    "actions": (np.float32, (None, ACTION_DIM)),
+    "action_valid": (np.uint8, (ACTION_DIM,)),
+    "state": (np.float32, (ACTION_DIM,)),
+    "state_valid": (np.uint8, (ACTION_DIM,)),
+    "geometry": (np.float32, (None, GEOMETRY_DIM)),  # [V * (1 + N), 21]
+    "keyframes": (np.int32, (4,)),
+    "level_caption_ids": (np.int32, (len(LEVELS),)),
+    "next_caption_ids": (np.int32, (len(LEVELS),)),
+    "paraphrase_ids": (np.int32, (None,)),
+    "previous_caption_ids": (np.int32, (None,)),
+}
+RECORD_INTEGERS = ("kind", "level", "episode", "event_index", "start", "span_start", "span_end", "num_latents")
+
+
+class BadRecord(Exception):
+    """A record that cannot be trusted. `index` is its window, `episode_id` its episode, `reason` what was seen."""
+
+    def __init__(self, index: int, episode_id: int, reason: str) -> None:
+        super().__init__(index, episode_id, reason)
+        self.index, self.episode_id, self.reason = index, episode_id, reason
+
+    def __str__(self) -> str:
+        return f"window {self.index} of episode {self.episode_id}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class WindowRecord:
+    """One window as stored. Caption ids refer to `EventStore.caption`; -1 is none. `V` follows `meta["views"]`.
+
+    Attributes:
+      index: number of the window in its split.
+      kind, level: of `KINDS` and `LEVELS`.
+      episode_id, event_index: its place; `episode_id` is an index into `EventStore.episodes`.
+      start: control step of the observation.
+      span_start, span_end: the true stretch in control steps, neither snapped nor capped.
+      duration_s: its true length in seconds, uncapped.
+      frames: view name → `n` JPEG frames, without the held padding; a view that the episode lacks is absent.
+      num_latents: `1 + N`.
+      actions: `[T, 32]` float32, canonical, not normalised. action_valid: `[32]` bool.
+      state: `[32]` float32 at the observation, not normalised. state_valid: `[32]` bool.
+      geometry: `[V, 1 + N, 21]` float32 at the last frame of each latent; zeros for a view without calibration.
+      keyframes: `[4]` int32, positions in `frames` at 0, 25, 50 and 75 %.
+      level_caption_ids: `[4]` int32 by level: of the window itself and of all coarser levels around it.
+      next_caption_ids: `[4]` int32 by level: of the first event that starts at or after the window's end.
+      paraphrase_ids: other wordings of the window's own caption.
+      previous_caption_ids: of all events before it on its level, in time order; none for fixed windows.
+    """
+
+    index: int
+    kind: str
+    level: str
+    episode_id: int
+    event_index: int
+    start: int
+    span_start: int
+    span_end: int
+    duration_s: float
+    frames: dict[str, list[bytes]]
+    num_latents: int
+    actions: np.ndarray
+    action_valid: np.ndarray
+    state: np.ndarray
+    state_valid: np.ndarray
+    geometry: np.ndarray
+    keyframes: np.ndarray
+    level_caption_ids: np.ndarray
+    next_caption_ids: np.ndarray
+    paraphrase_ids: tuple[int, ...]
+    previous_caption_ids: tuple[int, ...]
+
+    @property
+    def num_actions(self) -> int:
+        """`T`."""
+        return len(self.actions)
+
+    @property
+    def caption_id(self) -> int:
+        """The caption of the window's own level."""
+        return int(self.level_caption_ids[LEVELS.index(self.level)])
+
+    @property
+    def parent_caption_id(self) -> int:
+        """The caption of the nearest coarser level; -1 for the task level."""
+        coarser = self.level_caption_ids[: LEVELS.index(self.level)]
+        present = coarser[coarser >= 0]
+        return int(present[-1]) if len(present) else -1
+
+    def video(self, view: str) -> np.ndarray:
+        """Decoded frames of a view, `[1 + 4N, H, W, 3]` uint8 RGB, the last one held to the end.
+
+        Raises:
+          KeyError: the episode has no such view.
+          BadRecord: a frame is not a JPEG picture.
+        """
+        pictures = self.frames[view]
+        first = self._decode(view, 0)
+        video = np.empty((1 + GROUP * (self.num_latents - 1), *first.shape), np.uint8)
+        video[0] = first
+        for position in range(1, len(pictures)):
+            video[position] = self._decode(view, position)
+        video[len(pictures) :] = video[len(pictures) - 1]
+        return video
+
+    def picture(self, view: str, position: int) -> np.ndarray:
+        """One decoded frame `[H, W, 3]` uint8 RGB; `position` counts the window's own frames, as `keyframes` do."""
+        return self._decode(view, position)
+
+    def _decode(self, view: str, position: int) -> np.ndarray:
+        picture = cv2.imdecode(np.frombuffer(self.frames[view][position], np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise BadRecord(self.index, self.episode_id, f"frame {position} of view {view!r} is not a JPEG picture")
+        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=picture)
+
+
+class EventStore:
+    """One split of an event store, open for reading; made by `open_store`.
+
+    Attributes:
+      path, split: where and which.
+      meta: the content of `store.json`.
+      stats: normalisation statistics of the train split.
+      index: memory-mapped array of `INDEX_DTYPE`, one row per window.
+      captions: every distinct caption; caption ids are positions in it.
+    """
+
+    def __init__(self, path: Path, split: str, meta: dict[str, Any], index: np.ndarray) -> None:
+        self.path, self.split, self.meta, self.index = path, split, meta, index
+        self.stats = Stats.load(path / "stats.json")
+        self.captions = load_captions(path / "captions.npz")
+        self._frame_keys = {view: f"frames/{key}" for view, key in meta["frame_keys"].items()}
+        self._records = ArrayRecordDataSource(shard_instructions(path, meta["splits"][split]))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (str(self.path), self.split)
+
+    def read(self, index: int) -> WindowRecord:
+        """The record of window `index`, verified against its checksum.
+
+        Raises:
+          IndexError: no such window.
+          BadRecord: the record cannot be read, or differs from what was written.
+        """
+        if not 0 <= index < len(self.index):
+            raise IndexError(f"window {index} of {len(self.index)}")
+        row = self.index[index]
+        try:
+            serialized = self._records[index]
+        except Exception as error:  # array_record raises whatever its C++ side reports
+            raise BadRecord(index, int(row["episode"]), f"unreadable ({' '.join(str(error).split())})") from None
+        if zlib.crc32(serialized) != row["checksum"]:
+            raise BadRecord(index, int(row["episode"]), "the checksum differs from the index")
+        return parse_record(serialized, index, self._frame_keys)
+
+    def caption(self, caption_id: int) -> str:
+        """The text of a caption id; "" for -1."""
+        return self.captions[caption_id] if caption_id >= 0 else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any record, statistic of the build, or cluster of this split: what a resumed run must match."""
+        with open(self.path / f"index-{self.split}.npy", "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return f"{self.meta['fingerprint']}-{file.read().hex()}"
+
+    @functools.cached_property
+    def episodes(self) -> list[dict[str, Any]]:
+        """All episodes of the store (both splits), by episode id: id, name, source, embodiment, seed, success, split,
+        num_steps, num_frames, views, provenance, and `spans`: level → list of {start, end, caption, verb, parent,
+        success}.
+        """
+        return json.loads((self.path / "episodes.json").read_text())
+
+    def span(self, index: int) -> dict[str, Any] | None:
+        """The event of window `index` as in `episodes`: its caption, verb and true steps; None for fixed windows."""
+        row = self.index[index]
+        if KINDS[row["kind"]] != "event":
+            return None
+        return self.episodes[row["episode"]]["spans"][LEVELS[row["level"]]][row["event_index"]]
+
+
+def open_store(path: str | Path, split: str = "train") -> EventStore:
+    """Opens one split of an event store, after checking everything but the records themselves.
+
+    Raises:
+      UserError: no store there, an unfinished build, another schema version, an unknown split, a missing or damaged
+        part; the message says which and what to do.
+    """
+    path = Path(path).expanduser()
+    meta = _read_meta(path)
+    if split not in meta["splits"]:
+        raise UserError(f"event store {str(path)!r} has no split {split!r}; it has {', '.join(meta['splits'])}")
+    index = _read_index(path / f"index-{split}.npy")
+    windows = meta["splits"][split]["windows"]
+    if len(index) != windows:
+        raise UserError(
+            f"index {str(path / f'index-{split}.npy')!r} has {len(index)} rows, the store {windows} windows"
+        )
+    for shard in meta["splits"][split]["shards"]:
+        if not (path / RECORDS / shard["file"]).is_file():
+            raise UserError(f"event store {str(path)!r} lacks the records {shard['file']!r}; build it again")
+    return EventStore(path, split, meta, index)
+
+
+def write_clusters(path: str | Path, split: str, cluster_vl: np.ndarray, cluster_action: np.ndarray) -> None:
+    """Puts cluster ids `[windows]` int32 into the index of a split; all or nothing. Open stores keep the old ones."""
+    target = Path(path) / f"index-{split}.npy"
+    index = np.array(_read_index(target))
+    index["cluster_vl"], index["cluster_action"] = cluster_vl, cluster_action
+    write_index(target, index)
+
+
+def write_index(path: Path, index: np.ndarray) -> None:
+    """Writes an index with its CRC-32 behind it, replacing an older one at once."""
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
+    with open(temporary, "wb") as file:
+        np.save(file, index.astype(INDEX_DTYPE, copy=False))
+    content = temporary.read_bytes()
+    with open(temporary, "ab") as file:
+        file.write(zlib.crc32(content).to_bytes(4, "little"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_captions(path: Path, captions: list[str]) -> None:
+    """Writes captions as their UTF-8 bytes end to end; the byte ids of the `bytes` text encoder are these plus 3."""
+    encoded = [caption.encode() for caption in captions]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    np.savez(path, utf8=np.frombuffer(b"".join(encoded), np.uint8), offsets=offsets)
+
+
+def load_captions(path: Path) -> list[str]:
+    """Reads what `save_captions` wrote. Raises `UserError` where it is missing or damaged."""
+    try:
+        with np.load(path) as table:
+            data, offsets = table["utf8"].tobytes(), table["offsets"].tolist()
+        return [data[start:end].decode() for start, end in itertools.pairwise(offsets)]
+    except Exception as error:  # a damaged zip raises from several modules
+        raise UserError(f"captions {str(path)!r} are missing or damaged ({error}); build the store again") from None
+
+
+def shard_instructions(path: Path, split: Mapping[str, Any]) -> list[str]:
+    """Record files of a split with their lengths, in the order of the index, as `ArrayRecordDataSource` takes them."""
+    return [f"{path / RECORDS / shard['file']}[0:{shard['windows']}]" for shard in split["shards"]]
+
+
+def parse_record(serialized: bytes, index: int, frame_keys: Mapping[str, str]) -> WindowRecord:
+    """A serialised record as a `WindowRecord`; ten times faster than the general deserialiser of TFDS."""
+    fields = example_type().FromString(serialized).features.feature
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(fields[name].bytes_list.value[0], dtype).reshape([-1 if n is None else n for n in shape])
+        for name, (dtype, shape) in RECORD_ARRAYS.items()
+    }
+    integers = {name: fields[name].int64_list.value[0] for name in RECORD_INTEGERS}
+    frames = {view: list(fields[key].bytes_list.value) for view, key in frame_keys.items()}
+    return WindowRecord(
+        index=index,
+        kind=KINDS[integers["kind"]],
+        level=LEVELS[integers["level"]],
+        episode_id=integers["episode"],
+        event_index=integers["event_index"],
+        start=integers["start"],
+        span_start=integers["span_start"],
+        span_end=integers["span_end"],
+        duration_s=fields["duration_s"].float_list.value[0],
+        frames={view: pictures for view, pictures in frames.items() if pictures},
+        num_latents=integers["num_latents"],
+        actions=arrays["actions"],
+        action_valid=arrays["action_valid"].astype(bool),
+        state=arrays["state"],
+        state_valid=arrays["state_valid"].astype(bool),
+        geometry=arrays["geometry"].reshape(len(frame_keys), integers["num_latents"], GEOMETRY_DIM),
+        keyframes=arrays["keyframes"],
+        level_caption_ids=arrays["level_caption_ids"],
+        next_caption_ids=arrays["next_caption_ids"],
+        paraphrase_ids=tuple(arrays["paraphrase_ids"].tolist()),
+        previous_caption_ids=tuple(arrays["previous_caption_ids"].tolist()),
+    )
+
+
+@functools.cache
+def example_type() -> Any:
+    """The protocol buffer class of a serialised record, `tf.train.Example`."""
+    from tensorflow_datasets.proto import tf_example_pb2  # the definition alone, without TensorFlow
+
+    return tf_example_pb2.Example
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"event store {str(path)!r} does not exist; make one with python -m wallwm_jax.build_events")
+    builder = path / UNFINISHED
+    if builder.exists() and builder.read_text() != str(os.getpid()):
+        raise UserError(f"event store {str(path)!r} is an unfinished build; delete it and build again")
+    try:
+        meta = json.loads((path / "store.json").read_text())
+        version = meta["schema_version"]
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} is not an event store: it has no store.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path / 'store.json')!r} is damaged ({error!r}); build the store again") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"event store {str(path)!r} has schema version {version}, this code reads {SCHEMA_VERSION}; "
+            "build it again with this version"
+        )
+    return meta
+
+
+def _read_index(path: Path) -> np.ndarray:
+    try:
+        content: Any = np.memmap(path, np.uint8, mode="r")
+        intact = len(content) > 4 and zlib.crc32(content[:-4]) == int.from_bytes(content[-4:].tobytes(), "little")
+        index = np.load(path, mmap_mode="r") if intact else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"index {str(path)!r} is missing or damaged ({error}); build the store again") from None
+    if index is None or index.dtype != INDEX_DTYPE:
+        raise UserError(f"index {str(path)!r} is damaged: its checksum or layout is wrong; build the store again")
+    return index

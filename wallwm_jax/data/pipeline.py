@@ -1,0 +1,240 @@
+"""The loader: from an open event store to batches of packed rows on this host, through Grain, with no iterator state.
+
+Batch `s` holds the global rows `s * B .. s * B + B - 1`; host `h` of `n` makes its contiguous share of them. Which
+windows a row holds, and how their captions are worded, follows from (seed, row) alone: any number of hosts and workers
+sees the same rows, and to resume is to start at a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from grain.experimental import DatasetOptions, WithOptionsIterDataset
+from ml_collections import ConfigDict
+from threadpoolctl import threadpool_limits
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.event_store import BadRecord, EventStore
+from wallwm_jax.data.packing import pack_row
+from wallwm_jax.data.sampler import Sampler
+from wallwm_jax.events.actions import ACTION_DIM
+from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.models.codecs import get_codec
+
+Batch = dict[str, np.ndarray]
+
+_THREADS = 2  # that load batches where there are no worker processes
+_SHARED_BYTES = 1 << 20  # arrays from this size on come from a worker through shared memory
+_ROWS = 1 << 40  # length of the endless source
+
+
+def resolve_views(store: EventStore, config: ConfigDict) -> tuple[str, ...]:
+    """The views of a batch, in order: `config.data.views`, or all of the store's where that is empty.
+
+    Raises:
+      UserError: a view that the store does not have.
+    """
+    views = tuple(config.data.views) or tuple(store.meta["views"])
+    for view in views:
+        if view not in store.meta["views"]:
+            raise UserError(f"data.views asks for {view!r}; event store {str(store.path)!r} has {store.meta['views']}")
+    return views
+
+
+def check_store(store: EventStore, config: ConfigDict) -> None:
+    """Compares what the store holds with what the model expects, before anything is computed.
+
+    Raises:
+      UserError: they differ; the message names both values and the knob.
+    """
+    codec = get_codec(store.meta["codec"])
+    model = config.model
+    cells = tuple(side // codec.stride[1] for side in store.meta["size"])
+    expected: list[tuple[str, str, Any, Any]] = [
+        ("latent cells per view", "model.latent_shape", cells, tuple(model.latent_shape)),
+        (f"channels of codec {codec.name!r}", "model.latent_channels", codec.channels, model.latent_channels),
+        ("text", "model.text.kind", store.meta["text_encoder"], model.text.kind),
+        ("action dimensions", "model.action_dim", ACTION_DIM, model.action_dim),
+        ("actions per latent", "model.actions_per_latent", store.meta["actions_per_latent"], model.actions_per_latent),
+    ]
+    for what, knob, stored, wanted in expected:
+        if stored != wanted:
+            raise UserError(
+                f"event store {str(store.path)!r} has {what} {stored}, but {knob} is {wanted}; "
+                "set it to the store's value or build a store that fits"
+            )
+    views = resolve_views(store, config)
+    table = store.meta["cameras"]
+    highest = max(table[view] for view in views)
+    if highest >= model.max_views:
+        raise UserError(f"view ids go up to {highest}, but model.max_views is {model.max_views}; raise it")
+    blind = [episode["name"] for episode in store.episodes if not set(views) & set(episode["views"])]
+    if blind:
+        raise UserError(f"{len(blind)} episodes, {blind[0]!r} among them, have none of {views}; change data.views")
+    if len(store.index):
+        _check_lengths(store, config)
+
+
+def _check_lengths(store: EventStore, config: ConfigDict) -> None:
+    longest = int(store.index["length"].max()) - 1
+    if longest > config.model.max_latents:
+        raise UserError(
+            f"event store {str(store.path)!r} has windows of {longest} future latents, but model.max_latents is "
+            f"{config.model.max_latents}; raise it"
+        )
+
+
+class RowSource:
+    """The rows of one host by number: a Grain `RandomAccessDataSource` that can be pickled into worker processes.
+
+    Row `i` of host `h` is global row `(start_step + i // share) * B + h * share + i % share`.
+
+    Attributes:
+      share: rows of one batch that this host makes, `B / host_count`.
+    """
+
+    def __init__(
+        self, store: EventStore, config: ConfigDict, *, host_index: int = 0, host_count: int = 1, start_step: int = 0
+    ) -> None:
+        """Raises `UserError` where the hosts cannot share the rows evenly."""
+        rows = int(config.data.rows)
+        if rows % host_count:
+            raise UserError(f"data.rows={rows} does not divide among {host_count} hosts")
+        self._store, self._config = store, config
+        self._rows, self.share = rows, rows // host_count
+        self._first = start_step * rows + host_index * self.share
+
+    def __len__(self) -> int:
+        return _ROWS
+
+    def __getitem__(self, number: int) -> Batch:
+        """The arrays of one row, see `packing.pack_row`."""
+        step, offset = divmod(int(number), self.share)
+        row = self._first + step * self._rows + offset
+        windows = self.sampler.row(row)
+        return pack_row(self._store, get_codec(self._store.meta["codec"]), self._config, windows, row, self._views)
+
+    def __repr__(self) -> str:
+        return f"RowSource({str(self._store.path)!r}, first={self._first}, share={self.share} of {self._rows})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("sampler", "_views")}
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """What decides which windows a row holds; made once per process."""
+        return Sampler(self._store.index, self._config)
+
+    @functools.cached_property
+    def _views(self) -> tuple[str, ...]:
+        return resolve_views(self._store, self._config)
+
+
+class Loader(Iterator[Batch]):
+    """Endless iterator of host batches; close it, or use it in a `with` block, so that its workers end.
+
+    Attributes:
+      bad_records: window index → what is wrong with its record, for every bad record met so far.
+      sampler: the plan of the draw.
+    """
+
+    def __init__(self, store: EventStore, config: ConfigDict, source: RowSource) -> None:
+        """Use `make_loader`."""
+        self.bad_records: dict[int, str] = {}
+        self.sampler = source.sampler
+        self._store, self._most_bad = store, int(config.data.max_bad_records)
+        self._batches = _grain_iterator(source, config)
+        self._batches.start_prefetch()  # the first batches are made while the caller still compiles
+
+    def __next__(self) -> Batch:
+        """The next batch: the arrays of `packing.batch_spec` for this host's rows, and `packing.META_FIELDS`.
+
+        Raises:
+          UserError: more than `data.max_bad_records` different records are bad.
+        """
+        # Copied out of the workers' shared memory, which is then free at once and not when the last user lets go of it.
+        batch = {name: np.array(value) for name, value in next(self._batches).items()}
+        bad = batch["bad_index"]
+        for window in np.unique(bad[bad >= 0]).tolist():
+            if window not in self.bad_records:
+                self._report_bad(window)
+        return batch
+
+    def close(self) -> None:
+        """Ends worker processes and threads; no batch can be had afterwards."""
+        self._batches.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _report_bad(self, window: int) -> None:
+        entry = self._store.index[window]
+        reason = "its pictures are damaged"
+        try:
+            self._store.read(window)
+        except BadRecord as error:
+            reason = error.reason
+        name = self._store.episodes[entry["episode"]]["name"]
+        where = f"window {window} (episode {name!r}, {LEVELS[entry['level']]} {entry['event_index']})"
+        self.bad_records[window] = f"{where}: {reason}"
+        count = len(self.bad_records)
+        print(
+            f"warning: bad record, used as padding: {self.bad_records[window]} [{count} of at most {self._most_bad}]",
+            file=sys.stderr,
+            flush=True,
+        )
+        if count > self._most_bad:
+            raise UserError(
+                f"{count} records of event store {str(self._store.path)!r} are bad, more than "
+                f"data.max_bad_records={self._most_bad}; the last is {self.bad_records[window]}. Build the store again"
+            )
+
+
+def make_loader(
+    store: EventStore, config: ConfigDict, *, host_index: int = 0, host_count: int = 1, start_step: int = 0
+) -> Loader:
+    """The batches of this host, beginning at step `start_step`.
+
+    Args:
+      store: an open event store.
+      config: the whole config; reads `seed`, `data` and, for the checks, `model`.
+      host_index, host_count: which contiguous share of the rows this host makes. Hosts that hold the same rows (a mesh
+        whose other axes cross hosts) give the same index.
+      start_step: batches before this one are skipped at no cost.
+
+    Raises:
+      UserError: store and config do not fit (see `check_store` and `Sampler`), or rows do not divide among hosts.
+    """
+    check_store(store, config)
+    source = RowSource(store, config, host_index=host_index, host_count=host_count, start_step=start_step)
+    return Loader(store, config, source)
+
+
+def _grain_iterator(source: RowSource, config: ConfigDict) -> grain.DatasetIterator:
+    workers, prefetch = int(config.data.workers), max(1, int(config.data.prefetch))
+    batches = grain.MapDataset.source(source).batch(source.share)
+    if not workers:
+        threads = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
+        return iter(batches.to_iter_dataset(threads))
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers, also in notebooks and tests
+        flags.FLAGS.mark_as_parsed()
+    rows = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    rows = WithOptionsIterDataset(rows, DatasetOptions(min_shm_size=_SHARED_BYTES))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch // workers))
+    return iter(rows.mp_prefetch(options, worker_init_fn=_one_thread_each))
+
+
+def _one_thread_each(worker: int, workers: int) -> None:
+    """Keeps a worker to one core: the host's other cores belong to the other workers and to the training process."""
+    cv2.setNumThreads(1)
+    threadpool_limits(1)

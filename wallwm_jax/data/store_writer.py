@@ -1,0 +1,502 @@
+"""Writes event stores: episodes in, one record per window out, with index, captions, statistics and metadata.
+
+    with atomic_directory("stores/demo", overwrite=False) as directory:
+        summary = write_store(directory, episodes, StoreOptions())
+
+Episodes are taken one at a time, so a store may be far larger than memory. See `wallwm_jax.data.event_store` for the
+layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from wallwm_jax.config import fingerprint
+from wallwm_jax.console import UserError, progress
+from wallwm_jax.data import event_store
+from wallwm_jax.data.normalization import Stats, StatsAccumulator, StreamingMoments, floor_deviation
+from wallwm_jax.events.actions import ACTION_DIM, relative_actions, state_vector
+from wallwm_jax.events.schema import LEVELS, Episode
+from wallwm_jax.events.windows import GROUP, KINDS, Window, cut_windows
+from wallwm_jax.models.codecs import get_codec
+
+SHARD_BYTES = 256 << 20
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store holds.
+
+    Attributes:
+      codec: name for `get_codec`; the loader encodes, since invertible latents are ten times larger than JPEG frames.
+      kinds, levels, fixed_steps: as `cut_windows` takes them.
+      heldout_fraction: share of the episodes that only evaluation sees; see `HeldoutChoice`.
+      seed: of the sample for latent statistics.
+      latent_sample: windows whose frames are decoded for `latent_mean` and `latent_std`.
+
+    Raises:
+      UserError: an unknown codec, kind or level, or a fraction outside [0, 1).
+    """
+
+    codec: str = "haar8"
+    kinds: tuple[str, ...] = ("event", "fixed")
+    levels: tuple[str, ...] = ("subtask", "action")
+    fixed_steps: int = 32
+    heldout_fraction: float = 0.15
+    seed: int = 0
+    latent_sample: int = 256
+
+    def __post_init__(self) -> None:
+        get_codec(self.codec)
+        for what, chosen, known in (("window kind", self.kinds, KINDS), ("level", self.levels, LEVELS)):
+            unknown = [name for name in chosen if name not in known]
+            if unknown or not chosen:
+                raise UserError(f"unknown {what} {unknown[0] if chosen else ''!r}; choose of {', '.join(known)}")
+        if not 0.0 <= self.heldout_fraction < 1.0:
+            raise UserError(f"heldout_fraction is {self.heldout_fraction}, must be at least 0 and below 1")
+
+
+@dataclass
+class StoreSummary:
+    """What a build wrote.
+
+    Attributes:
+      episodes: (source, split) → episodes.
+      windows: (kind, level) → windows of both splits.
+      too_short: episodes without a single window, which were left out.
+    """
+
+    episodes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    windows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    too_short: int = 0
+
+
+@contextlib.contextmanager
+def atomic_directory(target: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary directory beside `target` that takes its place when the block ends without an exception.
+
+    Until then `target` is untouched, and `open_store` refuses the temporary directory in any other process. What
+    killed builds of the same target left behind on this host is deleted first.
+
+    Raises:
+      UserError: `target` exists and `overwrite` is off, or it is something else than an event store.
+    """
+    target = Path(target).expanduser().absolute()
+    name, host = glob.escape(target.name), re.sub(r"\W", "_", socket.gethostname())
+    for replaced in target.parent.glob(f".{name}.replaced-{host}-*"):  # killed in the middle of taking its place
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, target)
+    is_store = (target / "store.json").is_file()
+    if target.exists() and not (overwrite and is_store):
+        remedy = (
+            "give --overwrite to replace it, or another path" if is_store else "it is no event store: give another path"
+        )
+        raise UserError(f"{str(target)!r} already exists; {remedy}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{name}.partial-{host}-*"):
+        if not _is_alive(int(leftover.name.rsplit("-", 1)[1])):
+            shutil.rmtree(leftover)
+    temporary = target.with_name(f".{target.name}.partial-{host}-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        (temporary / event_store.UNFINISHED).write_text(str(os.getpid()))
+        yield temporary
+        (temporary / event_store.UNFINISHED).unlink()
+        replaced = target.with_name(f".{target.name}.replaced-{host}-{os.getpid()}")
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_store(directory: Path, episodes: Iterable[Episode], options: StoreOptions) -> StoreSummary:
+    """Writes a complete store of `episodes` into an existing, empty directory; clusters are left at -1.
+
+    The first episode sets the clock, the frame size and the views; a later episode may lack views, not add them.
+
+    Raises:
+      UserError: no window at all, or episodes that do not fit together.
+    """
+    writer = _Writer(directory, options)
+    for episode in episodes:
+        writer.add(episode)
+    writer.finish()
+    return writer.summary
+
+
+class HeldoutChoice:
+    """Decides, episode by episode and without knowing how many come, which are held out.
+
+    The share of all episodes so far stays within half an episode of `fraction` wherever sources allow it, and among
+    sources the turn goes to the one that is furthest behind. It depends on nothing but the order of the sources.
+    """
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._owed: dict[str, float] = {}  # per source: fraction * episodes - held out
+
+    def split_of(self, source: str) -> str:
+        """The split of the next episode, which is one of `source`."""
+        self._owed[source] = self._owed.get(source, 0.0) + self._fraction
+        tolerance = 1e-9
+        due = sum(self._owed.values()) >= 0.5 - tolerance and self._owed[source] >= max(self._owed.values()) - tolerance
+        if not due or not self._fraction:
+            return "train"
+        self._owed[source] -= 1.0
+        return "heldout"
+
+
+class _Writer:
+    """State of one build."""
+
+    def __init__(self, directory: Path, options: StoreOptions) -> None:
+        self.summary = StoreSummary()
+        self._directory, self._options = directory, options
+        self._choice = HeldoutChoice(options.heldout_fraction)
+        self._first: Episode | None = None
+        self._frame_keys: dict[str, str] = {}
+        self._records: _RecordFiles | None = None
+        self._index: dict[str, bytearray] = {}  # rows of INDEX_DTYPE end to end
+        self._captions: dict[str, int] = {}
+        self._embodiments: dict[str, int] = {}
+        self._sources: dict[str, int] = {}
+        self._episodes: list[dict[str, Any]] = []
+        self._actions = StatsAccumulator(ACTION_DIM)
+        self._states = StatsAccumulator(ACTION_DIM)
+
+    def add(self, episode: Episode) -> None:
+        options = self._options
+        if self._first is None:
+            self._begin(episode)
+        self._check_fits(episode)
+        windows = cut_windows(episode, options.kinds, levels=options.levels, fixed_steps=options.fixed_steps)
+        if not windows:
+            self.summary.too_short += 1
+            return
+        split = self._choice.split_of(episode.source)
+        number = len(self._episodes)
+        for window in windows:
+            self._add_window(episode, number, window, split)
+        self._episodes.append(_episode_entry(episode, number, split))
+        self.summary.episodes[episode.source, split] += 1
+
+    def _begin(self, episode: Episode) -> None:
+        self._first = episode
+        self._frame_keys = {view: re.sub(r"\W", "_", view) for view in episode.frames}
+        if len(set(self._frame_keys.values())) < len(self._frame_keys):
+            raise UserError(f"view names {list(self._frame_keys)} differ only in punctuation; rename one")
+        self._records = _RecordFiles(
+            self._directory / event_store.RECORDS, _features(list(self._frame_keys.values()), episode.size)
+        )
+
+    def _check_fits(self, episode: Episode) -> None:
+        assert self._first is not None
+        first, name = self._first, f"episode {episode.episode_id!r} of {episode.source!r}"
+        for what in ("clock_hz", "video_stride", "size"):
+            if getattr(episode, what) != getattr(first, what):
+                raise UserError(
+                    f"{name} has {what} {getattr(episode, what)}, the store {getattr(first, what)}; "
+                    "a store has one clock and one frame size: resample the source first"
+                )
+        extra = sorted(set(episode.frames) - set(first.frames))
+        if extra:
+            raise UserError(f"{name} has views {extra} that the first episode lacks ({sorted(first.frames)})")
+
+    def _add_window(self, episode: Episode, number: int, window: Window, split: str) -> None:
+        assert self._records is not None
+        steps = slice(window.start, window.start + window.num_actions)
+        actions, action_valid = relative_actions(
+            episode.command_poses[steps], episode.command_grippers[steps], episode.poses[window.start]
+        )
+        state, state_valid = state_vector(episode.poses[window.start], episode.grippers[window.start])
+        if split == "train":
+            self._actions.add(actions, action_valid)
+            self._states.add(state, state_valid)
+        arrays = {
+            "actions": actions,
+            "action_valid": action_valid,
+            "state": state,
+            "state_valid": state_valid,
+            "geometry": _geometry(episode, window, list(self._frame_keys)),
+            "keyframes": window.keyframes,
+            **self._caption_ids(episode, window),
+        }
+        example: dict[str, Any] = {
+            "frames": {
+                key: [io.BytesIO(episode.frames[view][frame]) for frame in window.frame_indices]
+                if view in episode.frames
+                else []
+                for view, key in self._frame_keys.items()
+            },
+            "kind": KINDS.index(window.kind),
+            "level": LEVELS.index(window.level),
+            "episode": number,
+            "event_index": window.event_index,
+            "start": window.start,
+            "span_start": window.span_start,
+            "span_end": window.span_end,
+            "num_latents": window.num_latents,
+            "duration_s": window.duration_s,
+        }
+        for name, (dtype, shape) in event_store.RECORD_ARRAYS.items():
+            example[name] = np.asarray(arrays[name], dtype).reshape([-1 if size is None else size for size in shape])
+        row = (
+            example["kind"],
+            example["level"],
+            window.num_latents,
+            window.num_actions,
+            window.duration_s,
+            number,
+            window.event_index,
+            self._embodiments.setdefault(episode.embodiment, len(self._embodiments)),
+            self._sources.setdefault(episode.source, len(self._sources)),
+            -1,
+            -1,
+            self._records.write(split, example),
+        )
+        self._index.setdefault(split, bytearray()).extend(np.array(row, event_store.INDEX_DTYPE).tobytes())
+        self.summary.windows[window.kind, window.level] += 1
+
+    def _caption_ids(self, episode: Episode, window: Window) -> dict[str, list[int]]:
+        own = LEVELS.index(window.level)
+        around, after = [-1] * len(LEVELS), [-1] * len(LEVELS)
+        for depth, level in enumerate(LEVELS):
+            for span in episode.spans.get(level, ()):
+                if depth <= own and span.start <= window.span_start < span.end:
+                    around[depth] = self._caption(span.caption)
+                if after[depth] < 0 and span.start >= window.span_end:
+                    after[depth] = self._caption(span.caption)
+        spans = episode.spans[window.level]
+        is_event = window.kind == "event"
+        paraphrases = spans[window.event_index if is_event else 0].paraphrases
+        return {
+            "level_caption_ids": around,
+            "next_caption_ids": after,
+            "paraphrase_ids": [self._caption(text) for text in paraphrases],
+            "previous_caption_ids": [
+                self._caption(span.caption) for span in spans[: window.event_index if is_event else 0]
+            ],
+        }
+
+    def _caption(self, text: str) -> int:
+        return self._captions.setdefault(text, len(self._captions))
+
+    def finish(self) -> None:
+        """Closes the records and writes everything beside them."""
+        if self._records is None or "train" not in self._index or self._first is None:
+            raise UserError("no episode gave a window for the train split; nothing to build a store from")
+        splits: dict[str, Any] = {}
+        for split, shards in self._records.close().items():
+            index = np.frombuffer(self._index[split], event_store.INDEX_DTYPE)
+            event_store.write_index(self._directory / f"index-{split}.npy", index)
+            splits[split] = {
+                "windows": len(index),
+                "episodes": sum(entry["split"] == split for entry in self._episodes),
+                "shards": shards,
+                "fingerprint": f"{zlib.crc32(index.tobytes()):08x}",
+            }
+        event_store.save_captions(self._directory / "captions.npz", list(self._captions))
+        (self._directory / "episodes.json").write_text(json.dumps(self._episodes))
+        mean, std, sampled = self._latent_stats(splits["train"])
+        counts = {f"{kind}_{level}": count for (kind, level), count in sorted(self.summary.windows.items())}
+        Stats(self._actions.result(), self._states.result(), mean, std, {**counts, "latent_sample": sampled}).save(
+            self._directory / "stats.json"
+        )
+        meta = self._meta(splits)
+        meta["fingerprint"] = fingerprint(meta)
+        (self._directory / "store.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+    def _latent_stats(self, train: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+        """Mean and deviation `[C]` of the future latents of a random sample of train windows.
+
+        Latent 0 is left out: it is given, never predicted, and its temporal details are zero by construction.
+        """
+        rng = np.random.default_rng([self._options.seed, 1])
+        chosen = np.sort(rng.permutation(train["windows"])[: self._options.latent_sample])
+        records = ArrayRecordDataSource(event_store.shard_instructions(self._directory, train))
+        keys = {view: f"frames/{key}" for view, key in self._frame_keys.items()}
+        codec = get_codec(self._options.codec)
+        moments = StreamingMoments(codec.channels)
+        for number in progress(chosen.tolist(), unit="window", label="latent statistics"):
+            record = event_store.parse_record(records[number], number, keys)
+            for view in record.frames:
+                moments.add(codec.encode(record.video(view))[1:])
+        return moments.mean.astype(np.float32), floor_deviation(moments.std), len(chosen)
+
+    def _meta(self, splits: dict[str, Any]) -> dict[str, Any]:
+        first, options = self._first, self._options
+        assert first is not None
+        views = list(self._frame_keys)
+        return {
+            "schema_version": event_store.SCHEMA_VERSION,
+            "codec": options.codec,
+            "text_encoder": "bytes",
+            "clock_hz": first.clock_hz,
+            "video_fps": first.clock_hz / first.video_stride,
+            "action_hz": first.clock_hz,
+            "video_stride": first.video_stride,
+            "actions_per_latent": GROUP * first.video_stride,
+            "size": list(first.size),
+            "views": views,
+            "cameras": {view: 1 + number for number, view in enumerate(views)},
+            "frame_keys": self._frame_keys,
+            "embodiments": list(self._embodiments),
+            "sources": list(self._sources),
+            "kinds": list(options.kinds),
+            "levels": list(options.levels),
+            "fixed_steps": options.fixed_steps if "fixed" in options.kinds else None,
+            "heldout_fraction": options.heldout_fraction,
+            "seed": options.seed,
+            "splits": splits,
+        }
+
+
+class _RecordFiles:
+    """The ArrayRecord files of a build and the TFDS metadata beside them; records keep the order of writing."""
+
+    def __init__(self, root: Path, features: tfds.features.FeaturesDict) -> None:
+        root.mkdir(parents=True)
+        self._root, self._features = root, features
+        self._writers: dict[str, ArrayRecordWriter] = {}
+        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._example_type = event_store.example_type()
+
+    def write(self, split: str, example: dict[str, Any]) -> int:
+        """Appends a record and returns its CRC-32."""
+        message = self._example_type.FromString(self._features.serialize_example(example))
+        serialized = message.SerializeToString(deterministic=True)  # the order of a map differs from run to run
+        shards = self._shards.setdefault(split, [])
+        if not shards or shards[-1]["bytes"] >= SHARD_BYTES:
+            self._finish_shard(split)
+            shards.append({"file": f"events-{split}.array_record-{len(shards):05d}", "windows": 0, "bytes": 0})
+            self._writers[split] = ArrayRecordWriter(str(self._root / shards[-1]["file"]), "group_size:1")
+        self._writers[split].write(serialized)
+        shards[-1]["windows"] += 1
+        shards[-1]["bytes"] += len(serialized)
+        return zlib.crc32(serialized)
+
+    def close(self) -> dict[str, list[dict[str, Any]]]:
+        """Closes the files, names them as TFDS does, writes its metadata; returns split → files with their sizes."""
+        infos = []
+        for split in sorted(self._shards, key=SPLITS.index):
+            shards = self._shards[split]
+            self._finish_shard(split)
+            for shard in shards:
+                name = f"{shard['file']}-of-{len(shards):05d}"
+                os.rename(self._root / shard["file"], self._root / name)
+                shard["file"] = name
+            lengths, size = [shard["windows"] for shard in shards], sum(shard["bytes"] for shard in shards)
+            template = tfds.core.ShardedFileTemplate(
+                dataset_name="events", data_dir=self._root, split=split, filetype_suffix="array_record"
+            )
+            infos.append(tfds.core.SplitInfo(split, lengths, size, filename_template=template))
+        tfds.folder_dataset.write_metadata(
+            data_dir=self._root,
+            features=self._features,
+            split_infos=infos,
+            check_data=False,
+            description="Windows of robot episodes; one record per event or fixed stretch.",
+        )
+        return {info.name: self._shards[info.name] for info in infos}
+
+    def _finish_shard(self, split: str) -> None:
+        writer = self._writers.pop(split, None)
+        if writer is not None:
+            writer.close()
+
+
+def _features(frame_keys: list[str], size: tuple[int, int]) -> tfds.features.FeaturesDict:
+    picture = tfds.features.Image(shape=(*size, 3), encoding_format="jpeg")
+    as_bytes = tfds.features.Encoding.BYTES
+    return tfds.features.FeaturesDict(
+        {
+            "frames": tfds.features.FeaturesDict({key: tfds.features.Sequence(picture) for key in frame_keys}),
+            **{name: tfds.features.Scalar(np.int32) for name in event_store.RECORD_INTEGERS},
+            "duration_s": tfds.features.Scalar(np.float32),
+            **{
+                name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=as_bytes)
+                for name, (dtype, shape) in event_store.RECORD_ARRAYS.items()
+            },
+        }
+    )
+
+
+def _geometry(episode: Episode, window: Window, views: list[str]) -> np.ndarray:
+    """`[V, 1 + N, 21]`: calibration of each view at the last frame of each latent; zeros where there is none."""
+    height, width = episode.size
+    frames = window.latent_frame_indices
+    geometry = np.zeros((len(views), len(frames), event_store.GEOMETRY_DIM), np.float32)
+    for number, view in enumerate(views):
+        camera = episode.cameras.get(view)
+        if camera is None:
+            continue
+        k = camera.intrinsics
+        geometry[number, :, :4] = k[0, 0] / width, k[1, 1] / height, k[0, 2] / width, k[1, 2] / height
+        geometry[number, :, 4:9] = camera.distortion
+        geometry[number, :, 9:] = np.asarray(camera.extrinsics)[frames, :3, :].reshape(len(frames), 12)
+    return geometry
+
+
+def _episode_entry(episode: Episode, number: int, split: str) -> dict[str, Any]:
+    return {
+        "id": number,
+        "name": episode.episode_id,
+        "source": episode.source,
+        "embodiment": episode.embodiment,
+        "seed": episode.seed,
+        "success": bool(episode.success),
+        "split": split,
+        "num_steps": episode.num_steps,
+        "num_frames": episode.num_frames,
+        "views": list(episode.frames),
+        "provenance": list(episode.provenance),
+        "spans": {
+            level: [
+                {
+                    "start": int(span.start),
+                    "end": int(span.end),
+                    "caption": span.caption,
+                    "verb": span.verb,
+                    "parent": span.parent,
+                    "success": span.success,
+                }
+                for span in episode.spans[level]
+            ]
+            for level in LEVELS
+            if level in episode.spans
+        },
+    }
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process id of this host is running."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

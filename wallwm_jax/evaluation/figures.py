@@ -1,0 +1,217 @@
+"""Pictures of a report, as PNG or GIF bytes: loss curves, cluster shares, intervals, video strips, a rollout."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+INK = "#1f2933"
+MUTED = "#8592a0"
+BLUE = "#2f6db5"
+ORANGE = "#d9822b"
+GRID = "#e4e9ee"
+
+matplotlib.use("Agg")
+_STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+_WIDTH = 8.6  # inches of a full-width figure
+
+
+def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> bytes:
+    """One panel per stream: logged losses, thin, and their running median, bold; logarithmic where they fall far."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, max(1, len(losses))))
+        for panel, (name, values) in zip(panels, losses.items()):
+            curve = np.asarray(values, float)
+            panel.plot(steps, curve, color=BLUE, alpha=0.3, linewidth=0.8)
+            panel.plot(steps, _running_median(curve), color=BLUE, linewidth=1.8)
+            positive = curve[np.isfinite(curve) & (curve > 0)]
+            if len(positive) == len(curve) and len(positive) and positive.max() > 5 * positive.min():
+                panel.set_yscale("log")
+            panel.set_title(name)
+            panel.set_xlabel("step")
+        return _png(figure)
+
+
+def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
+    """Share of events per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
+    order = np.argsort(-np.asarray(before))
+    place = np.arange(len(order))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(place - 0.2, 100 * np.asarray(before)[order], 0.4, color=MUTED, label="in the data")
+        axes.bar(place + 0.2, 100 * np.asarray(after)[order], 0.4, color=BLUE, label="as drawn")
+        axes.axhline(100 / max(1, len(order)), color=INK, linewidth=0.8, linestyle=":", label="uniform")
+        axes.set_title(title)
+        axes.set_xlabel("cluster, largest first")
+        axes.set_ylabel("% of events")
+        axes.set_xlim(-0.7, len(order) - 0.3)
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper right", ncols=3)
+        return _png(figure)
+
+
+def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}."""
+    measures = list(dict.fromkeys(measure for row in rates.values() for measure in row))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.42 * len(rates)), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, max(1, len(measures)), sharey=True))
+        for panel, measure in zip(panels, measures):
+            for y, (policy, row) in enumerate(rates.items()):
+                value = row[measure]
+                colour = BLUE if policy == "trained" else MUTED
+                panel.plot([value["low"], value["high"]], [y, y], color=colour, linewidth=6, alpha=0.35)
+                panel.plot(value["rate"], y, "o", color=colour, markersize=7)
+            panel.set_yticks(range(len(rates)), [name.replace("_", " ") for name in rates])
+            panel.set_ylim(len(rates) - 0.5, -0.5)
+            panel.set_xlim(-0.03, 1.03)
+            panel.set_title(f"{measure} success")
+            panel.grid(axis="y", visible=False)
+        return _png(figure)
+
+
+def errors(title: str, values: Mapping[str, float], unit: str) -> bytes:
+    """Horizontal bars, one per name, the value written beside each; the first bar is the model's."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(values)), layout="constrained")
+        axes = figure.subplots()
+        colours = [BLUE if name.startswith("model") else MUTED for name in values]
+        bars = axes.barh([name.replace("_", " ") for name in values], list(values.values()), 0.6, color=colours)
+        axes.bar_label(bars, fmt="%.3f", padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_title(title)
+        axes.set_xlabel(unit)
+        axes.grid(axis="y", visible=False)
+        return _png(figure)
+
+
+def scatter(title: str, true: np.ndarray, predicted: np.ndarray, unit: str) -> bytes:
+    """Predicted against true values with the diagonal."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        top = 1.05 * float(max(np.max(true, initial=0.1), np.max(predicted, initial=0.1)))
+        axes.plot([0, top], [0, top], color=MUTED, linewidth=1, linestyle=":")
+        axes.plot(true, predicted, "o", color=BLUE, markersize=3, alpha=0.5)
+        axes.set(xlim=(0, top), ylim=(0, top), xlabel=f"true, {unit}", ylabel=f"predicted, {unit}")
+        axes.set_title(title)
+        return _png(figure)
+
+
+def video_strip(rows: Mapping[str, Sequence[np.ndarray]], *, columns: int = 6, height: int = 96) -> bytes:
+    """Rows of frames at equally spaced moments, the name of each row on its left; all rows have as many frames."""
+    font = _font(13)
+    gap, label = 3, 78
+    strips = []
+    for name, frames in rows.items():
+        moments = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        cells = [Image.new("RGB", (label, height), "white")]
+        ImageDraw.Draw(cells[0]).text((0, height / 2), name, fill=INK, font=font, anchor="lm")
+        cells += [_scaled(frames[moment], height) for moment in moments]
+        strips.append(_beside(cells, gap))
+    return _encode(_below(strips, gap), "PNG")
+
+
+def thumbnail(frame: np.ndarray, height: int = 64) -> bytes:
+    """One `[H, W, 3]` uint8 frame as a JPEG of the given height."""
+    return _encode(_scaled(frame, height), "JPEG")
+
+
+def rollout_gif(
+    views: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], *, fps: float, height: int = 160
+) -> bytes:
+    """The views side by side over time with the event's caption below each frame.
+
+    Args:
+      views: view name → frames `[H, W, 3]` uint8, equally many in each.
+      captions: text under each frame.
+      fps: frames per second.
+      height: of each picture, pixels.
+    """
+    font = _font(14)
+    pages = []
+    for moment, caption in enumerate(captions):
+        picture = _beside([_scaled(frames[moment], height) for frames in views.values()], 3)
+        page = Image.new("RGB", (picture.width, picture.height + 26), "white")
+        page.paste(picture, (0, 0))
+        ImageDraw.Draw(page).text((6, picture.height + 13), caption, fill=INK, font=font, anchor="lm")
+        pages.append(page.quantize(128, dither=Image.Dither.NONE))
+    out = io.BytesIO()
+    pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0, optimize=True)
+    return out.getvalue()
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    half = max(1, len(values) // 40)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(window) for window in windows])
+
+
+def _scaled(frame: np.ndarray, height: int) -> Image.Image:
+    width = round(frame.shape[1] * height / frame.shape[0])
+    enlarge = height > frame.shape[0]
+    return Image.fromarray(
+        cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC if enlarge else cv2.INTER_AREA)
+    )
+
+
+def _beside(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    x = 0
+    for picture in pictures:
+        page.paste(picture, (x, 0))
+        x += picture.width + gap
+    return page
+
+
+def _below(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
+    y = 0
+    for picture in pictures:
+        page.paste(picture, (0, y))
+        y += picture.height + gap
+    return page
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The sans-serif font that matplotlib ships."""
+    return ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _encode(picture: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
+    return out.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=170)
+    return out.getvalue()

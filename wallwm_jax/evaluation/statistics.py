@@ -1,0 +1,72 @@
+"""Statistics of an evaluation: success rates with Wilson 95 % intervals, PSNR, trajectory errors in physical units."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+from wallwm_jax.events.actions import ARM_DIM, GRIPPER_OFFSET, rotation_from_columns
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate with its 95 % Wilson score interval over `episodes` trials; 0 trials say nothing: [0, 1]."""
+
+    rate: float
+    low: float
+    high: float
+    episodes: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """As the `{rate, low, high, episodes}` of `evaluation.json`."""
+        return asdict(self)
+
+
+def success_rate(successes: int, trials: int) -> Rate:
+    """Rate and Wilson interval of `successes` among `trials`. Raises ValueError unless 0 <= successes <= trials."""
+    if not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes among {trials} trials")
+    if trials == 0:
+        return Rate(rate=0.0, low=0.0, high=1.0, episodes=0)
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return Rate(rate=successes / trials, low=float(interval.low), high=float(interval.high), episodes=trials)
+
+
+def psnr(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB between two uint8 pictures (or stacks); 99 where they are equal."""
+    if predicted.shape != true.shape:
+        raise ValueError(f"pictures differ in shape: {predicted.shape} and {true.shape}")
+    error = np.mean((predicted.astype(np.float64) - true.astype(np.float64)) ** 2)
+    return 99.0 if error == 0 else float(min(99.0, 10.0 * np.log10(255.0**2 / error)))
+
+
+def normalized_error(predicted: np.ndarray, true: np.ndarray, valid: np.ndarray) -> float:
+    """Mean absolute error over `valid [Da]` dimensions of trajectories `[T, Da]`, in normalised units."""
+    return float(np.abs(predicted - true)[:, valid].mean())
+
+
+@dataclass(frozen=True)
+class PhysicalError:
+    """Mean error of a trajectory over its steps and arms."""
+
+    translation_mm: float
+    rotation_degrees: float
+    gripper: float
+
+
+def physical_error(predicted: np.ndarray, true: np.ndarray, valid: np.ndarray) -> PhysicalError:
+    """Errors of canonical actions `[T, 32]` (metres, 6-D rotation, closing fraction) against the true ones."""
+    arms = int(valid.sum()) // ARM_DIM
+    left, right = (
+        np.asarray(actions, np.float64)[:, : arms * ARM_DIM].reshape(len(actions), arms, ARM_DIM)
+        for actions in (predicted, true)
+    )
+    turn = rotation_from_columns(left[..., 3:9]) @ np.swapaxes(rotation_from_columns(right[..., 3:9]), -1, -2)
+    cosine = np.clip((np.trace(turn, axis1=-2, axis2=-1) - 1.0) / 2.0, -1.0, 1.0)
+    return PhysicalError(
+        translation_mm=float(1000.0 * np.linalg.norm(left[..., :3] - right[..., :3], axis=-1).mean()),
+        rotation_degrees=float(np.degrees(np.arccos(cosine)).mean()),
+        gripper=float(np.abs(left[..., GRIPPER_OFFSET] - right[..., GRIPPER_OFFSET]).mean()),
+    )

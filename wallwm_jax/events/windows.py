@@ -1,0 +1,156 @@
+"""Windows: the stretches of an episode that a model sees, cut on the episode clock.
+
+An **event** window is one span `[start, end)` of a level: the frames from its first step to the first frame of the next
+event *inclusive*, and the commands between them. A **fixed** window is one tile of `T` steps, whatever happens in it.
+
+All boundaries lie on stored frames (multiples of `video_stride`). With `n` sampled frames there are
+`T = (n - 1) * video_stride` commands. Frames are padded to `1 + 4N`, `N >= 1`, by holding the last one, so that they
+fill `1 + N` latents: latent 0 is the first frame alone, latent n the frames `4n - 3 .. 4n`.
+Longer events keep their first 65 frames (WALL-WM section 4.1 counts them as "65 latent frames"); their duration stays
+true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEVELS, Episode, Span
+
+KINDS = ("event", "fixed")  # the order is the number in the index of a store
+MAX_FRAMES = 65  # sampled frames per window; 128 commands at a video stride of 2
+GROUP = 4  # frames per latent after the first
+KEYFRAME_SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where one window lies in its episode; it holds no data.
+
+    Attributes:
+      kind: one of `KINDS`.
+      level: level of the span it was cut from; "task" for fixed windows, which carry the instruction.
+      event_index: index of the span in its level; for fixed windows the number of the tile.
+      span_start, span_end: the true stretch in control steps, half-open, neither snapped nor capped.
+      start: control step of the first frame, the window's observation; a multiple of `stride`.
+      num_frames: sampled frames `n`, 2 to 65.
+      stride: control steps between sampled frames.
+      duration_s: seconds of the true stretch.
+    """
+
+    kind: str
+    level: str
+    event_index: int
+    span_start: int
+    span_end: int
+    start: int
+    num_frames: int
+    stride: int
+    duration_s: float
+
+    @property
+    def num_actions(self) -> int:
+        """`T`: commands `start .. start + T - 1`."""
+        return (self.num_frames - 1) * self.stride
+
+    @property
+    def num_latents(self) -> int:
+        """`1 + N`: the observation and the future, the last latent padded by held frames."""
+        return 1 + max(1, -(-(self.num_frames - 1) // GROUP))
+
+    @property
+    def frame_indices(self) -> np.ndarray:
+        """`[n]` int: positions of the sampled frames among the stored frames of the episode."""
+        return self.start // self.stride + np.arange(self.num_frames)
+
+    @property
+    def latent_frame_indices(self) -> np.ndarray:
+        """`[1 + N]` int: position among the stored frames of the last frame of each latent."""
+        return self.start // self.stride + np.minimum(GROUP * np.arange(self.num_latents), self.num_frames - 1)
+
+    @property
+    def keyframes(self) -> np.ndarray:
+        """`[4]` int: positions among the window's own frames at 0, 25, 50 and 75 % of the frames it keeps."""
+        return np.array([int(share * (self.num_frames - 1)) for share in KEYFRAME_SHARES])
+
+
+def cut_windows(
+    episode: Episode, kinds: Sequence[str], *, levels: Sequence[str] = LEVELS, fixed_steps: int = 32
+) -> list[Window]:
+    """All windows of an episode: first the event windows, level by level in time order, then the fixed ones.
+
+    Args:
+      episode: a valid episode.
+      kinds: which of `KINDS` to cut.
+      levels: levels of the event windows; a level that the episode lacks gives none.
+      fixed_steps: `T` of fixed windows, in control steps.
+
+    Returns:
+      The windows; none where the episode is shorter than one video stride.
+
+    Raises:
+      UserError: an unknown kind or level, or `fixed_steps` that frames cannot cover.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS] + [level for level in levels if level not in LEVELS]
+    if unknown:
+        raise UserError(f"unknown window kind or level {unknown[0]!r}; kinds are {KINDS}, levels are {LEVELS}")
+    windows = []
+    if "event" in kinds:
+        for level in (level for level in LEVELS if level in levels and level in episode.spans):
+            cut = (_event_window(episode, level, number, span) for number, span in enumerate(episode.spans[level]))
+            windows += [window for window in cut if window is not None]
+    if "fixed" in kinds:
+        windows += _fixed_windows(episode, fixed_steps)
+    return windows
+
+
+def _event_window(episode: Episode, level: str, number: int, span: Span) -> Window | None:
+    stride = episode.video_stride
+    last = (episode.num_frames - 1) * stride
+    start = min(_snap(span.start, stride), last - stride)
+    end = min(max(_snap(span.end, stride), start + stride), last)
+    if start < 0:
+        return None
+    return Window(
+        kind="event",
+        level=level,
+        event_index=number,
+        span_start=span.start,
+        span_end=span.end,
+        start=start,
+        num_frames=min((end - start) // stride + 1, MAX_FRAMES),
+        stride=stride,
+        duration_s=span.length / episode.clock_hz,
+    )
+
+
+def _fixed_windows(episode: Episode, steps: int) -> list[Window]:
+    stride = episode.video_stride
+    if steps <= 0 or steps % stride or steps > (MAX_FRAMES - 1) * stride:
+        raise UserError(
+            f"fixed windows of {steps} steps do not fit the video: give a multiple of {stride} "
+            f"up to {(MAX_FRAMES - 1) * stride}"
+        )
+    last = (episode.num_frames - 1) * stride
+    return [
+        Window(
+            kind="fixed",
+            level="task",
+            event_index=number,
+            span_start=start,
+            span_end=min(start + steps, episode.num_steps),
+            start=start,
+            num_frames=(min(start + steps, last) - start) // stride + 1,
+            stride=stride,
+            duration_s=(min(start + steps, episode.num_steps) - start) / episode.clock_hz,
+        )
+        for number, start in enumerate(range(0, last, steps))
+    ]
+
+
+def _snap(step: int, stride: int) -> int:
+    """The nearest multiple of `stride`; halves go up, so that neighbours still share their boundary."""
+    return (step + stride // 2) // stride * stride

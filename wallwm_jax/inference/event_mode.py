@@ -1,0 +1,390 @@
+"""Event mode: one observation and the text of the next event in, the whole event's actions and video out.
+
+The event-mode loop of WALL-WM (section 5 of the report, arXiv 2606.01955): encode the current frame of each view, take
+the next event's text and its duration, or the model's own median, and denoise the event's window with no history and no
+fixed chunk. Shapes are static: an event runs in the smallest bucket of `config.sampling.buckets` that holds its
+latents, cut at its true duration by masks, so there is one compilation per bucket and batch size.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.normalization import Stats
+from wallwm_jax.events.actions import ACTION_DIM
+from wallwm_jax.inference import samplers
+from wallwm_jax.models import flow_matching
+from wallwm_jax.models import world_action_model as wam
+from wallwm_jax.models.codecs import get_codec
+from wallwm_jax.models.text.byte_ids import encode_bytes
+
+SAMPLERS = ("anchored", "symmetric")
+_GEOMETRY = 21
+
+
+@dataclass(frozen=True)
+class EventRequest:
+    """What the model is told about one event.
+
+    Attributes:
+      frames: view name → `[H, W, 3]` uint8, the current frame; a view of the store that is missing counts as absent.
+      state: `[32]` un-normalised state, and `state_valid` `[32]` bool (`events.actions.state_vector`).
+      caption: text of the next event; "" is the null text.
+      duration_s: how long the event takes; None asks the model's duration head for its median.
+    """
+
+    frames: Mapping[str, np.ndarray]
+    state: np.ndarray
+    state_valid: np.ndarray
+    caption: str
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True)
+class EventPlan:
+    """One whole event as the model sees it.
+
+    Attributes:
+      actions: `[T, 32]` canonical actions, un-normalised, one per control step.
+      duration_s: length of the event; `T` control steps, fewer where the duration exceeds the longest bucket.
+      latents: view name → `[1 + N, h, w, C]` un-normalised latents, the current frame first; None unless asked for.
+      bucket: latents of the program that ran.
+    """
+
+    actions: np.ndarray
+    duration_s: float
+    latents: Mapping[str, np.ndarray] | None
+    bucket: int
+
+
+class EventMode:
+    """Runs the world action model in event mode on batches of a fixed size.
+
+    One compiled program per bucket, one more per bucket where videos are finished, and one for the duration head;
+    `warm_up` compiles them before a robot waits for them. `with_params` shares the programs between parameter sets of
+    one architecture.
+
+    Args:
+      params: parameters of `models.world_action_model` for `config.model`.
+      config: the training config, `config.sampling` included.
+      store: the store's description (`store.json`): views, camera table, codec, clock.
+      stats: normalisation of actions, states and latents.
+      batch_size: rows of every program; fewer requests are padded, more are run in several batches.
+
+    Raises:
+      UserError: the text encoder of the config is not `bytes`, an unknown sampler, or buckets that do not fit the model.
+    """
+
+    def __init__(
+        self, params: Any, config: ConfigDict, store: Mapping[str, Any], stats: Stats, *, batch_size: int = 1
+    ) -> None:
+        if config.model.text.kind != "bytes":
+            raise UserError(
+                f"text kind {config.model.text.kind!r} needs the frozen text encoder at inference, which this version "
+                "does not run; train with config.model.text.kind='bytes'"
+            )
+        if config.sampling.sampler not in SAMPLERS:
+            raise UserError(f"config.sampling.sampler={config.sampling.sampler!r}: one of {', '.join(SAMPLERS)}")
+        self.buckets = tuple(sorted(int(bucket) for bucket in config.sampling.buckets))
+        if not self.buckets or self.buckets[0] < 2 or self.buckets[-1] - 1 > config.model.max_latents:
+            raise UserError(
+                f"config.sampling.buckets={self.buckets} must lie between 2 and 1 + config.model.max_latents "
+                f"= {1 + config.model.max_latents} latents"
+            )
+        self.params = params
+        self.config = config
+        self.store = store
+        self.stats = stats
+        self.batch_size = batch_size
+        self.views = tuple(config.data.views) or tuple(store["views"])
+        self.codec = get_codec(store["codec"])
+        self._sample = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
+        self._finish = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
+        self._durations = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
+
+    def with_params(self, params: Any) -> EventMode:
+        """The same programs with other parameters (an untrained twin); nothing is compiled again."""
+        twin = copy.copy(self)
+        twin.params = params
+        return twin
+
+    @property
+    def max_actions(self) -> int:
+        """Actions of the longest event that fits; longer events are cut there and re-observed."""
+        return self._actions_per_latent * (self.buckets[-1] - 1)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(program._cache_size() for program in (self._sample, self._finish, self._durations))
+
+    def warm_up(self, buckets: Sequence[int] | None = None, *, video: bool = False) -> None:
+        """Compiles the programs of `buckets` (all by default), with `video` those that finish videos too."""
+        height, width = self.store["size"]
+        request = EventRequest(
+            frames={view: np.zeros((height, width, 3), np.uint8) for view in self.views},
+            state=np.zeros(ACTION_DIM, np.float32),
+            state_valid=np.ones(ACTION_DIM, bool),
+            caption="",
+        )
+        self.durations([request])
+        for bucket in buckets if buckets is not None else self.buckets:
+            seconds = self._actions_per_latent * (bucket - 1) / self.store["action_hz"]
+            self.plan([EventRequest(**{**vars(request), "duration_s": seconds})], video=video)
+
+    def durations(self, requests: Sequence[EventRequest]) -> np.ndarray:
+        """`[len(requests), Q]` seconds: the quantiles `config.model.duration_quantiles` of each event's duration."""
+        chunks = []
+        for chunk in _chunks(requests, self.batch_size):
+            inputs = self._inputs(chunk, [1] * len(chunk), [self._stride] * len(chunk))
+            log_seconds = self._durations(self.params, inputs, bucket=self.buckets[0])
+            chunks.append(np.exp(np.asarray(log_seconds, np.float64))[: len(chunk)])
+        return np.concatenate(chunks) if chunks else np.zeros((0, len(self.config.model.duration_quantiles)))
+
+    def plan(
+        self, requests: Sequence[EventRequest], *, seeds: Sequence[int] | None = None, video: bool = False
+    ) -> list[EventPlan]:
+        """The whole event of each request, in order.
+
+        Args:
+          requests: any number; run in batches of `batch_size`.
+          seeds: noise seed of each request (0 by default). A request's result depends on its seed only, not on what
+            else is in the batch.
+          video: denoise the video fully and return its latents; otherwise the anchored sampler leaves the video at the
+            anchor and `latents` is None.
+
+        Raises:
+          UserError: a request has no view of the store, a bad picture, or a duration that is not positive.
+        """
+        seeds = list(seeds) if seeds is not None else [0] * len(requests)
+        seconds = self._resolve_durations(requests)
+        plans: list[EventPlan] = []
+        for start in range(0, len(requests), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            plans += self._plan_batch(requests[rows], seconds[rows], seeds[rows], video)
+        return plans
+
+    def decode(self, plan: EventPlan) -> dict[str, np.ndarray]:
+        """The predicted video, view name → `[1 + 4N, H, W, 3]` uint8. Raises ValueError for a plan without latents."""
+        if plan.latents is None:
+            raise ValueError("this plan has no video: ask plan(..., video=True)")
+        return {view: _to_uint8(self.codec.decode(latents[None])[0]) for view, latents in plan.latents.items()}
+
+    @property
+    def _stride(self) -> int:
+        return int(self.store["video_stride"])
+
+    @property
+    def _actions_per_latent(self) -> int:
+        return int(self.store["actions_per_latent"])
+
+    def _resolve_durations(self, requests: Sequence[EventRequest]) -> list[float]:
+        for request in requests:
+            if request.duration_s is not None and not 0.0 < request.duration_s < float("inf"):
+                raise UserError(f"duration {request.duration_s} s of {request.caption!r} must be positive and finite")
+        unknown = [request for request in requests if request.duration_s is None]
+        quantiles = np.asarray(self.config.model.duration_quantiles)
+        medians = iter(self.durations(unknown)[:, int(np.argmin(np.abs(quantiles - 0.5)))])
+        return [float(next(medians)) if r.duration_s is None else float(r.duration_s) for r in requests]
+
+    def num_actions(self, duration_s: float) -> int:
+        """Control steps of an event of `duration_s`: whole video frames, at least one, at most `max_actions`."""
+        frames = math.floor(duration_s * self.store["action_hz"] / self._stride + 0.5)
+        return int(np.clip(frames * self._stride, self._stride, self.max_actions))
+
+    def _plan_batch(
+        self, requests: Sequence[EventRequest], seconds: Sequence[float], seeds: Sequence[int], video: bool
+    ) -> list[EventPlan]:
+        steps = [self.num_actions(duration) for duration in seconds]
+        futures = [-(-count // self._actions_per_latent) for count in steps]
+        bucket = next(bucket for bucket in self.buckets if bucket > max(futures))
+        inputs = self._inputs(requests, futures, steps)
+        inputs["seed"] = self._padded(np.asarray(seeds, np.uint32))
+        latents, actions = self._sample(self.params, inputs, bucket=bucket)
+        if video and self.config.sampling.sampler == "anchored":
+            latents = self._finish(self.params, inputs, latents, bucket=bucket)
+        actions = self.stats.denormalize_actions(np.asarray(actions))
+        plans = []
+        for row, (request, count, future) in enumerate(zip(requests, steps, futures)):
+            films = None
+            if video:
+                z = self.stats.denormalize_latents(np.asarray(latents[row, :, : 1 + future]))
+                films = {view: z[v] for v, view in enumerate(self.views) if view in request.frames}
+            valid = np.arange(ACTION_DIM) < request.state_valid.sum()
+            plans.append(
+                EventPlan(
+                    actions=np.where(valid, actions[row, :count], 0.0).astype(np.float32),
+                    duration_s=seconds[row],
+                    latents=films,
+                    bucket=bucket,
+                )
+            )
+        return plans
+
+    def _inputs(
+        self, requests: Sequence[EventRequest], futures: Sequence[int], steps: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """Arrays with leading axis `batch_size`; rows beyond the requests repeat the first one's content."""
+        length = int(self.config.data.text_length)
+        texts = [encode_bytes(request.caption, length) for request in requests]
+        first = np.stack([self._encode(request) for request in requests])
+        states = np.stack([self.stats.normalize_state(request.state) for request in requests])
+        valid = np.stack([request.state_valid for request in requests])
+        table = self.store["cameras"]
+        view_id = [[table.get(view, 0) if view in r.frames else 0 for view in self.views] for r in requests]
+        return {
+            name: self._padded(np.asarray(value, dtype))
+            for name, value, dtype in (
+                ("first", first, np.float32),
+                ("state", np.where(valid, states, 0.0), np.float32),
+                ("state_valid", valid, bool),
+                ("text_ids", [ids for ids, _ in texts], np.int32),
+                ("text_length", [count for _, count in texts], np.int32),
+                ("view_id", view_id, np.int32),
+                ("futures", futures, np.int32),
+                ("steps", steps, np.int32),
+            )
+        }
+
+    def _encode(self, request: EventRequest) -> np.ndarray:
+        """Normalised first latents `[V, h, w, C]` of a request; zeros for an absent view."""
+        height, width = self.store["size"]
+        pictures = np.zeros((len(self.views), 1, height, width, 3), np.uint8)
+        present = [view in request.frames for view in self.views]
+        if not any(present):
+            raise UserError(f"the observation has none of the views {list(self.views)}, only {list(request.frames)}")
+        for v, view in enumerate(self.views):
+            if present[v]:
+                pictures[v, 0] = _picture(request.frames[view], (height, width), view)
+        latents = self.stats.normalize_latents(self.codec.encode(pictures)[:, 0])
+        return np.where(np.asarray(present)[:, None, None, None], latents, 0.0)
+
+    def _padded(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([rows, np.repeat(rows[:1], self.batch_size - len(rows), axis=0)])
+
+
+def _sample(
+    config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], *, bucket: int
+) -> tuple[jax.Array, jax.Array]:
+    """Normalised latents `[B, V, bucket, h, w, C]`, left at the anchor by the anchored sampler, and actions
+    `[B, A, 32]` of one event per row."""
+    batch = _batch(config, inputs, bucket)
+    flow = _flow(config, params, batch)
+    latents, actions = _noise(inputs["seed"], batch)
+    denoise = batch["latent_role"][:, None, :, None, None, None] == samplers.DENOISE_ROLE
+    latents = jnp.where(denoise, latents, batch["latents"])
+    sampling, objective = config.sampling, config.objective
+    if sampling.sampler == "symmetric":
+        sigmas = flow_matching.sigmas(sampling.steps, objective.video_shift)
+        return samplers.symmetric(flow, latents, actions, sigmas=sigmas)
+    return samplers.anchored(
+        flow,
+        latents,
+        actions,
+        video_sigmas=flow_matching.sigmas(sampling.video_steps, objective.video_shift, end=objective.anchor_sigma),
+        action_sigmas=flow_matching.sigmas(sampling.steps, objective.action_shift),
+    )
+
+
+def _finish(
+    config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], latents: jax.Array, *, bucket: int
+) -> jax.Array:
+    """Denoises the video from the anchor to the end; `latents` as `_sample` returned them."""
+    flow = _flow(config, params, _batch(config, inputs, bucket))
+    objective = config.objective
+    sigmas = samplers.remaining_sigmas(config.sampling.video_steps, objective.video_shift, objective.anchor_sigma)
+    return samplers.euler(flow.video, latents, sigmas)
+
+
+def _flow(config: ConfigDict, params: Any, batch: Mapping[str, jax.Array]) -> samplers.ModelFlow:
+    """The model on `batch`, with the null text encoded beside its captions where guidance needs it."""
+    text, null_text, guidance = wam.encode_text(params, config.model, batch), None, float(config.sampling.guidance)
+    if guidance != 1.0:
+        ids, length = encode_bytes("", batch["text_ids"].shape[-1])
+        null = {**batch, "text_ids": jnp.broadcast_to(ids, batch["text_ids"].shape)}
+        null["text_length"] = jnp.full_like(batch["text_length"], length)
+        null_text = wam.encode_text(params, config.model, null)
+    return samplers.ModelFlow(params, config.model, batch, text, null_text, guidance)
+
+
+def _durations(config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], *, bucket: int) -> jax.Array:
+    """Log-seconds quantiles `[B, Q]`."""
+    batch = _batch(config, inputs, bucket)
+    text = wam.encode_text(params, config.model, batch)
+    return wam.predict_duration(params, config.model, batch, text)[:, 0]
+
+
+def _batch(config: ConfigDict, inputs: Mapping[str, jax.Array], bucket: int) -> dict[str, jax.Array]:
+    """A packed batch with one event per row: `bucket` latents, the first clean, zeros where the event is to come."""
+    first = inputs["first"]
+    rows, views, *cell = first.shape
+    length = config.model.actions_per_latent * (bucket - 1)
+    latent = jnp.arange(bucket)[None]
+    action = jnp.arange(length)[None]
+    in_event = latent <= inputs["futures"][:, None]
+    acts = action < inputs["steps"][:, None]
+    view_id = inputs["view_id"][:, None]
+    return {
+        "latents": jnp.zeros((rows, views, bucket, *cell)).at[:, :, 0].set(first),
+        "latent_event": in_event.astype(jnp.int32),
+        "latent_role": jnp.where(in_event, jnp.where(latent == 0, 1, samplers.DENOISE_ROLE), 0),
+        "latent_pos": jnp.where(in_event, latent, 0),
+        "actions": jnp.zeros((rows, length, ACTION_DIM)),
+        "action_event": acts.astype(jnp.int32),
+        "action_pos": jnp.where(acts, action, 0),
+        "action_valid": acts[..., None] & inputs["state_valid"][:, None],
+        "state": inputs["state"][:, None],
+        "state_valid": inputs["state_valid"][:, None],
+        "text_ids": inputs["text_ids"][:, None],
+        "text_length": inputs["text_length"][:, None],
+        "view_id": view_id,
+        "valid_rect": jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows, 1, views, 4)),
+        "view_geometry": jnp.zeros((rows, views, bucket, _GEOMETRY)),
+        "window_index": jnp.zeros((rows, 1), jnp.int32),
+        "duration_s": jnp.zeros((rows, 1)),
+        "duration_in_caption": jnp.zeros((rows, 1), bool),
+        "event_level": jnp.zeros((rows, 1), jnp.int32),
+    }
+
+
+def _noise(seeds: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Unit noise like the latents and actions; a function of seed and position, the same in every bucket."""
+    _, views, bucket, *cell = batch["latents"].shape
+    _, length, width = batch["actions"].shape
+
+    def one_row(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        video, action = jax.random.split(jax.random.key(seed))
+        at = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        latents = jax.vmap(lambda key: jax.random.normal(key, (views, *cell)))(at(video, jnp.arange(bucket)))
+        actions = jax.vmap(lambda key: jax.random.normal(key, (width,)))(at(action, jnp.arange(length)))
+        return jnp.moveaxis(latents, 0, 1), actions
+
+    return jax.vmap(one_row)(seeds)
+
+
+def _picture(frame: np.ndarray, size: tuple[int, int], view: str) -> np.ndarray:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise UserError(f"view {view!r}: expected a [H, W, 3] uint8 picture, got {frame.dtype} {list(frame.shape)}")
+    if frame.shape[:2] == size:
+        return frame
+    return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+def _to_uint8(frames: np.ndarray) -> np.ndarray:
+    return np.clip(np.round((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,197 @@
+"""Action tower: a flow-matching transformer over the end-effector trajectory of each event, coupled one-way to the video.
+
+It is as deep as the video tower. Block i attends to what leaves video block i; nothing flows back. A token is the
+state of an event or one of its actions; the stream is `[K, B, S, D]`: K noise draws that share the video, rows,
+S = E states then A actions. WALL-WM sections 2.5, 2.6.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from wallwm_jax.models.attention import Attention, attend
+from wallwm_jax.models.layer_stack import build
+from wallwm_jax.models.layers import GatedFeedForward, Linear, TimeEmbedding, gated, layer_norm, modulate
+from wallwm_jax.models.rope import position_angles
+from wallwm_jax.models.video_tower import TIMESTEPS
+
+Batch = dict[str, Any]
+
+MODULATIONS = 12  # shift, scale, gate of: self-attention, state, video, feed-forward
+
+
+class VideoKeys(NamedTuple):
+    """What one block reads of the video: keys and values `[B, F*N, H, d]` of all cells."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class ActionCondition(NamedTuple):
+    """What every block reads beside the stream; computed once per forward.
+
+    Attributes:
+      time: `[K, B, S, D]` embedded noise level per token. modulation: `[K, B, S, 12, D]` its projection.
+      angles: `[B, S, d/2]` of the self-attention.
+      segments: `[B, S]` event of a token. token_event: `[B, S, E]` the same, one-hot.
+      frame_embedding: `[B, S, D]` E_tau of a token.
+      video_segments: `[B, F*N]` event of a cell.
+    """
+
+    time: jax.Array
+    modulation: jax.Array
+    angles: jax.Array
+    segments: jax.Array
+    token_event: jax.Array
+    frame_embedding: jax.Array
+    video_segments: jax.Array
+
+
+class ActionBlock(nnx.Module):
+    """One block: self-attention, state, video cross-attention, gated feed-forward; each gated by the noise level."""
+
+    def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        width, dtype = config.action_width, jnp.dtype(config.compute_dtype)
+        self.modulation = nnx.Param(jnp.zeros((MODULATIONS, width), jnp.float32))
+        self.self_attention = Attention(width, config.action_heads, rngs=rngs, dtype=dtype)
+        self.state_value = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.state_output = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.video_attention = Attention(width, config.action_heads, rngs=rngs, dtype=dtype, key_width=config.width)
+        self.ffn = GatedFeedForward(width, config.action_ffn, rngs=rngs, dtype=dtype)
+
+    def video_keys(self, video: jax.Array, frame_embedding: jax.Array) -> VideoKeys:
+        """Keys and values of the stream leaving the video block, `[B, F, N, Dv]`, layer-normed and projected.
+
+        `frame_embedding [B, F, D]`, E_tau of the latent frames, is added to both.
+        """
+        normed = layer_norm(video).astype(self.video_attention.dtype)
+        offset = frame_embedding[:, :, None]
+        key = self.video_attention.keys(normed, offset=offset)
+        value = self.video_attention.values(normed, offset=offset)
+        return VideoKeys(*(part.reshape(part.shape[0], -1, *part.shape[3:]) for part in (key, value)))
+
+    def __call__(self, x: jax.Array, video: VideoKeys, condition: ActionCondition) -> jax.Array:
+        modulation = self.modulation[...] + condition.modulation
+        part = [modulation[:, :, :, i] for i in range(MODULATIONS)]
+        x = gated(x, self._self_attention(modulate(x, *part[0:2]), condition), part[2])
+        x = self._state(x, part[3:6], condition)
+        x = gated(x, self._video(modulate(x, *part[6:8]), video, condition), part[8])
+        return gated(x, self.ffn(modulate(x, *part[9:11])), part[11])
+
+    def _self_attention(self, x: jax.Array, condition: ActionCondition) -> jax.Array:
+        """Attention over the state and action tokens of one event."""
+        k, b, s, _ = x.shape
+        attention = self.self_attention
+        parts = (
+            attention.queries(x, angles=condition.angles),
+            attention.keys(x, angles=condition.angles),
+            attention.values(x),
+        )
+        query, key, value = (part.reshape(k * b, s, *part.shape[3:]) for part in parts)
+        segments = jnp.tile(condition.segments, (k, 1))
+        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments)
+        return attention.merge(mixed.reshape(k, b, s, *mixed.shape[2:]))
+
+    def _state(self, x: jax.Array, modulation: list[jax.Array], condition: ActionCondition) -> jax.Array:
+        """Cross-attention to the event's one state token: softmax over one key is 1, so its value is the result."""
+        events = condition.token_event.shape[-1]
+        shift, scale, gate = (part[:, :, :events] for part in modulation)
+        update = self.state_output(self.state_value(modulate(x[:, :, :events], shift, scale)))
+        update = (gate * update.astype(jnp.float32)).astype(x.dtype)
+        return x + jnp.einsum("bse,kbed->kbsd", condition.token_event, update)
+
+    def _video(self, x: jax.Array, video: VideoKeys, condition: ActionCondition) -> jax.Array:
+        """Cross-attention to all cells, frames and views of the event; the draws share keys and values."""
+        k, b, s, _ = x.shape
+        attention = self.video_attention
+        query = attention.queries(x, offset=condition.frame_embedding)
+        query = jnp.moveaxis(query, 0, 2).reshape(b, s * k, *query.shape[3:])
+        segments = jnp.repeat(condition.segments, k, axis=1)
+        mixed = attend(query, video.key, video.value, q_segments=segments, kv_segments=condition.video_segments)
+        return attention.output(jnp.moveaxis(mixed.reshape(b, s, k, -1), 2, 0))
+
+
+class ActionTower(nnx.Module):
+    """Encoder, blocks and head; `world_action_model.py` runs the blocks."""
+
+    def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        width, dtype = config.action_width, jnp.dtype(config.compute_dtype)
+        self.config, self.dtype = config, dtype
+        self.encoder_up = Linear(config.action_dim, width, rngs=rngs, dtype=dtype)
+        self.encoder_down = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.time_embedding = TimeEmbedding(config.freq_dim, width, MODULATIONS, rngs=rngs)
+        self.video_time_embedding = TimeEmbedding(config.freq_dim, width, MODULATIONS, rngs=rngs)
+        rows = 2 * config.max_latents + 1
+        self.frame_embedding = nnx.Param(0.5 * _sinusoids(rows, width))
+        self.blocks = build(lambda rngs: ActionBlock(config, rngs=rngs), config.depth, rngs)
+        self.head_modulation = nnx.Param(jnp.zeros((2, width), jnp.float32))
+        self.head_up = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.head_down = Linear(width, config.action_dim, rngs=rngs, dtype=dtype, std=0.0)
+
+    def embed(self, batch: Batch, noisy_actions: jax.Array) -> jax.Array:
+        """States of the batch and `noisy_actions [K, B, A, Da]` to the stream `[K, B, S, D]`; one encoder for both."""
+        state = jnp.where(batch["state_valid"], batch["state"], 0.0)
+        state = jnp.broadcast_to(state, (noisy_actions.shape[0], *state.shape))
+        actions = jnp.where(batch["action_valid"], noisy_actions, 0.0)
+        return self.encoder_down(jax.nn.silu(self.encoder_up(jnp.concatenate([state, actions], 2))))
+
+    def condition(
+        self, batch: Batch, sigma: jax.Array, video_sigma: jax.Array, video_segments: jax.Array
+    ) -> ActionCondition:
+        """What the blocks read.
+
+        Args:
+          batch: the packed batch.
+          sigma: `[K, B, E]` noise level of the actions, in [0, 1].
+          video_sigma: `[B, E]` noise level of the video the features were computed at.
+          video_segments: `[B, F, V]` event of a view's cells, 0 closed.
+        """
+        config = self.config
+        events = batch["view_id"].shape[1]
+        cells = (config.latent_shape[0] // config.patch[0]) * (config.latent_shape[1] // config.patch[1])
+        b = video_segments.shape[0]
+        states = jnp.broadcast_to(jnp.arange(1, events + 1), (b, events))
+        segments = jnp.concatenate([states, batch["action_event"]], 1)
+        position = jnp.concatenate([jnp.zeros_like(states), batch["action_pos"] + 1], 1)
+        frame = jnp.concatenate([jnp.zeros_like(states), batch["action_pos"] // config.actions_per_latent + 1], 1)
+        token_event = jax.nn.one_hot(segments - 1, events, dtype=self.dtype)
+        embeddings = zip(self.time_embedding(TIMESTEPS * sigma), self.video_time_embedding(TIMESTEPS * video_sigma))
+        time, modulation = (
+            jnp.einsum("bse,kbe...->kbs...", token_event, (own + video).astype(self.dtype))
+            for own, video in embeddings
+        )
+        return ActionCondition(
+            time=time,
+            modulation=modulation,
+            angles=position_angles(position, config.action_width // config.action_heads),
+            segments=segments,
+            token_event=token_event,
+            frame_embedding=self.frame_embeddings(frame),
+            video_segments=jnp.repeat(video_segments.reshape(b, -1), cells, axis=1),
+        )
+
+    def velocity(self, x: jax.Array, condition: ActionCondition) -> jax.Array:
+        """The head: stream `[K, B, S, D]` to velocities of the action tokens, `[K, B, A, Da]`, float32."""
+        events = condition.token_event.shape[-1]
+        time = condition.time[:, :, events:]
+        shift, scale = (row + time for row in self.head_modulation[...])
+        hidden = jax.nn.silu(self.head_up(modulate(x[:, :, events:], shift, scale)))
+        return self.head_down(hidden).astype(jnp.float32)
+
+    def frame_embeddings(self, frame: jax.Array) -> jax.Array:
+        """E_tau of signed latent positions; beyond the table, its last row."""
+        reach = self.config.max_latents
+        one_hot = jax.nn.one_hot(jnp.clip(frame, -reach, reach) + reach, 2 * reach + 1, dtype=jnp.float32)
+        return one_hot @ self.frame_embedding[...]
+
+
+def _sinusoids(rows: int, width: int) -> jax.Array:
+    """Initial E_tau `[rows, width]`: neighbouring frames are alike, so queries first look at their own latent frame."""
+    position = jnp.arange(rows, dtype=jnp.float32)[:, None]
+    angle = position * (100.0 ** -(jnp.arange((width + 1) // 2) / ((width + 1) // 2)))
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1).reshape(rows, -1)[:, :width]

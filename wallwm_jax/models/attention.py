@@ -1,0 +1,113 @@
+"""Attention: `attend`, the one door to it, and the projections around it.
+
+Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
+bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallwm_jax.models.layers import Linear, RMSNorm
+from wallwm_jax.models.rope import rotate
+
+CLOSED = -1e30
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention, softmax in float32.
+
+    Args:
+      query: `[B, S, H, D]`.
+      key, value: `[B, T, H, D]`.
+      q_segments, kv_segments: `[B, S]`, `[B, T]` integers; a key is open to the queries of its own segment; segment 0
+        is padding, closed to all. Both or neither.
+      key_bias: `[B, T]` float32 added to the logits of a key; -inf closes it.
+      mask: `[B, S, T]` bool, False closes.
+
+    Returns:
+      `[B, S, H, D]` in the dtype of `value`; exactly zero where no key is open.
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("bshd,bthd->bhst", query * scale, key, preferred_element_type=jnp.float32)
+    allowed = None if mask is None else mask[:, None]
+    if q_segments is not None and kv_segments is not None:
+        same = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments != 0)[:, None, :]
+        allowed = same[:, None] if allowed is None else allowed & same[:, None]
+    if key_bias is not None:
+        is_open = (key_bias > CLOSED)[:, None, None, :]
+        allowed = is_open if allowed is None else allowed & is_open
+        logits = logits + jnp.maximum(key_bias, CLOSED)[:, None, None, :]
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, CLOSED)
+    peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    if allowed is not None:
+        weights = jnp.where(allowed, weights, 0.0)
+    total = jnp.sum(weights, -1)
+    mixed = jnp.einsum("bhst,bthd->bshd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    total = jnp.where(total > 0, total, 1.0)
+    return (mixed / jnp.swapaxes(total, 1, 2)[..., None]).astype(value.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of one multi-head attention, with RMS norms over the full width of q and k (Wan's qk-norm).
+
+    `key_width` is the width of what keys and values are projected from; `zero_output` starts with no effect.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        key_width: int | None = None,
+        zero_output: bool = False,
+    ):
+        key_width = width if key_width is None else key_width
+        self.heads = heads
+        self.query = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.key = Linear(key_width, width, rngs=rngs, dtype=dtype)
+        self.value = Linear(key_width, width, rngs=rngs, dtype=dtype)
+        self.output = Linear(width, width, rngs=rngs, dtype=dtype, std=0.0 if zero_output else None)
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+        self.dtype = dtype
+
+    def queries(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
+        """`[..., D]` to queries `[..., H, d]`: normalised, plus `offset [..., D]`, rotated by `angles [..., d / 2]`."""
+        return self._place(self.query_norm(self.query(x)), angles, offset)
+
+    def keys(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
+        """`[..., Dk]` to keys `[..., H, d]`: normalised, plus `offset [..., D]`, rotated by `angles [..., d / 2]`."""
+        return self._place(self.key_norm(self.key(x)), angles, offset)
+
+    def values(self, x: jax.Array, *, offset: jax.Array | None = None) -> jax.Array:
+        """`[..., Dk]` to values `[..., H, d]`, plus `offset [..., D]`."""
+        return self._place(self.value(x), None, offset)
+
+    def merge(self, heads: jax.Array) -> jax.Array:
+        """Attended heads `[..., H, d]` through the output projection, `[..., D]`."""
+        return self.output(heads.reshape(*heads.shape[:-2], -1))
+
+    def _place(self, x: jax.Array, angles: jax.Array | None, offset: jax.Array | None) -> jax.Array:
+        x = self._split(x if offset is None else x + offset)
+        return (x if angles is None else rotate(x, angles)).astype(self.dtype)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)

@@ -1,0 +1,52 @@
+"""Stacks of equal blocks: built under vmap with parameters `[L, ...]`, run by one scan. The only place with scan and remat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+REMAT = ("none", "full")
+
+
+def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """One module whose every parameter carries a leading layer axis: `depth` blocks, each from its own random key."""
+    return nnx.vmap(make)(rngs.split(depth))
+
+
+def run(
+    step: Callable[..., tuple[Any, Any]], carry: Any, blocks: tuple[nnx.Module, ...], inputs: Any = None
+) -> tuple[Any, Any]:
+    """Runs `carry, output = step(carry, (block of this layer, ...), inputs of this layer)` over the layers.
+
+    Args:
+      step: pure; gets the blocks of one layer in the order of `blocks`.
+      carry: what the layers hand on.
+      blocks: stacked modules from `build`, of equal depth.
+      inputs: pytree with a leading layer axis, or None.
+
+    Returns:
+      (last carry, outputs stacked on a leading layer axis).
+    """
+    graphs, states = zip(*(nnx.split(block) for block in blocks))
+
+    def body(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
+        states, inputs = layer
+        return step(carry, tuple(nnx.merge(graph, state) for graph, state in zip(graphs, states)), inputs)
+
+    return jax.lax.scan(body, carry, (states, inputs))
+
+
+def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`function`, recomputed in the backward pass ("full") or with all its intermediates kept ("none").
+
+    Raises:
+      ValueError: unknown policy.
+    """
+    if policy not in REMAT:
+        raise ValueError(f"model.remat {policy!r}: one of {', '.join(REMAT)}")
+    return jax.checkpoint(function, prevent_cse=False) if policy == "full" else function

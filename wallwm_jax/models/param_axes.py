@@ -1,0 +1,128 @@
+"""The one table of parameters: each path's logical axes, and how the optimizer treats it. Shardings, Muon, decay and freezing read it.
+
+A path is the keys of the parameter tree joined by "/", for example "video/blocks/ffn/up/kernel". Every parameter
+matches exactly one rule; `rule_for` raises otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Logical axes of the paths that match `pattern` (whole path), outermost first.
+
+    `kind`: "matrix" is a linear map inside a block (Muon, decayed); "table" is a linear map at the border or an
+    embedding (AdamW, decayed); "vector" is a bias, norm, modulation or position table (AdamW, not decayed).
+    """
+
+    pattern: str
+    axes: tuple[str, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class MatrixAxes:
+    """Which axes of a leaf form the matrix that Muon orthogonalises; all others are stacked."""
+
+    reduction: int
+    output: int
+
+
+_BLOCK = r"(video|action|text)/blocks/"
+_ATTENTION = _BLOCK + r"(\w*attention/)+"
+
+RULES = (
+    Rule(_ATTENTION + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(_ATTENTION + r"output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(_ATTENTION + r"(query|key|value)/bias", ("layers", "heads"), VECTOR),
+    Rule(_ATTENTION + r"output/bias", ("layers", "embed"), VECTOR),
+    Rule(_ATTENTION + r"(query|key)_norm/scale", ("layers", "heads"), VECTOR),
+    Rule(r"action/blocks/state_value/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(r"action/blocks/state_output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(r"action/blocks/state_value/bias", ("layers", "heads"), VECTOR),
+    Rule(r"action/blocks/state_output/bias", ("layers", "embed"), VECTOR),
+    Rule(_BLOCK + r"ffn/(up|gate)/kernel", ("layers", "embed", "mlp"), MATRIX),
+    Rule(_BLOCK + r"ffn/down/kernel", ("layers", "mlp", "embed"), MATRIX),
+    Rule(_BLOCK + r"ffn/(up|gate)/bias", ("layers", "mlp"), VECTOR),
+    Rule(_BLOCK + r"ffn/down/bias", ("layers", "embed"), VECTOR),
+    Rule(_BLOCK + r"(view_attention/)?modulation", ("layers", "modulation", "embed"), VECTOR),
+    Rule(_BLOCK + r"\w+_norm/(scale|bias)", ("layers", "embed"), VECTOR),
+    Rule(r"video/patch_embedding/kernel", ("patch", "embed"), TABLE),
+    Rule(r"video/head/kernel", ("embed", "patch"), TABLE),
+    Rule(r"video/head/bias", ("patch",), VECTOR),
+    Rule(r"video/cameras/angles", ("view", "angle"), VECTOR),
+    Rule(r"video/text_up/kernel", ("text", "embed"), TABLE),
+    Rule(r"(video/text_down|action/(encoder_down|head_up))/kernel", ("embed", "embed_out"), TABLE),
+    Rule(r"\w+/\w*time_embedding/up/kernel", ("frequency", "embed"), TABLE),
+    Rule(r"\w+/\w*time_embedding/down/kernel", ("embed", "embed_out"), TABLE),
+    Rule(r"\w+/\w*time_embedding/projection/kernel", ("embed", "modulation"), TABLE),
+    Rule(r"\w+/\w*time_embedding/projection/bias", ("modulation",), VECTOR),
+    Rule(r"\w+/\w*time_embedding/(up|down)/bias", ("embed",), VECTOR),
+    Rule(r"\w+/head_modulation", ("modulation", "embed"), VECTOR),
+    Rule(r"video/(patch_embedding|text_up|text_down)/bias", ("embed",), VECTOR),
+    Rule(r"action/encoder_up/kernel", ("action", "embed"), TABLE),
+    Rule(r"action/head_down/kernel", ("embed", "action"), TABLE),
+    Rule(r"action/head_down/bias", ("action",), VECTOR),
+    Rule(r"action/(encoder_up|encoder_down|head_up)/bias", ("embed",), VECTOR),
+    Rule(r"action/frame_embedding", ("frame", "embed"), VECTOR),
+    Rule(r"text/embedding", ("vocabulary", "embed"), TABLE),
+    Rule(r"text/norm/(scale|bias)", ("embed",), VECTOR),
+    Rule(r"duration/up/kernel", ("features", "embed"), TABLE),
+    Rule(r"duration/down/kernel", ("embed", "quantile"), TABLE),
+    Rule(r"duration/up/bias", ("embed",), VECTOR),
+    Rule(r"duration/down/bias", ("quantile",), VECTOR),
+)
+
+
+def rule_for(path: str) -> Rule:
+    """The one rule of a path.
+
+    Raises:
+      ValueError: no rule matches, or several do.
+    """
+    matches = [rule for rule in RULES if re.fullmatch(rule.pattern, path)]
+    if len(matches) != 1:
+        found = ", ".join(repr(rule.pattern) for rule in matches) or "none"
+        raise ValueError(f"parameter {path!r} must match exactly one rule of param_axes.RULES; matches: {found}")
+    return matches[0]
+
+
+def map_params(function: Callable[[str, Rule, Any], Any], params: Any) -> Any:
+    """The tree of `function(path, rule, leaf)` over all parameters (arrays or shapes).
+
+    Raises:
+      ValueError: a parameter without exactly one rule, or whose rank is not its rule's.
+    """
+
+    def visit(keys: Any, leaf: Any) -> Any:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        rule = rule_for(path)
+        if len(rule.axes) != len(leaf.shape):
+            raise ValueError(f"parameter {path!r} has shape {tuple(leaf.shape)}, its rule the axes {rule.axes}")
+        return function(path, rule, leaf)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def muon_matrices(params: Any) -> Any:
+    """Per leaf `MatrixAxes` where Muon applies, None elsewhere: the linear maps of the blocks, `[L, in, out]`."""
+    return map_params(lambda path, rule, leaf: MatrixAxes(1, 2) if rule.kind == MATRIX else None, params)
+
+
+def decay_mask(params: Any) -> Any:
+    """Per leaf: whether weight decay applies."""
+    return map_params(lambda path, rule, leaf: rule.kind != VECTOR, params)
+
+
+def groups(params: Any) -> Any:
+    """Per leaf its part of the model: "video", "action", "text" or "duration"; stages train and freeze by it."""
+    return map_params(lambda path, rule, leaf: path.split("/", 1)[0], params)

@@ -1,0 +1,198 @@
+"""Video tower: Wan's video transformer over packed events, several views and latent frames of different noise levels.
+
+Structure and parameters are Wan 2.2 TI2V's, so that only weights need importing: patch embedding, time and text MLPs,
+blocks of within-view self-attention, text cross-attention and feed-forward, and the modulated head. The cross-view
+branch is `view_attention.py`. The stream is `[B, F, N, D]`: rows, latent frames, N = V*h*w cells of all views.
+WALL-WM section 2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from wallwm_jax.models.attention import Attention, attend
+from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
+from wallwm_jax.models.layer_stack import build
+from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
+from wallwm_jax.models.view_attention import CameraTable, ViewAttention
+
+Batch = dict[str, Any]
+
+TIMESTEPS = 1000.0  # Wan feeds 1000 * sigma
+DENOISE = 2  # latent_role of the frames that carry noise
+
+
+class VideoCondition(NamedTuple):
+    """What every block reads beside the stream; computed once per forward.
+
+    Attributes:
+      time: `[B, F, D]` embedded timestep. modulation: `[B, F, 6, D]` its projection.
+      angles: `[B, F, h*w, d/2]` of the within-view attention. camera_angles: `[B, F, N, d/2]` across views, or None.
+      segments: `[B, F, V]` event of a view's cells, 0 for padding and absent views.
+      text: `[B, E, L, D]` caption tokens. frame_event: `[B, F, E]` one-hot, all zeros for padding.
+      text_bias: `[B, F, L]` logit bias per caption token of the frame's event.
+    """
+
+    time: jax.Array
+    modulation: jax.Array
+    angles: jax.Array
+    camera_angles: jax.Array | None
+    segments: jax.Array
+    text: jax.Array
+    frame_event: jax.Array
+    text_bias: jax.Array
+
+
+class VideoBlock(nnx.Module):
+    """One block: within-view attention, cross-view attention, text cross-attention, feed-forward."""
+
+    def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        width, heads, dtype = config.width, config.heads, jnp.dtype(config.compute_dtype)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, width), jnp.float32) / width**0.5)
+        self.self_attention = Attention(width, heads, rngs=rngs, dtype=dtype)
+        self.view_attention = ViewAttention(width, heads, rngs=rngs, dtype=dtype) if config.view_attention else None
+        if self.view_attention is not None:
+            self.view_attention.start_from(self.self_attention, self.modulation[...][:3])
+        self.text_norm = LayerNorm(width)
+        self.text_attention = Attention(width, heads, rngs=rngs, dtype=dtype)
+        self.ffn = FeedForward(width, config.ffn, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
+        modulation = self.modulation[...] + condition.modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, :, i, None] for i in range(6))
+        x = gated(x, self._within_views(modulate(x, shift, scale), condition), gate)
+        if self.view_attention is not None:
+            cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
+            x = self.view_attention(x, condition.modulation[:, :, :3], condition.camera_angles, cell_bias)
+        x = x + self._text(self.text_norm(x), condition)
+        return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+
+    def _within_views(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
+        """Self-attention over the cells of one view and all latent frames of one event."""
+        b, f, n, width = x.shape
+        views = condition.segments.shape[2]
+        cells = n // views
+        x = x.reshape(b, f, views, cells, width)
+        angles = condition.angles[:, :, None]
+        parts = (
+            self.self_attention.queries(x, angles=angles),
+            self.self_attention.keys(x, angles=angles),
+            self.self_attention.values(x),
+        )
+        query, key, value = (
+            jnp.swapaxes(part, 1, 2).reshape(b * views, f * cells, *part.shape[4:]) for part in parts
+        )
+        segments = jnp.repeat(jnp.swapaxes(condition.segments, 1, 2).reshape(b * views, f), cells, axis=1)
+        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments)
+        mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
+        return self.self_attention.output(mixed)
+
+    def _text(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
+        """Cross-attention of a frame's cells to its event's caption: keys once per event, then gathered per frame."""
+        b, f, n, _ = x.shape
+        attention = self.text_attention
+        query = attention.queries(x)
+        key, value = (
+            jnp.einsum("bfe,be...->bf...", condition.frame_event, part)
+            for part in (attention.keys(condition.text), attention.values(condition.text))
+        )
+        mixed = attend(
+            query.reshape(b * f, n, *query.shape[3:]),
+            key.reshape(b * f, *key.shape[2:]),
+            value.reshape(b * f, *value.shape[2:]),
+            key_bias=condition.text_bias.reshape(b * f, -1),
+        )
+        return attention.merge(mixed.reshape(b, f, n, *mixed.shape[2:]))
+
+
+class VideoTower(nnx.Module):
+    """Embedding, blocks and head; `world_action_model.py` runs the blocks."""
+
+    def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.compute_dtype)
+        rows, columns = config.patch
+        patch = rows * columns * config.latent_channels
+        self.config, self.dtype = config, dtype
+        self.patch_embedding = Linear(patch, width, rngs=rngs, dtype=dtype)
+        self.time_embedding = TimeEmbedding(config.freq_dim, width, 6, rngs=rngs)
+        self.text_up = Linear(config.text.width, width, rngs=rngs, dtype=dtype)
+        self.text_down = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.cameras = CameraTable(config.max_views, width // config.heads) if config.view_attention else None
+        self.blocks = build(lambda rngs: VideoBlock(config, rngs=rngs), config.depth, rngs)
+        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
+        self.head = Linear(width, patch, rngs=rngs, dtype=dtype, std=0.0)
+
+    def embed(self, latents: jax.Array) -> jax.Array:
+        """Latents `[B, V, F, h, w, C]` to the stream `[B, F, N, D]`."""
+        patches = patchify(latents, self.config.patch)
+        return self.patch_embedding(patches).reshape(*patches.shape[:2], -1, self.config.width)
+
+    def condition(self, batch: Batch, sigma: jax.Array, features: jax.Array, length: jax.Array) -> VideoCondition:
+        """What the blocks read: noise level `sigma [B, E]` in [0, 1], caption `features [B, E, L, Dt]` with `length`."""
+        rows, columns = (size // patch for size, patch in zip(self.config.latent_shape, self.config.patch))
+        head_dim = self.config.width // self.config.heads
+        events = batch["view_id"].shape[1]
+        event, slot = batch["latent_event"], jnp.maximum(batch["latent_event"] - 1, 0)
+        frame_sigma = jnp.where(batch["latent_role"] == DENOISE, jnp.take_along_axis(sigma, slot, 1), 0.0)
+        time, modulation = self.time_embedding(TIMESTEPS * frame_sigma)
+        view_id = jnp.take_along_axis(batch["view_id"], slot[..., None], 1)
+        frame_angles = position_angles(batch["latent_pos"], axis_dims(head_dim)[0])
+        text, bias = self._caption_tokens(features, length)
+        return VideoCondition(
+            time=time,
+            modulation=modulation,
+            angles=grid_angles(frame_angles, rows, columns, head_dim),
+            camera_angles=None if self.cameras is None else self.cameras(view_id, rows, columns),
+            segments=jnp.where(view_id > 0, event[..., None], 0),
+            text=text,
+            frame_event=jax.nn.one_hot(event - 1, events, dtype=self.dtype),
+            text_bias=jnp.where(event[..., None] > 0, jnp.take_along_axis(bias, slot[..., None], 1), -jnp.inf),
+        )
+
+    def velocity(self, x: jax.Array, time: jax.Array, views: int) -> jax.Array:
+        """The head: stream `[B, F, N, D]` and embedded timestep `[B, F, D]` to velocity `[B, V, F, h, w, C]`, float32."""
+        modulation = self.head_modulation[...] + time[:, :, None]
+        patches = self.head(modulate(x, modulation[:, :, :1], modulation[:, :, 1:])).astype(jnp.float32)
+        return unpatchify(patches, views, self.config.latent_shape, self.config.patch)
+
+    def _caption_tokens(self, features: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Caption tokens through Wan's text MLP `[B, E, L, D]`, and their logit bias `[B, E, L]`.
+
+        With `text.pad_to` = P, one token is appended: Wan pads captions with zero features to P tokens and attends to
+        them all; the P - n pads are equal, so one of them with logit bias log(P - n) is the same function.
+        """
+        pad_to, tokens = self.config.text.pad_to, features.shape[2]
+        length = length[..., None]
+        is_token = jnp.arange(tokens) < length
+        features = jnp.where(is_token[..., None], features, 0)
+        bias = jnp.where(is_token, 0.0, -jnp.inf)
+        if pad_to:
+            features = jnp.pad(features, ((0, 0), (0, 0), (0, 1), (0, 0)))
+            bias = jnp.concatenate([bias, jnp.log(jnp.maximum(pad_to - length, 0).astype(jnp.float32))], -1)
+        return self.text_down(jax.nn.gelu(self.text_up(features), approximate=True)), bias
+
+
+def patchify(latents: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """Latents `[B, V, F, h, w, C]` to patches `[B, F, V, h*w / (p*q), p*q*C]`, cells inside a patch row by row."""
+    b, v, f, h, w, c = latents.shape
+    p, q = patch
+    cells = latents.reshape(b, v, f, h // p, p, w // q, q, c)
+    return jnp.transpose(cells, (0, 2, 1, 3, 5, 4, 6, 7)).reshape(b, f, v, (h // p) * (w // q), p * q * c)
+
+
+def unpatchify(patches: jax.Array, views: int, shape: tuple[int, int], patch: tuple[int, int]) -> jax.Array:
+    """Inverse of `patchify` for patches `[B, F, V*cells, p*q*C]`: latents `[B, V, F, h, w, C]`."""
+    b, f, _, width = patches.shape
+    (h, w), (p, q) = shape, patch
+    cells = patches.reshape(b, f, views, h // p, w // q, p, q, width // (p * q))
+    return jnp.transpose(cells, (0, 2, 1, 3, 5, 4, 6, 7)).reshape(b, views, f, h, w, width // (p * q))
+
+
+def _closed_where(closed: jax.Array, repeats: int) -> jax.Array:
+    """Key bias `[..., V * repeats]`: -inf where `closed [..., V]`, else 0."""
+    return jnp.repeat(jnp.where(closed, -jnp.inf, 0.0), repeats, axis=-1)

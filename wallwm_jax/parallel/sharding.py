@@ -1,0 +1,85 @@
+"""Where arrays live on the mesh: logical axis names -> mesh axes, for parameters, batches and activations.
+
+`models/param_axes.py` names the axes of every parameter; `RULES` says which mesh axis splits each name. Weights are split over
+`fsdp` on their input side and over `tensor` on their output side (heads, hidden units). A dimension that its mesh axis
+does not divide stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from wallwm_jax.parallel.mesh import ROW_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: dict[str, MeshAxes] = {
+    "batch": ROW_AXES,
+    "embed": "fsdp",
+    "embed_out": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    **dict.fromkeys(
+        ("layers", "modulation", "patch", "view", "angle", "text", "frequency", "action", "frame", "vocabulary", "features", "quantile")
+    ),
+}
+
+
+def spec_for(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES
+) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions carry the logical `names` (None: whole).
+
+    A dimension is left whole where its mesh axes do not divide it, or already split an earlier dimension of the array.
+
+    Raises:
+      ValueError: more or fewer names than dimensions, or a name without a rule.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{len(names)} axis names {tuple(names)} for an array of shape {tuple(shape)}")
+    used: set[str] = set()
+    entries: list[MeshAxes] = []
+    for name, size in zip(names, shape):
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} has no sharding rule; the rules name {', '.join(rules)}")
+        target = rules[name] if name is not None else None
+        axes = (target,) if isinstance(target, str) else (target or ())
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if shards == 1 or size % shards or used & set(axes):
+            entries.append(None)
+        else:
+            entries.append(target)
+            used |= set(axes)
+    return PartitionSpec(*entries)
+
+
+def named(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`spec_for` on its mesh."""
+    return NamedSharding(mesh, spec_for(names, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension (rows of a batch) split over slice, data and fsdp; fits every array of a packed batch."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the layout of an activation inside jit by logical names; does nothing when no mesh is set.
+
+    Args:
+      x: the activation.
+      names: one logical axis name, or None, per dimension.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(names, x.shape, mesh))

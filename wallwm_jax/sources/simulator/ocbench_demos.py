@@ -1,0 +1,217 @@
+"""Demonstrations from OCBench's scripted experts: successful episodes with video, commands, calibration, true events.
+
+    for episode in demonstrations(["chamber", "block"], episodes=20, seed=0): ...
+
+Episodes are a pure function of (family, seed, number), whatever the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from wallwm_jax.console import UserError, progress
+from wallwm_jax.events.schema import CameraTrack, Episode
+from wallwm_jax.sources.simulator import expert, rendering
+from wallwm_jax.sources.simulator.ocbench_env import CLOCK_HZ, EMBODIMENT, VIEWS, OCBenchEnv
+
+VIDEO_STRIDE = 2  # control steps per frame: 5 Hz
+JPEG_QUALITY = 92
+
+# Environments of a family, taken in turn.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "chamber": (
+        "chamber-cpu-lite-easy-task1-v0",
+        "chamber-cpu-lite-easy-task2-v0",
+        "chamber-cpu-lite-easy-task3-v0",
+    ),
+    "block": (
+        "block-cpu-lite-single-task1-v0",
+        "block-cpu-lite-double-task1-v0",
+        "block-cpu-lite-double-task2-v0",
+    ),
+    "switch": ("switch-cpu-lite-3x3-task1-v0", "switch-cpu-lite-3x3-task2-v0"),
+    "hanoi": (
+        "hanoi-cpu-lite-single-task1-v0",
+        "hanoi-cpu-lite-single-task2-v0",
+        "hanoi-cpu-lite-double-task1-v0",
+    ),
+}
+_MAX_ATTEMPTS_PER_EPISODE = 5
+
+
+@dataclass
+class FamilyCount:
+    """How many episodes of a family were tried, kept and dropped because the expert failed."""
+
+    attempted: int = 0
+    kept: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Attempts that did not succeed."""
+        return self.attempted - self.kept
+
+
+class Demonstrations(Iterator[Episode]):
+    """Iterates over successful episodes; `counts` tells per family how many attempts that took so far."""
+
+    def __init__(self, generator: Iterator[Episode], counts: dict[str, FamilyCount]):
+        self._generator = generator
+        self.counts = counts
+
+    def __next__(self) -> Episode:
+        return next(self._generator)
+
+
+def demonstrations(
+    families: Sequence[str],
+    episodes: int,
+    seed: int,
+    *,
+    size: int = 64,
+    views: Sequence[str] = VIEWS,
+    workers: int = 2,
+) -> Demonstrations:
+    """Successful expert episodes, in an order and with contents that depend on the arguments alone, `workers` excepted.
+
+    Args:
+      families: keys of `FAMILIES`, or OCBench environment ids such as "chamber-cpu-lite-easy-task1-v0".
+      episodes: episodes to keep of each family; failed attempts are replaced by further ones.
+      seed: of the whole set; another seed gives other episodes.
+      size: pixels of the square pictures.
+      views: MuJoCo camera names.
+      workers: spawned processes; 0 records in this process.
+
+    Raises:
+      UserError: unknown family, missing simulator or GL, or (while iterating) an expert that keeps failing.
+    """
+    rendering.check_rendering()
+    pools = {family: _environments(family) for family in families}
+    counts = {family: FamilyCount() for family in families}
+    record = functools.partial(record_attempt, seed=seed, size=size, views=tuple(views))
+    return Demonstrations(_generate(pools, counts, episodes, record, workers), counts)
+
+
+def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tuple[str, ...]) -> Episode | None:
+    """Records attempt `job` = (family, environment id, number); None where the expert failed."""
+    family, env_id, number = job
+    episode_seed = attempt_seed(family, seed, number)
+    rollout = expert.roll_out(_environment(env_id, size, views), controller_factory(env_id), episode_seed, VIDEO_STRIDE)
+    if not rollout.success:
+        return None
+    rendered = rollout.observations[::VIDEO_STRIDE]
+    return Episode(
+        episode_id=f"{env_id}/{seed}/{number}",
+        source=f"ocbench/{env_id}",
+        embodiment=EMBODIMENT,
+        clock_hz=CLOCK_HZ,
+        video_stride=VIDEO_STRIDE,
+        size=(size, size),
+        frames={view: [_jpeg(observation.frames[view]) for observation in rendered] for view in views},
+        poses=np.stack([observation.pose for observation in rollout.observations]),
+        grippers=np.stack([observation.gripper for observation in rollout.observations]),
+        command_poses=rollout.command_poses,
+        command_grippers=rollout.command_grippers,
+        spans=expert.spans(rollout),
+        cameras={
+            view: CameraTrack(
+                intrinsics=rendered[0].cameras[view][0],
+                extrinsics=np.stack([observation.cameras[view][1] for observation in rendered]),
+            )
+            for view in views
+        },
+        seed=episode_seed,
+        success=True,
+        provenance=("last command held for one step, so that the final state is a stored frame",) * rollout.held,
+    )
+
+
+def attempt_seed(family: str, seed: int, number: int) -> int:
+    """The simulator's seed of attempt `number` of a family: 31 bits."""
+    digest = hashlib.sha256(f"{family}/{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def controller_factory(env_id: str) -> Callable[[Any], Any]:
+    """Makes the expert of an environment's family, free of deliberate mistakes."""
+    from ocbench.oracles import controllers
+
+    family = env_id.split("-", 1)[0]
+    if family == "switch":
+        return functools.partial(controllers.SwitchController, p_mistake_range=(0.0, 0.0))
+    experts = {
+        "chamber": controllers.ChamberController,
+        "block": controllers.BlockController,
+        "hanoi": controllers.HanoiController,
+    }
+    return functools.partial(experts[family], p_mistake=0.0)
+
+
+def _environments(family: str) -> tuple[str, ...]:
+    if family in FAMILIES:
+        return FAMILIES[family]
+    if family.split("-", 1)[0] in FAMILIES and "-cpu-lite-" in family:
+        return (family,)
+    raise UserError(
+        f"unknown OCBench family {family!r}; give one of {', '.join(FAMILIES)} or an id like {FAMILIES['block'][0]}"
+    )
+
+
+def _generate(
+    pools: dict[str, tuple[str, ...]],
+    counts: dict[str, FamilyCount],
+    episodes: int,
+    record: Callable[[tuple[str, str, int]], Episode | None],
+    workers: int,
+) -> Iterator[Episode]:
+    """Records in rounds: each asks every family for as many attempts as it still lacks, so timing decides nothing."""
+    total = episodes * len(pools)
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(workers) if workers else None
+
+    def kept() -> Iterator[Episode]:
+        while any(count.kept < episodes for count in counts.values()):
+            jobs = []
+            for family, count in counts.items():
+                numbers = range(count.attempted, count.attempted + episodes - count.kept)
+                jobs.append([(family, pools[family][n % len(pools[family])], n) for n in numbers])
+            ordered = [job for turn in _interleaved(jobs) for job in turn]
+            results = pool.imap(record, ordered) if pool else map(record, ordered)
+            for (family, env_id, _), episode in zip(ordered, results):
+                counts[family].attempted += 1
+                if episode is not None:
+                    counts[family].kept += 1
+                    yield episode
+                elif counts[family].attempted >= _MAX_ATTEMPTS_PER_EPISODE * (counts[family].kept + 1) + 10:
+                    raise UserError(f"the expert of {env_id} keeps failing: {counts[family]}; leave this family out")
+
+    try:
+        yield from progress(kept(), total=total, unit="episode", label="demonstrations")
+    finally:
+        if pool is not None:
+            pool.terminate()
+            pool.join()
+
+
+def _interleaved(rows: list[list[Any]]) -> Iterator[list[Any]]:
+    """First entries of all rows, then second ones, and so on."""
+    for index in range(max(map(len, rows))):
+        yield [row[index] for row in rows if index < len(row)]
+
+
+@functools.lru_cache(maxsize=16)
+def _environment(env_id: str, size: int, views: tuple[str, ...]) -> OCBenchEnv:
+    return OCBenchEnv(env_id, views, size)
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    _, encoded = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return encoded.tobytes()

@@ -1,0 +1,197 @@
+"""Losses of the world action model and the random draws they need (WALL-WM eq. 7, 12, 13; section 2.7 of the report).
+
+Noise is drawn per event: one video sigma for each event slot [B, E], and K independent draws of the actions [K, B, E] that reuse
+one video forward. Every stream's loss is a sum over the valid elements of the whole global batch divided by their number, so it
+depends neither on how rows are spread over devices nor on how events are packed into rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from wallwm_jax.models import flow_matching, world_action_model
+from wallwm_jax.models.video_tower import DENOISE
+from wallwm_jax.training.stages import Stage
+
+Batch = Mapping[str, jax.Array]
+Params = Mapping[str, Any]
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one step.
+
+    Attributes:
+      video_noise: [B, V, F, h, w, C] standard normal.
+      video_sigma: [B, E] noise level of each event's future latents, in [0, 1].
+      action_noise: [K, B, A, Da] standard normal.
+      action_sigma: [K, B, E] noise level of each event's actions, in [0, 1].
+    """
+
+    video_noise: jax.Array
+    video_sigma: jax.Array
+    action_noise: jax.Array
+    action_sigma: jax.Array
+
+
+def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage) -> Draws:
+    """Noise and sigmas of one step, a pure function of `key` and the batch's shapes."""
+    video_key, sigma_key, action_key, action_sigma_key = jax.random.split(key, 4)
+    rows, slots = batch["window_index"].shape
+    draws = objective.action_draws
+    u = jax.random.uniform(sigma_key, (rows, slots))
+    if stage.video_sigma == "anchor":
+        video_sigma = flow_matching.jittered_anchor(
+            u, objective.anchor_sigma, objective.anchor_jitter_steps, objective.schedule_steps, objective.video_shift
+        )
+    else:
+        video_sigma = flow_matching.sigma_from_uniform(u, objective.video_shift)
+    if objective.action_sigma == "symmetric":
+        action_sigma = jnp.broadcast_to(video_sigma, (draws, rows, slots))
+    else:
+        u = jax.random.uniform(action_sigma_key, (draws, rows, slots))
+        action_sigma = flow_matching.sigma_from_uniform(u, objective.action_shift)
+    return Draws(
+        video_noise=jax.random.normal(video_key, batch["latents"].shape),
+        video_sigma=video_sigma,
+        action_noise=jax.random.normal(action_key, (draws, *batch["actions"].shape)),
+        action_sigma=action_sigma,
+    )
+
+
+def compute_loss(
+    trainable: Params,
+    frozen: Params,
+    config: ConfigDict,
+    stage: Stage,
+    batch: Batch,
+    key: jax.Array,
+    channel_weight: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of the stage's losses on one packed batch.
+
+    Args:
+      trainable: parameter groups that the loss is differentiated by.
+      frozen: the other attached groups, in any float dtype; they are read in float32.
+      config: `model` and `objective` sections are read.
+      stage: which streams count.
+      batch: packed batch of the design (section 3).
+      key: random key of this step.
+      channel_weight: [C] weight of each latent channel, mean 1 (standard deviation of the band over its mean).
+
+    Returns:
+      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's streams, "events" (real events in the batch).
+    """
+    params = {**_detached(config.model), **trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen))}
+    objective = config.objective
+    draws = draw(key, batch, objective, stage)
+    text = world_action_model.encode_text(params, config.model, batch)
+    outputs = world_action_model.forward(
+        params,
+        config.model,
+        batch,
+        noisy_latents=noise_latents(batch, draws),
+        video_sigma=draws.video_sigma,
+        noisy_actions=noise_actions(batch, draws),
+        action_sigma=draws.action_sigma,
+        text=text,
+        train_video=stage.trains_video,
+        run_actions=stage.runs_actions,
+    )
+    losses: dict[str, jax.Array] = {}
+    if "video" in stage.losses:
+        losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight)
+    if "action" in stage.losses:
+        losses["action"] = action_loss(outputs.action_velocity, batch, draws)
+    if "duration" in stage.losses:
+        quantiles = world_action_model.predict_duration(params, config.model, batch, text)
+        losses["duration"] = duration_loss(quantiles, batch, config.model.duration_quantiles)
+    weights = {"video": objective.video_weight, "action": objective.action_weight, "duration": objective.duration_weight}
+    total = sum((weights[stream] * loss for stream, loss in losses.items()), jnp.float32(0.0))
+    metrics = {f"loss_{stream}": loss for stream, loss in losses.items()}
+    return total, {"loss": total, **metrics, "events": jnp.sum(batch["window_index"] >= 0)}
+
+
+def noise_latents(batch: Batch, draws: Draws) -> jax.Array:
+    """[B, V, F, h, w, C]: future latents noised to their event's sigma; clean latents and padding as they are."""
+    sigma = _per_token(draws.video_sigma, batch["latent_event"]) * (batch["latent_role"] == DENOISE)
+    return flow_matching.add_noise(batch["latents"], draws.video_noise, sigma[:, None, :, None, None, None])
+
+
+def noise_actions(batch: Batch, draws: Draws) -> jax.Array:
+    """[K, B, A, Da]: actions noised to their event's sigma of each draw; invalid dimensions and padding stay 0."""
+    sigma = jax.vmap(_per_token, in_axes=(0, None))(draws.action_sigma, batch["action_event"])
+    return flow_matching.add_noise(batch["actions"], draws.action_noise, sigma[..., None]) * _valid_actions(batch)
+
+
+def video_loss(velocity: jax.Array, batch: Batch, draws: Draws, channel_weight: jax.Array) -> jax.Array:
+    """Mean of `channel_weight * (velocity - (noise - latents))^2` over valid latent cells (WALL-WM eq. 7).
+
+    Valid: a future latent of a real event, in a view that the event has, cell wholly inside the view's picture.
+    """
+    target = flow_matching.velocity_target(batch["latents"], draws.video_noise)
+    error = jnp.square(velocity.astype(jnp.float32) - target) @ channel_weight / channel_weight.shape[0]
+    return _mean(error, valid_cells(batch))
+
+
+def action_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
+    """Mean of `(velocity - (noise - actions))^2` over the K draws and the valid action elements (WALL-WM eq. 12-13)."""
+    target = flow_matching.velocity_target(batch["actions"], draws.action_noise)
+    valid = jnp.broadcast_to(_valid_actions(batch), velocity.shape)
+    return _mean(jnp.square(velocity.astype(jnp.float32) - target), valid)
+
+
+def duration_loss(quantiles: jax.Array, batch: Batch, levels: tuple[float, ...]) -> jax.Array:
+    """Pinball loss of log-seconds quantiles [B, E, Q], mean over events and quantile levels.
+
+    Left out: absent events, and captions that state the duration or were dropped (the null text, one token long).
+    """
+    told = batch["duration_in_caption"] | (batch["text_length"] <= 1)
+    valid = (batch["window_index"] >= 0) & (batch["duration_s"] > 0) & ~told
+    target = jnp.log(jnp.where(valid, batch["duration_s"], 1.0))
+    level = jnp.asarray(levels, jnp.float32)
+    above = target[..., None] - quantiles.astype(jnp.float32)
+    return _mean(jnp.mean(jnp.maximum(level * above, (level - 1.0) * above), -1), valid)
+
+
+def valid_cells(batch: Batch) -> jax.Array:
+    """[B, V, F, h, w] bool: the latent cells that the video loss is taken over."""
+    height, width = batch["latents"].shape[3:5]
+    event = batch["latent_event"]
+    present = _per_token(batch["view_id"] > 0, event)  # [B, F, V]
+    x0, y0, x1, y1 = jnp.moveaxis(_per_token(batch["valid_rect"], event), -1, 0)[..., None]  # [B, F, V, 1] each
+    slack = 1e-4
+    column, row = jnp.arange(width) / width, jnp.arange(height) / height
+    inside_x = (column >= x0 - slack) & (column + 1.0 / width <= x1 + slack)  # [B, F, V, w]
+    inside_y = (row >= y0 - slack) & (row + 1.0 / height <= y1 + slack)
+    cells = inside_y[..., :, None] & inside_x[..., None, :] & present[..., None, None]
+    cells &= (batch["latent_role"] == DENOISE)[:, :, None, None, None]
+    return jnp.swapaxes(cells, 1, 2)
+
+
+def _detached(model: ConfigDict) -> dict[str, Any]:
+    """Zeros for the groups that a stage does not attach: the model's graph names them, no computation reads them."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), world_action_model.abstract_params(model))
+
+
+def _per_token(values: jax.Array, event: jax.Array) -> jax.Array:
+    """Values of each token's event: [B, E, ...] at 1-based slots [B, S] -> [B, S, ...]; zero (False) where the slot is 0."""
+    taken = jax.vmap(lambda row, slots: row[jnp.maximum(slots - 1, 0)])(values, event)
+    real = (event > 0).reshape(event.shape + (1,) * (values.ndim - 2))
+    return jnp.where(real, taken, jnp.zeros((), values.dtype))
+
+
+def _valid_actions(batch: Batch) -> jax.Array:
+    return batch["action_valid"] & (batch["action_event"] > 0)[..., None]
+
+
+def _mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Global sum over global count; 0 where nothing is valid."""
+    total = jnp.sum(jnp.where(valid, values, 0.0))
+    return total / jnp.maximum(jnp.sum(valid), 1)

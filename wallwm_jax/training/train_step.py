@@ -1,0 +1,145 @@
+"""The train step: built here once from (config, mesh) and used unchanged by training, tests, preflight and benchmarks.
+
+`step(state, batch) -> (state, metrics)` is pure: its randomness is `fold_in(key of config.seed, state.step)`, so the same state and rows
+give the same result in any process. It is jitted with explicit shardings on both sides and donates the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from wallwm_jax.models import param_axes, world_action_model
+from wallwm_jax.optim.optimizer import build_optimizer, learning_rate
+from wallwm_jax.parallel import sharding
+from wallwm_jax.training.objectives import compute_loss
+from wallwm_jax.training.stages import Stage, get_stage
+from wallwm_jax.training.train_state import TrainState, ema_decay, initial_state, update_ema
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A built step and everything needed to call it.
+
+    Attributes:
+      step: jitted (state, batch) -> (state, metrics); the state is donated. Metrics are float32 or int32 scalars: "loss",
+        "loss_<stream>", "grad_norm" (before the clip), "lr", "muon_lr", "events".
+      init: jitted () -> fresh TrainState, made where it lives; a pure function of `config.seed`.
+      abstract_state: shapes, dtypes and shardings of the state, no memory.
+      rows: sharding of every array of a batch.
+      stage: what trains.
+    """
+
+    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+    init: Callable[[], TrainState]
+    abstract_state: TrainState
+    rows: NamedSharding
+    stage: Stage
+
+    def abstract_batch(self, spec: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch as shapes with shardings, from `packing.batch_spec`."""
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows) for name, (shape, dtype) in spec.items()
+        }
+
+
+def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray | None = None) -> TrainStep:
+    """Builds the step of `config.train.stage`; nothing is compiled or allocated yet.
+
+    Args:
+      config: all sections except `data` are read.
+      mesh: from `parallel.mesh.make_mesh`.
+      channel_weight: [C] weight of each latent channel in the video loss, mean 1 (`Stats.channel_weights`); None weighs all alike.
+
+    Raises:
+      UserError: unknown stage or optimizer, or a schedule that does not fit.
+    """
+    stage = get_stage(config.train.stage)
+    shapes, _ = stage.split(world_action_model.abstract_params(config.model))
+    optimizer = build_optimizer(
+        config.optim, config.train.steps, param_axes.muon_matrices(shapes), param_axes.decay_mask(shapes)
+    )
+    init_key, noise_key = jax.random.split(jax.random.key(config.seed))
+    channels = config.model.latent_channels
+    weight = np.ones(channels, np.float32) if channel_weight is None else np.asarray(channel_weight, np.float32)
+    if weight.shape != (channels,):
+        raise ValueError(f"channel_weight has shape {weight.shape}; the model has {channels} latent channels")
+
+    def fresh() -> TrainState:
+        return initial_state(config, stage, optimizer, init_key)
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _step(state, batch)
+
+    def _step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(noise_key, state.step)
+        loss = functools.partial(
+            compute_loss,
+            frozen=state.frozen,
+            config=config,
+            stage=stage,
+            batch=batch,
+            key=key,
+            channel_weight=jnp.asarray(weight),
+        )
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            **metrics,
+            "grad_norm": optax.global_norm(grads),
+            "lr": learning_rate(config.optim.lr, config.optim, config.train.steps)(state.step),
+            "muon_lr": learning_rate(config.optim.muon_lr, config.optim, config.train.steps)(state.step),
+        }
+        ema = update_ema(state.ema, trainable, ema_decay(state.step, config.train.ema_decay))
+        return (
+            TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema, frozen=state.frozen),
+            metrics,
+        )
+
+    abstract = jax.eval_shape(fresh)
+    shardings = state_shardings(abstract, optimizer, mesh)
+    rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
+    return TrainStep(
+        step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        init=jax.jit(fresh, out_shardings=shardings),
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+        ),
+        rows=rows,
+        stage=stage,
+    )
+
+
+def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """NamedSharding of every array of a state: parameters by `param_axes`, moments and average as their parameter."""
+    trainable, frozen = (
+        param_axes.map_params(lambda path, rule, leaf: sharding.named(rule.axes, leaf.shape, mesh), params)
+        for params in (abstract.trainable, abstract.frozen)
+    )
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, where: moment if isinstance(moment, optax.MaskedNode) else where,
+        abstract.opt_state,
+        trainable,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    return dataclasses.replace(
+        abstract, step=whole, trainable=trainable, opt_state=opt_state, ema=trainable, frozen=frozen
+    )
