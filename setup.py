@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["wallwm_jax", "wallwm_jax.*"]),
+    package_data={"wallwm_jax.evaluation": ["templates/*.j2"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -29,6 +30,7 @@ setup(
         "scikit-learn>=1.5",
         "opencv-python-headless>=4.10",
         "matplotlib>=3.9",
+        "pillow>=10.1",
         "jinja2>=3.1",
         "tensorboardX>=2.6",
         "tqdm>=4.66",

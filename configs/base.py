@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
             actions_per_row=256,  # A
             events_per_row=16,  # E
             text_length=96,  # L: caption tokens kept per event
-            draw_block_rows=64,  # R: rows packed together; all drawn events fit
-            fill_target=0.98,  # a block draws until the next event would exceed this share of R * F
+            draw_block_rows=64,  # R: rows packed together; below 32 the fill suffers
+            fill_target=0.98,  # share of R * F latents a block is planned to hold; less where lengths leave gaps
             vl_power=0.5,  # a in n_vl^-a * n_act^-b; (0, 0) is uniform sampling
             action_power=0.5,  # b
             weight_clip=10.0,  # weights stay within [1/clip, clip] times their mean
@@ -59,12 +59,13 @@ def get_config() -> ConfigDict:
                     width=128,  # Dt
                     depth=2,  # bytes encoder blocks
                     heads=4,
+                    stride=4,  # bytes merged into one token by the bytes encoder
                     pad_to=0,  # 512 reproduces Wan's zero padding as one biased key; 0 masks padding
                 )
             ),
             duration_quantiles=(0.1, 0.5, 0.9),
             compute_dtype="float32",  # float32 | bfloat16; parameters, softmax and accumulations stay float32
-            remat="none",  # none | full
+            remat="none",  # none | dots (recompute all but matrix products and attention) | full
         )
     )
 
@@ -119,6 +120,7 @@ def get_config() -> ConfigDict:
             sampler="anchored",  # anchored | symmetric
             steps=10,  # Euler steps of the action stream (symmetric: of both)
             video_steps=5,  # Euler steps of the video stream from noise to anchor_sigma (anchored)
+            action_temperature=1.0,  # scale of the starting noise; 0 is near the mean of what the model expects
             guidance=1.0,
             buckets=(5, 9, 13, 17),  # latents per event, rounded up; one compilation each
         )

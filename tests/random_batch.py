@@ -15,9 +15,8 @@ def tiny_config(**data: object) -> ConfigDict:
     """The base config with every size cut down; `data` overrides entries of `config.data`."""
     config = base.get_config().copy_and_resolve_references()
     with config.unlocked():
-        config.data.update(
-            dict(rows=2, latents_per_row=12, actions_per_row=80, events_per_row=5, text_length=12, **data)
-        )
+        sizes = dict(rows=2, latents_per_row=12, actions_per_row=80, events_per_row=5, text_length=12)
+        config.data.update(sizes | data)
         config.model.update(
             dict(
                 latent_shape=(4, 4),

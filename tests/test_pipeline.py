@@ -3,6 +3,10 @@
 import itertools
 import pickle
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +19,20 @@ from wallwm_jax.data.device_feed import feed
 from wallwm_jax.data.event_store import open_store, write_index
 from wallwm_jax.data.packing import META_FIELDS, batch_spec
 from wallwm_jax.data.pipeline import RowSource, check_store, make_loader, resolve_views
+
+_LOAD_FOREVER = """
+import multiprocessing, sys, time
+from configs import base
+from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.pipeline import make_loader
+if __name__ == "__main__":
+    config = base.get_config()
+    config.data.rows = 1
+    with make_loader(open_store(sys.argv[1]), config) as loader:
+        next(loader)
+        print([child.pid for child in multiprocessing.active_children() if "grain" in child.name][0], flush=True)
+        time.sleep(600)
+"""
 
 
 def configured(**changes):
@@ -84,6 +102,21 @@ def test_a_worker_process_loads_the_same_batches_and_reports_bad_records(cluster
     warnings = [line for line in workers.splitlines() if line.startswith("warning: bad record, used as padding: ")]
     assert warnings == [line for line in threads.splitlines() if line.startswith("warning: bad record")]
     assert len(warnings) == len(bad)  # each is named once, however often it is drawn
+
+
+@pytest.mark.fault
+def test_workers_do_not_outlive_a_killed_training_process(clustered_store):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _LOAD_FOREVER, str(clustered_store)], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(process.stdout.readline())
+    assert _is_running(worker)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _is_running(worker)
 
 
 def test_a_bad_record_is_named_by_episode_and_event(clustered_store, tmp_path, capfd):
@@ -186,6 +219,13 @@ def test_an_error_of_the_loader_reaches_the_training_loop():
         next(fed)
         with pytest.raises(UserError, match="too many bad records"):
             next(fed)
+
+
+def _is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def _with_bad_records(path, tmp_path, windows):

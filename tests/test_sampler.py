@@ -45,7 +45,7 @@ def test_rows_are_full_and_no_row_exceeds_a_capacity(latents, levels):
             assert index["length"][row].sum() <= latents
             assert index["num_actions"][row].sum() <= 256
             assert len(row) <= 16
-    report = sampler.report(index, blocks=48)
+    report = sampler.report(blocks=48)
     assert report["fill"] >= 0.975
     assert report["undrawn"] == 0
     assert sampler.fill == pytest.approx(0.98)
@@ -53,7 +53,7 @@ def test_rows_are_full_and_no_row_exceeds_a_capacity(latents, levels):
 
 def test_drawn_shares_are_the_target_within_one_percent_total_variation():
     index = index_like_ocbench()
-    report = Sampler(index, configured()).report(index)
+    report = Sampler(index, configured()).report()
     assert report["blocks"] == BLOCKS_PER_DECK
     assert max(report["total_variation"].values()) < 0.002
 
@@ -136,7 +136,7 @@ def test_lengths_that_cannot_be_packed_tightly_lower_the_planned_fill_instead_of
     index["num_actions"] = 72
     sampler = Sampler(index, configured())
     assert sampler.fill == pytest.approx(30 / 34, abs=1e-3)
-    report = sampler.report(index, blocks=32)
+    report = sampler.report(blocks=32)
     assert report["undrawn"] <= 1e-3 * report["events_per_row"] * 64 * 32
     assert report["fill"] == pytest.approx(30 / 34, abs=1e-3)
 
@@ -159,6 +159,7 @@ def test_fixed_windows_ignore_levels():
         ({}, {"window_kind": "fixed"}, "no windows of kind 'fixed', only \\['event'\\]"),
         ({}, {"window_kind": "history"}, "data.window_kind='history' is not one of"),
         ({}, {"levels": {"stage": 1.0}}, "need positive shares of levels among"),
+        ({}, {"fill_target": 1.5}, "data.fill_target=1.5 must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_at_the_start(change, data, message):

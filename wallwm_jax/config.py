@@ -1,6 +1,6 @@
-"""Config files: `configs/*.py` with `get_config(arg)` returning a locked `ConfigDict`; each knob stands once, in `base.py`.
+"""Config files: `configs/*.py` with `get_config(arg)` returning a locked `ConfigDict`; each knob stands in `base.py`.
 
-`define_config_flag` is the one flag that training, evaluation and preflight share: `--config=configs/x.py[:argument]`, and
+`define_config_flag` is the one flag that commands share: `--config=configs/x.py[:argument]`, and
 `--config.section.key=value` to override one knob. A key that does not exist is an error, with the nearest name.
 """
 

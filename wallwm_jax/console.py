@@ -46,13 +46,16 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     print(f"    {name}: done in {spent:.1f} s", flush=True)
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Starts a command: parses absl flags, turns `UserError` into one line on standard error and exit code 2."""
+def run_command(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None:
+    """Starts a command: parses absl flags, turns `UserError` into one line on standard error and exit code 2.
+
+    `main` gets the program's name and up to `positional` arguments that are not flags; more are a usage error.
+    """
 
     def guarded(argv: list[str]) -> int | None:
         logging.getLogger().setLevel(logging.WARNING)
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        if len(argv) > 1 + positional:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1 + positional :])}")
         try:
             return main(argv)
         except UserError as error:

@@ -189,6 +189,7 @@ class EventStore:
         self.captions = load_captions(path / "captions.npz")
         self._frame_keys = {view: f"frames/{key}" for view, key in meta["frame_keys"].items()}
         self._records = ArrayRecordDataSource(shard_instructions(path, meta["splits"][split]))
+        example_type()  # now: its package replaces Python's importer while it loads, which must not meet other threads
 
     def __len__(self) -> int:
         return len(self.index)

@@ -8,7 +8,12 @@ sees the same rows, and to resume is to start at a step.
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +37,7 @@ Batch = dict[str, np.ndarray]
 
 _THREADS = 2  # that load batches where there are no worker processes
 _SHARED_BYTES = 1 << 20  # arrays from this size on come from a worker through shared memory
+_FAREWELL_S = 2.0  # an orphaned worker ends the batch it is at, so that its shared memory is known and cleaned up
 _ROWS = 1 << 40  # length of the endless source
 
 
@@ -230,11 +236,21 @@ def _grain_iterator(source: RowSource, config: ConfigDict) -> grain.DatasetItera
         flags.FLAGS.mark_as_parsed()
     rows = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     rows = WithOptionsIterDataset(rows, DatasetOptions(min_shm_size=_SHARED_BYTES))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch // workers))
-    return iter(rows.mp_prefetch(options, worker_init_fn=_one_thread_each))
+    depth = max(1, prefetch // (2 * workers))  # Grain keeps this many both in the worker's queue and behind it
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
+    return iter(rows.mp_prefetch(options, worker_init_fn=_start_worker))
 
 
-def _one_thread_each(worker: int, workers: int) -> None:
-    """Keeps a worker to one core: the host's other cores belong to the other workers and to the training process."""
+def _start_worker(worker: int, workers: int) -> None:
+    """Keeps a worker to one core (the others are its siblings' and training's), and ends it if its parent is killed."""
     cv2.setNumThreads(1)
     threadpool_limits(1)
+    threading.Thread(target=_follow_parent, name="follow-parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    time.sleep(_FAREWELL_S)
+    os._exit(1)

@@ -37,7 +37,7 @@ class _Deck:
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """`R` rows of window indices, and the windows of the draw's tail that found no place (skipped in this pass)."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -48,6 +48,7 @@ class Sampler:
     """Draws windows of an index by balanced weights and packs them into rows.
 
     Attributes:
+      rows_per_block: R.
       candidates: `[n]` index positions of the windows that can be drawn.
       target: `[n]` probability of each candidate in one draw; sums to 1.
       fill: planned share of the `R * F` latents of a block that are real. `fill_target`, or less where these lengths
@@ -62,17 +63,21 @@ class Sampler:
           config: the whole config; reads `config.data` and, without `seed`, `config.seed`.
 
         Raises:
-          UserError: no window of the asked kind or level; a window that no row can hold; no clusters to balance by.
+          UserError: no window of the asked kind or level; a window that no row can hold; no clusters to balance by; a
+            fill target outside (0, 1].
         """
         data = config.data
-        self.seed = int(config.seed if seed is None else seed)
+        if not 0 < data.fill_target <= 1:
+            raise UserError(f"data.fill_target={data.fill_target} must be above 0 and at most 1")
+        self._index = index
+        self._seed = int(config.seed if seed is None else seed)
         self.rows_per_block = int(data.draw_block_rows)
-        self.capacity = (int(data.latents_per_row), int(data.actions_per_row), int(data.events_per_row))
+        self._capacity = (int(data.latents_per_row), int(data.actions_per_row), int(data.events_per_row))
         self.candidates, shares = _candidates(index, data)
         chosen = index[self.candidates]
-        self.lengths = chosen["length"].astype(np.int64)
-        self.actions = chosen["num_actions"].astype(np.int64)
-        _check_sizes(self.lengths, self.actions, self.capacity, self.candidates)
+        self._lengths = chosen["length"].astype(np.int64)
+        self._actions = chosen["num_actions"].astype(np.int64)
+        _check_sizes(self._lengths, self._actions, self._capacity, self.candidates)
         clustered = (chosen["cluster_vl"] >= 0).any() and (chosen["cluster_action"] >= 0).any()
         if (data.vl_power or data.action_power) and not clustered:
             raise UserError(
@@ -99,23 +104,24 @@ class Sampler:
         """Windows of block `number` that found no place; almost always empty, see `_UNDRAWN_SHARE`."""
         return list(self._block(number).undrawn)
 
-    def report(self, index: np.ndarray, blocks: int = BLOCKS_PER_DECK) -> dict[str, Any]:
-        """Measures `blocks` blocks: fill, events and windows undrawn per block, total variation of the marginals.
+    def report(self, blocks: int = BLOCKS_PER_DECK) -> dict[str, Any]:
+        """Draws and packs the first `blocks` blocks and measures them.
 
         Returns:
-          `fill` (real latents over `R * F`), `fill_min` (worst block), `planned_fill`, `events_per_row`, `undrawn`, and
-          `total_variation` with one figure per marginal: level, cluster_vl, cluster_action, length.
+          `blocks`; `fill` (real latents over `R * F`), `fill_min` (of the worst block) and `planned_fill`;
+          `events_per_row`; `undrawn` (windows without a place, all blocks together); and `total_variation` between what
+          was packed and the target: one figure per marginal, level, cluster_vl, cluster_action, length.
         """
-        position = np.full(len(index), -1, np.int64)
+        position = np.full(len(self._index), -1, np.int64)
         position[self.candidates] = np.arange(len(self.candidates))
         visits = np.zeros(len(self.candidates), np.int64)
         fills, undrawn = [], 0
         for number in range(blocks):
             drawn = position[np.concatenate([np.array(row, np.int64) for row in self.block(number)])]
             np.add.at(visits, drawn, 1)
-            fills.append(self.lengths[drawn].sum() / (self.rows_per_block * self.capacity[0]))
+            fills.append(self._lengths[drawn].sum() / (self.rows_per_block * self._capacity[0]))
             undrawn += len(self.undrawn(number))
-        chosen = index[self.candidates]
+        chosen = self._index[self.candidates]
         variation = {
             name: _total_variation(chosen[name], visits, self.target)
             for name in ("level", "cluster_vl", "cluster_action", "length")
@@ -150,12 +156,12 @@ class Sampler:
 
     def _plan(self, fill: float) -> None:
         """Sets how many draws a deck has, so that a block's mean load is `fill` of the scarcest of its capacities."""
-        means = np.array([self.target @ self.lengths, self.target @ self.actions, 1.0])
-        room = np.array(self.capacity) * self.rows_per_block * fill / means  # events per block that each would allow
+        means = np.array([self.target @ self._lengths, self.target @ self._actions, 1.0])
+        room = np.array(self._capacity) * self.rows_per_block * fill / means  # events per block that each would allow
         scarcest = int(np.argmin(room))
-        self._load = (self.lengths, self.actions, np.ones_like(self.lengths))[scarcest]
+        self._load = (self._lengths, self._actions, np.ones_like(self._lengths))[scarcest]
         self._quota = self._cell_target * room[scarcest] * BLOCKS_PER_DECK
-        self.fill = float(room[scarcest] * means[0] / (self.rows_per_block * self.capacity[0]))
+        self.fill = float(room[scarcest] * means[0] / (self.rows_per_block * self._capacity[0]))
 
     def _shrink_until_packable(self, fill: float) -> None:
         """Lowers the planned fill until trial blocks pack (almost) whole: long events leave gaps that nothing fills."""
@@ -176,13 +182,13 @@ class Sampler:
         counts = np.floor((number + 1) * self._quota + self._phase).astype(np.int64) - before
         cell = np.repeat(np.arange(len(counts)), counts)
         turn = np.arange(len(cell)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0 .. count - 1 inside each cell
-        jitter = random_stream(self.seed, _JITTER, number).random(len(cell))
+        jitter = random_stream(self._seed, _JITTER, number).random(len(cell))
         order = np.argsort((turn + jitter) / counts[cell], kind="stable")
         cell, visit = cell[order], (before[cell] + turn)[order]
         size = self._cell_size[cell]
         lap, rank = np.divmod(visit, size)
         key = _mix(
-            _mix(np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF) + _mix(cell.astype(np.uint64))) + lap.astype(np.uint64)
+            _mix(np.uint64(self._seed & 0xFFFFFFFFFFFFFFFF) + _mix(cell.astype(np.uint64))) + lap.astype(np.uint64)
         )
         windows = self._members[self._cell_first[cell] + _shuffled(rank, size, key)]
         load = self._load[windows]
@@ -190,23 +196,23 @@ class Sampler:
         edges = np.linspace(0, load.sum(), BLOCKS_PER_DECK + 1)
         return _Deck(windows, np.searchsorted(middle, edges))
 
-    def _make_block(self, number: int) -> Block:
+    def _make_block(self, number: int) -> _Block:
         if number < 0:
             raise IndexError(f"block {number}: blocks count from 0")
         deck = self._deck(number // BLOCKS_PER_DECK)
         start, end = deck.starts[number % BLOCKS_PER_DECK :][:2]
         draws = deck.windows[start:end]
         placed, packed = self._pack_prefix(draws)
-        # Best fit puts the long events in the first rows; a batch must not be made of those alone.
-        order = random_stream(self.seed, _ROW_ORDER, number).permutation(self.rows_per_block)
+        # Packing puts the long events into the first rows; a batch must not be made of those alone.
+        order = random_stream(self._seed, _ROW_ORDER, number).permutation(self.rows_per_block)
         rows = tuple(tuple(int(self.candidates[draws[slot]]) for slot in sorted(packed[row])) for row in order)
-        return Block(rows, tuple(int(window) for window in self.candidates[draws[placed:]]))
+        return _Block(rows, tuple(int(window) for window in self.candidates[draws[placed:]]))
 
     def _pack_prefix(self, draws: np.ndarray) -> tuple[int, list[list[int]]]:
         """The longest prefix of `draws` that packs, and its rows (positions in `draws`)."""
-        lengths, actions = self.lengths[draws].tolist(), self.actions[draws].tolist()
+        lengths, actions = self._lengths[draws].tolist(), self._actions[draws].tolist()
         for placed in range(len(draws), 0, -1):
-            packed = pack_events(lengths[:placed], actions[:placed], self.rows_per_block, self.capacity)
+            packed = pack_events(lengths[:placed], actions[:placed], self.rows_per_block, self._capacity)
             if packed is not None:
                 return placed, packed
         return 0, [[] for _ in range(self.rows_per_block)]

@@ -1,8 +1,8 @@
 """Closed loop: the model acts in OCBench, event by event, on seeds that nobody trained on.
 
-The loop of event mode (WALL-WM section 5): observe, let the scripted planner name the next event, act for the whole event,
-observe again. A group of episodes moves in lock-step, so that inference is one batch per event; their simulators run in
-worker processes. A group that was started is finished: stopping episodes halfway would favour the short ones.
+The loop of event mode (WALL-WM section 5): observe, let the scripted planner name the next event, act for the whole
+event, observe again. A group of episodes moves in lock-step, so that inference is one batch per event; their simulators
+run in worker processes. A group that was started is finished: stopping episodes halfway would favour the short ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from wallwm_jax.console import progress
+from wallwm_jax.data.event_store import EventStore
 from wallwm_jax.evaluation.environments import EnvironmentPool, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.events.actions import absolute_commands
@@ -107,8 +108,8 @@ def replay_experts(pool: EnvironmentPool, trials: Sequence[Trial]) -> list[Episo
 def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     """`subtask` and `episode` success with Wilson 95 % intervals, progress, and counts by family and verb.
 
-    A subtask that was tried counts once, however many events it took. `progress` is the mean number of achieved subtasks
-    per episode.
+    A subtask that was tried counts once, however many events it took. `progress` is the mean number of achieved
+    subtasks per episode.
     """
     subtasks = [subtask for result in results for subtask in result.subtasks]
     achieved = sum(subtask.success for subtask in subtasks)
@@ -168,6 +169,16 @@ def _counts(outcomes: Iterable[tuple[str, bool]]) -> dict[str, list[int]]:
         counts[name][0] += success
         counts[name][1] += 1
     return dict(sorted(counts.items(), key=lambda item: -item[1][1]))
+
+
+def typical_durations(store: EventStore) -> dict[tuple[str, str], float]:
+    """Median seconds per (level, verb) of the store's training episodes, for the planner."""
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for episode in store.episodes:
+        for level, spans in episode["spans"].items() if episode["split"] == "train" else ():
+            for span in spans:
+                seconds[level, span["verb"]].append((span["end"] - span["start"]) / store.meta["clock_hz"])
+    return {key: float(np.median(values)) for key, values in seconds.items()}
 
 
 def held_out_trials(

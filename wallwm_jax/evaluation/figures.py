@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import matplotlib
@@ -18,7 +19,7 @@ ORANGE = "#d9822b"
 GRID = "#e4e9ee"
 
 matplotlib.use("Agg")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -84,7 +85,7 @@ def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
             for y, (policy, row) in enumerate(rates.items()):
                 value = row[measure]
                 colour = BLUE if policy == "trained" else MUTED
-                panel.plot([value["low"], value["high"]], [y, y], color=colour, linewidth=6, alpha=0.35)
+                panel.plot([value["low"], value["high"]], [y, y], color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
                 panel.plot(value["rate"], y, "o", color=colour, markersize=7)
             panel.set_yticks(range(len(rates)), [name.replace("_", " ") for name in rates])
             panel.set_ylim(len(rates) - 0.5, -0.5)
@@ -123,15 +124,15 @@ def scatter(title: str, true: np.ndarray, predicted: np.ndarray, unit: str) -> b
         return _png(figure)
 
 
-def video_strip(rows: Mapping[str, Sequence[np.ndarray]], *, columns: int = 6, height: int = 96) -> bytes:
+def video_strip(rows: Mapping[str, Sequence[np.ndarray]], *, columns: int = 8, height: int = 96) -> bytes:
     """Rows of frames at equally spaced moments, the name of each row on its left; all rows have as many frames."""
     font = _font(13)
-    gap, label = 3, 78
+    gap, label = 3, 82
     strips = []
     for name, frames in rows.items():
         moments = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
         cells = [Image.new("RGB", (label, height), "white")]
-        ImageDraw.Draw(cells[0]).text((0, height / 2), name, fill=INK, font=font, anchor="lm")
+        ImageDraw.Draw(cells[0]).multiline_text((0, height / 2), name, fill=INK, font=font, anchor="lm", spacing=6)
         cells += [_scaled(frames[moment], height) for moment in moments]
         strips.append(_beside(cells, gap))
     return _encode(_below(strips, gap), "PNG")

@@ -1,11 +1,11 @@
 """Open loop: how far the predicted events are from the recorded ones on held-out windows, beside two baselines.
 
-The model sees the first frame of each view, the state and the caption, and predicts the event's actions and video. Errors
-are over the event's true steps; a prediction that is too short is held to the end, one that is too long is cut, which is
-what a robot would do. Baselines get the true duration:
+The model sees the first frame of each view, the state and the caption, and predicts the event's actions and video.
+Errors are over the event's true steps; a prediction that is too short is held to the end, one that is too long is cut,
+which is what a robot would do. Baselines get the true duration:
 
 - `hold_still`: stay at the observed pose with the observed gripper;
-- `cluster_mean`: the mean trajectory of the window's vision-language cluster (nearest centroid), stretched to the duration.
+- `cluster_mean`: the mean trajectory of the nearest vision-language cluster of the training windows, stretched to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.data.clusters import load_clusters
-from wallwm_jax.data.event_store import EventStore, WindowRecord
+from wallwm_jax.data.event_store import BadRecord, EventStore, WindowRecord
 from wallwm_jax.evaluation.statistics import normalized_error, physical_error, psnr
 from wallwm_jax.events.actions import ARM_DIM, GRIPPER_OFFSET
 from wallwm_jax.events.schema import LEVELS
@@ -34,13 +34,11 @@ PREDICTORS = (MODEL, MODEL_PREDICTED, *BASELINES)
 
 @dataclass(frozen=True)
 class Strip:
-    """True and predicted video of one window and view, `[1 + 4N, H, W, 3]` uint8 each, for pictures."""
+    """Recorded and predicted video of one window: view name → (recorded, predicted), `[n, H, W, 3]` uint8 each."""
 
     caption: str
-    view: str
     duration_s: float
-    true: np.ndarray
-    predicted: np.ndarray
+    views: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass
@@ -52,17 +50,20 @@ class OpenLoopResult:
         normalised L1 error and the physical errors.
       strips: some true and predicted videos.
       quantiles: levels of the duration quantiles.
+      bad_records: what is wrong with records that were left out.
     """
 
     rows: list[dict[str, Any]]
     quantiles: tuple[float, ...]
     strips: list[Strip] = field(default_factory=list)
+    bad_records: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Means over windows, in all and by level and verb; durations; final-frame PSNR."""
         rows = self.rows
         return {
             "windows": len(rows),
+            "bad_records": self.bad_records,
             MODEL: _mean(rows, MODEL, "error"),
             MODEL_PREDICTED: _mean(rows, MODEL_PREDICTED, "error"),
             "baselines": {name: _mean(rows, name, "error") for name in BASELINES},
@@ -109,29 +110,29 @@ def evaluate_open_loop(
       store: a clustered store.
       levels: which levels of events.
       limit: windows at most, chosen evenly over the split.
-      strips: how many windows keep their videos.
+      strips: how many windows of the coarsest level keep their videos, at most one per batch.
       seed: of the sampling noise.
       out_of_time: asked before each batch; True ends early, after at least one batch.
 
     Raises:
-      UserError: the store has no such windows or no clusters.
+      UserError: the store has no such windows, none that can be read, or no clusters.
     """
     clusters = load_clusters(store.path)
     wanted = [LEVELS.index(level) for level in levels]
     chosen = np.flatnonzero((store.index["kind"] == KINDS.index("event")) & np.isin(store.index["level"], wanted))
     if not len(chosen):
         raise UserError(f"split {store.split!r} of {str(store.path)!r} has no event windows of levels {list(levels)}")
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)]
+    chosen = chosen[_spread(len(chosen), limit)]
     # Windows of one length share a bucket: shorter programs run, and in a batch nobody waits for a long event.
     chosen = chosen[np.argsort(store.index["length"][chosen], kind="stable")]
     batches = [chosen[start : start + mode.batch_size] for start in range(0, len(chosen), mode.batch_size)]
-    filmed = {int(window) for window in chosen[np.linspace(0, len(chosen) - 1, strips + 2).astype(int)[1:-1]]}
+    coarsest = LEVELS[store.index["level"][chosen].min()]
     result = OpenLoopResult([], tuple(mode.config.model.duration_quantiles))
     order = np.random.default_rng(seed).permutation(len(batches))  # so that an early end leaves no length out
     for number in progress(order, total=len(order), unit="batch", label="open loop"):
         if result.rows and out_of_time():
             break
-        records = [store.read(int(window)) for window in batches[number]]
+        records = _readable(store, batches[number], result.bad_records)
         requests = [_request(store, record) for record in records]
         seeds = [seed + record.index for record in records]
         plans = mode.plan(requests, seeds=seeds, video=True)
@@ -139,6 +140,7 @@ def evaluate_open_loop(
         medians = quantiles[:, _median(result.quantiles)]
         untold = [_with_duration(request, float(median)) for request, median in zip(requests, medians)]
         own = mode.plan(untold, seeds=seeds)
+        film = strips > len(result.strips)  # one window of this batch
         for i, record in enumerate(records):
             mean = clusters.mean_actions(int(store.index[record.index]["cluster_vl"]), record.num_actions)
             predictions = {
@@ -147,16 +149,30 @@ def evaluate_open_loop(
                 "hold_still": _hold_still(record),
                 "cluster_mean": mean,
             }
-            row, videos = _measure(mode, store, record, plans[i], predictions)
+            row, strip = _measure(mode, store, record, plans[i], predictions)
             result.rows.append({**row, "duration_quantiles_s": quantiles[i].tolist()})
-            if record.index in filmed:
-                result.strips += videos
+            if film and record.level == coarsest:
+                result.strips.append(strip)
+                film = False
+    if not result.rows:
+        raise UserError(f"no window of split {store.split!r} could be read: {result.bad_records[0]}; build it again")
     return result
+
+
+def _readable(store: EventStore, windows: np.ndarray, bad: list[str]) -> list[WindowRecord]:
+    """The records of `windows`; what is wrong with those that cannot be read goes to `bad`."""
+    records = []
+    for window in windows:
+        try:
+            records.append(store.read(int(window)))
+        except BadRecord as error:
+            bad.append(str(error))
+    return records
 
 
 def _measure(
     mode: EventMode, store: EventStore, record: WindowRecord, plan: EventPlan, predictions: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Any], list[Strip]]:
+) -> tuple[dict[str, Any], Strip]:
     """Errors of all predictions on one window, and its videos."""
     span = store.span(record.index) or {}
     stats, valid = mode.stats, record.action_valid
@@ -170,15 +186,13 @@ def _measure(
             "rotation_degrees": error.rotation_degrees,
             "gripper": error.gripper,
         }
-    strips, scores, copies = [], [], []
     last = record.num_actions // int(store.meta["video_stride"])  # frames beyond it only hold the last one
-    for view, predicted in mode.decode(plan).items():
-        video = record.video(view)
-        scores.append(psnr(predicted[last], video[last]))
-        copies.append(psnr(video[0], video[last]))
-        caption = store.caption(record.caption_id)
-        strips.append(Strip(caption, view, record.duration_s, video[: last + 1], predicted[: last + 1]))
-    return {**row, "psnr": float(np.mean(scores)), "psnr_copy": float(np.mean(copies))}, strips
+    views = {
+        view: (record.video(view)[: last + 1], predicted[: last + 1]) for view, predicted in mode.decode(plan).items()
+    }
+    row["psnr"] = float(np.mean([psnr(predicted[-1], recorded[-1]) for recorded, predicted in views.values()]))
+    row["psnr_copy"] = float(np.mean([psnr(recorded[0], recorded[-1]) for recorded, _ in views.values()]))
+    return row, Strip(store.caption(record.caption_id), record.duration_s, views)
 
 
 def _request(store: EventStore, record: WindowRecord) -> EventRequest:
@@ -187,7 +201,7 @@ def _request(store: EventStore, record: WindowRecord) -> EventRequest:
         state=record.state,
         state_valid=record.state_valid,
         caption=store.caption(record.caption_id),
-        duration_s=record.duration_s,
+        duration_s=record.num_actions / float(store.meta["action_hz"]),  # the stored stretch, snapped to frames
     )
 
 
@@ -207,6 +221,11 @@ def _hold_still(record: WindowRecord) -> np.ndarray:
 def _held(actions: np.ndarray, steps: int) -> np.ndarray:
     """`actions [T', 32]` cut to `steps`, or its last one repeated."""
     return actions[np.minimum(np.arange(steps), len(actions) - 1)]
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """`most` positions, evenly spread over `0 .. count - 1`; all of them where there are no more."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def _median(quantiles: Sequence[float]) -> int:

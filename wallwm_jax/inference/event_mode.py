@@ -32,6 +32,7 @@ from wallwm_jax.models.text.byte_ids import encode_bytes
 
 SAMPLERS = ("anchored", "symmetric")
 _GEOMETRY = 21
+_LOG_SECONDS = 7.0  # predicted durations stay within 1 ms and 18 minutes, whatever an untrained head says
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class EventMode:
       batch_size: rows of every program; fewer requests are padded, more are run in several batches.
 
     Raises:
-      UserError: the text encoder of the config is not `bytes`, an unknown sampler, or buckets that do not fit the model.
+      UserError: the config's text encoder is not `bytes`, an unknown sampler, or buckets that do not fit the model.
     """
 
     def __init__(
@@ -110,9 +111,9 @@ class EventMode:
         self.batch_size = batch_size
         self.views = tuple(config.data.views) or tuple(store["views"])
         self.codec = get_codec(store["codec"])
-        self._sample = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
-        self._finish = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
-        self._durations = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
+        self._sample: Any = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
+        self._finish: Any = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
+        self._durations: Any = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
 
     def with_params(self, params: Any) -> EventMode:
         """The same programs with other parameters (an untrained twin); nothing is compiled again."""
@@ -150,7 +151,8 @@ class EventMode:
         for chunk in _chunks(requests, self.batch_size):
             inputs = self._inputs(chunk, [1] * len(chunk), [self._stride] * len(chunk))
             log_seconds = self._durations(self.params, inputs, bucket=self.buckets[0])
-            chunks.append(np.exp(np.asarray(log_seconds, np.float64))[: len(chunk)])
+            log_seconds = np.clip(np.asarray(log_seconds, np.float64)[: len(chunk)], -_LOG_SECONDS, _LOG_SECONDS)
+            chunks.append(np.exp(log_seconds))
         return np.concatenate(chunks) if chunks else np.zeros((0, len(self.config.model.duration_quantiles)))
 
     def plan(
@@ -222,10 +224,9 @@ class EventMode:
             if video:
                 z = self.stats.denormalize_latents(np.asarray(latents[row, :, : 1 + future]))
                 films = {view: z[v] for v, view in enumerate(self.views) if view in request.frames}
-            valid = np.arange(ACTION_DIM) < request.state_valid.sum()
             plans.append(
                 EventPlan(
-                    actions=np.where(valid, actions[row, :count], 0.0).astype(np.float32),
+                    actions=np.where(request.state_valid, actions[row, :count], 0.0).astype(np.float32),
                     duration_s=seconds[row],
                     latents=films,
                     bucket=bucket,
@@ -283,6 +284,7 @@ def _sample(
     batch = _batch(config, inputs, bucket)
     flow = _flow(config, params, batch)
     latents, actions = _noise(inputs["seed"], batch)
+    actions = config.sampling.action_temperature * actions
     denoise = batch["latent_role"][:, None, :, None, None, None] == samplers.DENOISE_ROLE
     latents = jnp.where(denoise, latents, batch["latents"])
     sampling, objective = config.sampling, config.objective
@@ -308,7 +310,7 @@ def _finish(
     return samplers.euler(flow.video, latents, sigmas)
 
 
-def _flow(config: ConfigDict, params: Any, batch: Mapping[str, jax.Array]) -> samplers.ModelFlow:
+def _flow(config: ConfigDict, params: Any, batch: dict[str, jax.Array]) -> samplers.ModelFlow:
     """The model on `batch`, with the null text encoded beside its captions where guidance needs it."""
     text, null_text, guidance = wam.encode_text(params, config.model, batch), None, float(config.sampling.guidance)
     if guidance != 1.0:

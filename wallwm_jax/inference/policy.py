@@ -97,7 +97,7 @@ class Policy:
           seed: of the sampling noise; `reset` starts it again.
 
         Raises:
-          UserError: no run there, no such checkpoint, or an unknown sampling entry.
+          UserError: no run there, no such checkpoint, a run that has not learned to act, or an unknown sampling entry.
         """
         loaded = load_params(workdir, step)
         config = ConfigDict(loaded.config).lock()
@@ -105,6 +105,12 @@ class Policy:
             if name not in config.sampling:
                 raise UserError(f"unknown sampling entry {name!r}; it has {', '.join(sorted(config.sampling))}")
             config.sampling[name] = value
+        missing = {"video", "action", "duration", "text"} - set(loaded.params)
+        if missing:
+            raise UserError(
+                f"{str(workdir)!r} was trained in stage {config.train.stage!r} and has no parameters of "
+                f"{' and '.join(sorted(missing))}; acting needs a run of stage 'joint' or 'action'"
+            )
         params = jax.tree.map(jnp.asarray, loaded.params)
         stats = Stats.from_dict(loaded.assets["stats"])
         event_mode = EventMode(params, config, loaded.assets["store"], stats, batch_size=batch_size)

@@ -15,7 +15,7 @@ null text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,7 +59,8 @@ def remaining_sigmas(steps: int, shift: float, start: float) -> np.ndarray:
     """
     if steps < 1 or not 0.0 < start <= 1.0:
         raise ValueError(f"remaining_sigmas: steps {steps} must be at least 1 and start {start} in (0, 1]")
-    u = np.linspace(flow_matching.uniform_from_sigma(start, shift), 0.0, steps + 1)
+    sigma: Any = np.float64(start)
+    u: Any = np.linspace(flow_matching.uniform_from_sigma(sigma, shift), 0.0, steps + 1)
     levels = np.asarray(flow_matching.sigma_from_uniform(u, shift), np.float32)
     levels[0] = start
     return levels
@@ -115,9 +116,9 @@ class ModelFlow:
       text: encoded captions; `null_text` the encoded null caption, needed only when guidance is not 1.
     """
 
-    params: Mapping[str, Any]
+    params: dict[str, Any]
     model: ConfigDict
-    batch: Mapping[str, Array]
+    batch: dict[str, Any]
     text: Any
     null_text: Any = None
     guidance: float = 1.0
@@ -134,6 +135,7 @@ class ModelFlow:
                 action_sigma=self._per_event(sigma)[None],
                 text=text,
             )
+            assert out.action_velocity is not None
             return self._masked(out.video_velocity), out.action_velocity[0]
 
         return self._guided(*(forward(text) for text in self._texts()))

@@ -2,7 +2,7 @@
 
 It is as deep as the video tower. Block i attends to what leaves video block i; nothing flows back. A token is the
 state of an event or one of its actions; the stream is `[K, B, S, D]`: K noise draws that share the video, rows,
-S = E states then A actions. WALL-WM sections 2.5, 2.6.
+S = E states and A actions, event by event. WALL-WM sections 2.5, 2.6.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from wallwm_jax.models.video_tower import TIMESTEPS
 
 Batch = dict[str, Any]
 
-MODULATIONS = 12  # shift, scale, gate of: self-attention, state, video, feed-forward
+TOKEN_MODULATIONS = 9  # shift, scale, gate of self-attention, video attention, feed-forward: per token
+STATE_MODULATIONS = 3  # shift, scale, gate of the state branch: per event
 
 
 class VideoKeys(NamedTuple):
@@ -36,9 +37,9 @@ class ActionCondition(NamedTuple):
     """What every block reads beside the stream; computed once per forward.
 
     Attributes:
-      time: `[K, B, S, D]` embedded noise level per token. modulation: `[K, B, S, 12, D]` its projection.
+      time: `[K, B, E, D]` embedded noise level. modulation: `[K, B, E, 12, D]` its projection.
       angles: `[B, S, d/2]` of the self-attention.
-      segments: `[B, S]` event of a token. token_event: `[B, S, E]` the same, one-hot.
+      segments: `[B, S]` event of a token. token_event: `[B, S, E]` the same, one-hot; state_event: of state tokens.
       frame_embedding: `[B, S, D]` E_tau of a token.
       video_segments: `[B, F*N]` event of a cell.
     """
@@ -48,8 +49,13 @@ class ActionCondition(NamedTuple):
     angles: jax.Array
     segments: jax.Array
     token_event: jax.Array
+    state_event: jax.Array
     frame_embedding: jax.Array
     video_segments: jax.Array
+
+    def per_token(self, values: jax.Array) -> jax.Array:
+        """`[K, B, E, ...]` to `[K, B, S, ...]`: what a token's event has."""
+        return jnp.einsum("bse,kbe...->kbs...", self.token_event, values)
 
 
 class ActionBlock(nnx.Module):
@@ -57,7 +63,7 @@ class ActionBlock(nnx.Module):
 
     def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
         width, dtype = config.action_width, jnp.dtype(config.compute_dtype)
-        self.modulation = nnx.Param(jnp.zeros((MODULATIONS, width), jnp.float32))
+        self.modulation = nnx.Param(jnp.zeros((TOKEN_MODULATIONS + STATE_MODULATIONS, width), jnp.float32))
         self.self_attention = Attention(width, config.action_heads, rngs=rngs, dtype=dtype)
         self.state_value = Linear(width, width, rngs=rngs, dtype=dtype)
         self.state_output = Linear(width, width, rngs=rngs, dtype=dtype)
@@ -77,11 +83,12 @@ class ActionBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, video: VideoKeys, condition: ActionCondition) -> jax.Array:
         modulation = self.modulation[...] + condition.modulation
-        part = [modulation[:, :, :, i] for i in range(MODULATIONS)]
-        x = gated(x, self._self_attention(modulate(x, *part[0:2]), condition), part[2])
-        x = self._state(x, part[3:6], condition)
-        x = gated(x, self._video(modulate(x, *part[6:8]), video, condition), part[8])
-        return gated(x, self.ffn(modulate(x, *part[9:11])), part[11])
+        of_token, of_state = jnp.split(modulation, [TOKEN_MODULATIONS], 3)
+        own = jnp.split(condition.per_token(of_token.reshape(*of_token.shape[:3], -1)), TOKEN_MODULATIONS, -1)
+        x = gated(x, self._self_attention(modulate(x, *own[0:2]), condition), own[2])
+        x = self._state(x, of_state, condition)
+        x = gated(x, self._video(modulate(x, *own[3:5]), video, condition), own[5])
+        return gated(x, self.ffn(modulate(x, *own[6:8])), own[8])
 
     def _self_attention(self, x: jax.Array, condition: ActionCondition) -> jax.Array:
         """Attention over the state and action tokens of one event."""
@@ -94,16 +101,16 @@ class ActionBlock(nnx.Module):
         )
         query, key, value = (part.reshape(k * b, s, *part.shape[3:]) for part in parts)
         segments = jnp.tile(condition.segments, (k, 1))
-        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments)
+        events = condition.token_event.shape[-1]
+        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
         return attention.merge(mixed.reshape(k, b, s, *mixed.shape[2:]))
 
-    def _state(self, x: jax.Array, modulation: list[jax.Array], condition: ActionCondition) -> jax.Array:
+    def _state(self, x: jax.Array, modulation: jax.Array, condition: ActionCondition) -> jax.Array:
         """Cross-attention to the event's one state token: softmax over one key is 1, so its value is the result."""
-        events = condition.token_event.shape[-1]
-        shift, scale, gate = (part[:, :, :events] for part in modulation)
-        update = self.state_output(self.state_value(modulate(x[:, :, :events], shift, scale)))
-        update = (gate * update.astype(jnp.float32)).astype(x.dtype)
-        return x + jnp.einsum("bse,kbed->kbsd", condition.token_event, update)
+        shift, scale, gate = (part[:, :, :, 0] for part in jnp.split(modulation, STATE_MODULATIONS, 3))
+        state = jnp.einsum("bse,kbsd->kbed", condition.state_event, x)
+        update = self.state_output(self.state_value(modulate(state, shift, scale)))
+        return x + condition.per_token((gate * update.astype(jnp.float32)).astype(x.dtype))
 
     def _video(self, x: jax.Array, video: VideoKeys, condition: ActionCondition) -> jax.Array:
         """Cross-attention to all cells, frames and views of the event; the draws share keys and values."""
@@ -111,8 +118,14 @@ class ActionBlock(nnx.Module):
         attention = self.video_attention
         query = attention.queries(x, offset=condition.frame_embedding)
         query = jnp.moveaxis(query, 0, 2).reshape(b, s * k, *query.shape[3:])
-        segments = jnp.repeat(condition.segments, k, axis=1)
-        mixed = attend(query, video.key, video.value, q_segments=segments, kv_segments=condition.video_segments)
+        mixed = attend(
+            query,
+            video.key,
+            video.value,
+            q_segments=jnp.repeat(condition.segments, k, axis=1),
+            kv_segments=condition.video_segments,
+            num_segments=condition.token_event.shape[-1],
+        )
         return attention.output(jnp.moveaxis(mixed.reshape(b, s, k, -1), 2, 0))
 
 
@@ -124,8 +137,9 @@ class ActionTower(nnx.Module):
         self.config, self.dtype = config, dtype
         self.encoder_up = Linear(config.action_dim, width, rngs=rngs, dtype=dtype)
         self.encoder_down = Linear(width, width, rngs=rngs, dtype=dtype)
-        self.time_embedding = TimeEmbedding(config.freq_dim, width, MODULATIONS, rngs=rngs)
-        self.video_time_embedding = TimeEmbedding(config.freq_dim, width, MODULATIONS, rngs=rngs)
+        modulations = TOKEN_MODULATIONS + STATE_MODULATIONS
+        self.time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs)
+        self.video_time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs)
         rows = 2 * config.max_latents + 1
         self.frame_embedding = nnx.Param(0.5 * _sinusoids(rows, width))
         self.blocks = build(lambda rngs: ActionBlock(config, rngs=rngs), config.depth, rngs)
@@ -138,7 +152,9 @@ class ActionTower(nnx.Module):
         state = jnp.where(batch["state_valid"], batch["state"], 0.0)
         state = jnp.broadcast_to(state, (noisy_actions.shape[0], *state.shape))
         actions = jnp.where(batch["action_valid"], noisy_actions, 0.0)
-        return self.encoder_down(jax.nn.silu(self.encoder_up(jnp.concatenate([state, actions], 2))))
+        tokens = jnp.concatenate([state, actions], 2)
+        tokens = jnp.take_along_axis(tokens, token_order(batch)[None, :, :, None], 2)
+        return self.encoder_down(jax.nn.silu(self.encoder_up(tokens)))
 
     def condition(
         self, batch: Batch, sigma: jax.Array, video_sigma: jax.Array, video_segments: jax.Array
@@ -152,18 +168,24 @@ class ActionTower(nnx.Module):
           video_segments: `[B, F, V]` event of a view's cells, 0 closed.
         """
         config = self.config
-        events = batch["view_id"].shape[1]
+        b, events = batch["view_id"].shape[:2]
         cells = (config.latent_shape[0] // config.patch[0]) * (config.latent_shape[1] // config.patch[1])
-        b = video_segments.shape[0]
-        states = jnp.broadcast_to(jnp.arange(1, events + 1), (b, events))
-        segments = jnp.concatenate([states, batch["action_event"]], 1)
-        position = jnp.concatenate([jnp.zeros_like(states), batch["action_pos"] + 1], 1)
-        frame = jnp.concatenate([jnp.zeros_like(states), batch["action_pos"] // config.actions_per_latent + 1], 1)
+        order, states = token_order(batch), jnp.broadcast_to(jnp.arange(1, events + 1), (b, events))
+
+        def per_token(of_states: jax.Array, of_actions: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(jnp.concatenate([of_states, of_actions], 1), order, 1)
+
+        nothing, ones = jnp.zeros_like(states), jnp.ones_like(states)
+        segments = per_token(states, batch["action_event"])
+        is_state = per_token(ones, jnp.zeros_like(batch["action_event"]))
+        position = per_token(nothing, batch["action_pos"] + 1)
+        frame = per_token(nothing, batch["action_pos"] // config.actions_per_latent + 1)
         token_event = jax.nn.one_hot(segments - 1, events, dtype=self.dtype)
-        embeddings = zip(self.time_embedding(TIMESTEPS * sigma), self.video_time_embedding(TIMESTEPS * video_sigma))
         time, modulation = (
-            jnp.einsum("bse,kbe...->kbs...", token_event, (own + video).astype(self.dtype))
-            for own, video in embeddings
+            own + video
+            for own, video in zip(
+                self.time_embedding(TIMESTEPS * sigma), self.video_time_embedding(TIMESTEPS * video_sigma)
+            )
         )
         return ActionCondition(
             time=time,
@@ -171,23 +193,35 @@ class ActionTower(nnx.Module):
             angles=position_angles(position, config.action_width // config.action_heads),
             segments=segments,
             token_event=token_event,
+            state_event=token_event * is_state[..., None].astype(self.dtype),
             frame_embedding=self.frame_embeddings(frame),
             video_segments=jnp.repeat(video_segments.reshape(b, -1), cells, axis=1),
         )
 
-    def velocity(self, x: jax.Array, condition: ActionCondition) -> jax.Array:
-        """The head: stream `[K, B, S, D]` to velocities of the action tokens, `[K, B, A, Da]`, float32."""
-        events = condition.token_event.shape[-1]
-        time = condition.time[:, :, events:]
-        shift, scale = (row + time for row in self.head_modulation[...])
-        hidden = jax.nn.silu(self.head_up(modulate(x[:, :, events:], shift, scale)))
-        return self.head_down(hidden).astype(jnp.float32)
+    def velocity(self, batch: Batch, x: jax.Array, condition: ActionCondition) -> jax.Array:
+        """The head: stream `[K, B, S, D]` to velocities in the order of the batch, `[K, B, A, Da]`, float32."""
+        modulation = self.head_modulation[...] + condition.time[:, :, :, None]
+        shift, scale = jnp.split(condition.per_token(modulation.reshape(*modulation.shape[:3], -1)), 2, -1)
+        tokens = self.head_down(jax.nn.silu(self.head_up(modulate(x, shift, scale)))).astype(jnp.float32)
+        place = jnp.argsort(token_order(batch), axis=1)[:, batch["view_id"].shape[1] :]
+        return jnp.take_along_axis(tokens, place[None, :, :, None], 2)
 
     def frame_embeddings(self, frame: jax.Array) -> jax.Array:
         """E_tau of signed latent positions; beyond the table, its last row."""
         reach = self.config.max_latents
         one_hot = jax.nn.one_hot(jnp.clip(frame, -reach, reach) + reach, 2 * reach + 1, dtype=jnp.float32)
         return one_hot @ self.frame_embedding[...]
+
+
+def token_order(batch: Batch) -> jax.Array:
+    """Order `[B, S]` of the stream's tokens among E states then A actions: event by event, state first, padding last.
+
+    Events that lie together let attention skip the rest of the row.
+    """
+    b, events = batch["view_id"].shape[:2]
+    states = jnp.broadcast_to(jnp.arange(1, events + 1), (b, events))
+    actions = jnp.where(batch["action_event"] > 0, batch["action_event"], events + 1)
+    return jnp.argsort(jnp.concatenate([states, actions], 1), axis=1, stable=True)
 
 
 def _sinusoids(rows: int, width: int) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wallwm_jax.models import event_attention
 from wallwm_jax.models.layers import Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
 
@@ -25,6 +26,7 @@ def attend(
     *,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
+    num_segments: int | None = None,
     key_bias: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -35,12 +37,17 @@ def attend(
       key, value: `[B, T, H, D]`.
       q_segments, kv_segments: `[B, S]`, `[B, T]` integers; a key is open to the queries of its own segment; segment 0
         is padding, closed to all. Both or neither.
+      num_segments: largest segment id, where known; lets closed parts be skipped.
       key_bias: `[B, T]` float32 added to the logits of a key; -inf closes it.
       mask: `[B, S, T]` bool, False closes.
 
     Returns:
       `[B, S, H, D]` in the dtype of `value`; exactly zero where no key is open.
     """
+    if q_segments is not None and kv_segments is not None and num_segments and key_bias is None and mask is None:
+        skips = event_attention.worthwhile(query.shape[1], key.shape[1], num_segments)
+        if skips and _on_one_cpu():
+            return event_attention.attend_events(query, key, value, q_segments, kv_segments, num_segments)
     scale = 1.0 / math.sqrt(query.shape[-1])
     logits = jnp.einsum("bshd,bthd->bhst", query * scale, key, preferred_element_type=jnp.float32)
     allowed = None if mask is None else mask[:, None]
@@ -61,6 +68,14 @@ def attend(
     mixed = jnp.einsum("bhst,bthd->bshd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     total = jnp.where(total > 0, total, 1.0)
     return (mixed / jnp.swapaxes(total, 1, 2)[..., None]).astype(value.dtype)
+
+
+def _on_one_cpu() -> bool:
+    """Whether this trace is for a single CPU device: of the mesh in context, else of the default backend."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return mesh.abstract_device.platform == "cpu" and mesh.size == 1
 
 
 class Attention(nnx.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT = ("none", "full")
+REMAT = ("none", "dots", "full")
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -49,4 +49,8 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """
     if policy not in REMAT:
         raise ValueError(f"model.remat {policy!r}: one of {', '.join(REMAT)}")
-    return jax.checkpoint(function, prevent_cse=False) if policy == "full" else function
+    if policy == "none":
+        return function
+    keep = jax.checkpoint_policies
+    saved = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("attention"))
+    return jax.checkpoint(function, prevent_cse=False, policy=saved if policy == "dots" else None)

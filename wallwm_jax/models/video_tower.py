@@ -63,8 +63,8 @@ class VideoBlock(nnx.Module):
         self.ffn = FeedForward(width, config.ffn, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
-        modulation = self.modulation[...] + condition.modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, :, i, None] for i in range(6))
+        modulation = jnp.split(self.modulation[...] + condition.modulation, 6, 2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         x = gated(x, self._within_views(modulate(x, shift, scale), condition), gate)
         if self.view_attention is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
@@ -76,7 +76,7 @@ class VideoBlock(nnx.Module):
         """Self-attention over the cells of one view and all latent frames of one event."""
         b, f, n, width = x.shape
         views = condition.segments.shape[2]
-        cells = n // views
+        cells, events = n // views, condition.frame_event.shape[-1]
         x = x.reshape(b, f, views, cells, width)
         angles = condition.angles[:, :, None]
         parts = (
@@ -88,7 +88,7 @@ class VideoBlock(nnx.Module):
             jnp.swapaxes(part, 1, 2).reshape(b * views, f * cells, *part.shape[4:]) for part in parts
         )
         segments = jnp.repeat(jnp.swapaxes(condition.segments, 1, 2).reshape(b * views, f), cells, axis=1)
-        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments)
+        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
         mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
         return self.self_attention.output(mixed)
 

@@ -59,7 +59,7 @@ class ViewAttention(nnx.Module):
           key_bias: `[B, F, V*h*w]`, -inf for the cells of absent views.
         """
         b, f, n, _ = x.shape
-        shift, scale, gate = (part[:, :, None] for part in jnp.moveaxis(self.modulation[...] + time, 2, 0))
+        shift, scale, gate = jnp.split(self.modulation[...] + time, 3, 2)
         normed = modulate(x, shift, scale)
         query = self.attention.queries(normed, angles=angles)
         key = self.attention.keys(normed, angles=angles)

@@ -82,10 +82,13 @@ def abstract_params(config: ConfigDict) -> Params:
 
 
 def encode_text(params: Params, config: ConfigDict, batch: Batch) -> TextContext:
-    """Captions of the batch as features: encodes `text_ids`, or passes `text_features` of a frozen encoder."""
+    """Captions of the batch as features: encodes `text_ids`, or passes `text_features` of a frozen encoder.
+
+    The `bytes` encoder gives one feature per `config.text.stride` bytes.
+    """
     if config.text.kind == "features":
         return TextContext(batch["text_features"], batch["text_length"])
-    return TextContext(_bind(params, config).text(batch["text_ids"], batch["text_length"]), batch["text_length"])
+    return TextContext(*_bind(params, config).text(batch["text_ids"], batch["text_length"]))
 
 
 def forward(
@@ -138,7 +141,7 @@ def forward(
     start = (video.embed(_with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
     (stream, actions), _ = layer_stack.run(step, start, (video.blocks, action.blocks))
     return Outputs(
-        video.velocity(stream, condition.time, noisy_latents.shape[1]), action.velocity(actions, action_condition)
+        video.velocity(stream, condition.time, noisy_latents.shape[1]), action.velocity(batch, actions, action_condition)
     )
 
 
@@ -172,7 +175,7 @@ def action_velocity(
         return layer_stack.remat(blocks[0].__call__, config.remat)(actions, keys, condition), None
 
     actions, _ = layer_stack.run(step, action.embed(batch, noisy_actions), (action.blocks,), context.keys)
-    return action.velocity(actions, condition)
+    return action.velocity(batch, actions, condition)
 
 
 def predict_duration(params: Params, config: ConfigDict, batch: Batch, text: TextContext) -> jax.Array:

@@ -1,10 +1,10 @@
 """The optimizer: Muon for the matrices inside the blocks, AdamW for everything else, one schedule, one clip.
 
-Order of work on a gradient: global-norm clip over all trained parameters, momentum and update rule of the parameter's group, decoupled weight
-decay, the group's learning rate. Muon (section 4.2 of the report) orthogonalises the Nesterov momentum of each matrix and scales it
-by 0.2 * sqrt(max(m, n)), so that the update has a root mean square of about 0.2, as AdamW's has, whatever the shape. Scanned
-stacks `[L, m, n]` are L separate matrices: the dimension numbers from `models/param_axes.py` say so, since optax alone takes
-only two-dimensional leaves and silently leaves the rest to Adam.
+Order of work on a gradient: global-norm clip over all trained parameters, momentum and update rule of the parameter's
+group, decoupled weight decay, the group's learning rate. Muon (section 4.2 of the report) orthogonalises the Nesterov
+momentum of each matrix and scales it by 0.2 * sqrt(max(m, n)), so that the update has a root mean square of about 0.2,
+as AdamW's has, whatever the shape. Scanned stacks `[L, m, n]` are L separate matrices: the dimension numbers from
+`models/param_axes.py` say so, since optax alone takes only two-dimensional leaves and silently leaves the rest to Adam.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wallwm_jax.models.param_axes import MatrixAxes
 PyTree = Any
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
-"""Keller Jordan's coefficients, five times: as a table optax scans over it, as a triple it unrolls the loop for every parameter."""
+"""Keller Jordan's coefficients, five times: optax scans over a table, but unrolls a triple for every parameter."""
 
 UPDATE_RMS = 0.2
 """Root mean square of a Muon update before the learning rate."""
@@ -42,7 +42,8 @@ def learning_rate(peak: float, optim: ConfigDict, steps: int) -> optax.Schedule:
     warmup = optim.warmup_steps
     if not 0 <= warmup < steps:
         raise UserError(
-            f"optim.warmup_steps={warmup} must be below train.steps={steps}; set --config.optim.warmup_steps={steps // 10}"
+            f"optim.warmup_steps={warmup} must be below train.steps={steps}; "
+            f"set --config.optim.warmup_steps={steps // 10}"
         )
     cosine = optax.cosine_decay_schedule(peak, max(1, steps - 1 - warmup), alpha=optim.final_lr_fraction)
     if warmup == 0:

@@ -1,7 +1,8 @@
 """Several processes as one run: start-up from the environment, who am I, and a barrier that gives up with a message.
 
-A pod needs no settings: JAX finds its peers on TPU pods, Slurm and Kubernetes. Anywhere else set JAX_COORDINATOR_ADDRESS
-(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, the same command in every process.
+A pod needs no settings: JAX finds its peers on TPU pods, Slurm and Kubernetes. Anywhere else set
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, the same command in every
+process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The device mesh: five named axes, sizes from `config.mesh`, one of which may be -1 ("whatever is left").
 
-    slice    data parallel over slices (DCN between them)     data     data parallel inside a slice, parameters replicated
-    fsdp     data parallel, parameters and optimizer sharded  context  sequence of one row split over chips
+    slice    data parallel over slices, with the data-centre network between them
+    data     data parallel inside a slice, parameters replicated
+    fsdp     data parallel, parameters and optimizer state sharded
+    context  the sequence of one row split over chips
     tensor   heads and hidden units split over chips
 
 Axis types are Auto, passed explicitly because JAX's own default has changed between releases.

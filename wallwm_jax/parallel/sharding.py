@@ -1,8 +1,8 @@
 """Where arrays live on the mesh: logical axis names -> mesh axes, for parameters, batches and activations.
 
-`models/param_axes.py` names the axes of every parameter; `RULES` says which mesh axis splits each name. Weights are split over
-`fsdp` on their input side and over `tensor` on their output side (heads, hidden units). A dimension that its mesh axis
-does not divide stays whole.
+`models/param_axes.py` names the axes of every parameter; `RULES` says which mesh axis splits each name. Weights are
+split over `fsdp` on their input side and over `tensor` on their output side (heads, hidden units). A dimension that its
+mesh axis does not divide stays whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from wallwm_jax.console import UserError
 from wallwm_jax.parallel.mesh import ROW_AXES
 
 MeshAxes = str | tuple[str, ...] | None
@@ -24,13 +25,26 @@ RULES: dict[str, MeshAxes] = {
     "heads": "tensor",
     "mlp": "tensor",
     **dict.fromkeys(
-        ("layers", "modulation", "patch", "view", "angle", "text", "frequency", "action", "frame", "vocabulary", "features", "quantile")
+        (
+            "layers",
+            "modulation",
+            "patch",
+            "view",
+            "angle",
+            "text",
+            "frequency",
+            "action",
+            "frame",
+            "vocabulary",
+            "features",
+            "quantile",
+        )
     ),
 }
 
 
 def spec_for(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping[str, MeshAxes] = RULES
 ) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions carry the logical `names` (None: whole).
 
@@ -70,6 +84,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Leading dimension (rows of a batch) split over slice, data and fsdp; fits every array of a packed batch."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(index, count): this process holds part `index` of the `count` equal, contiguous parts of a batch of `rows` rows.
+
+    Processes whose devices hold the same rows (a mesh whose context or tensor axis crosses hosts) get the same index.
+
+    Raises:
+      UserError: the rows of this process are not one such part.
+    """
+    places = rows_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    ranges = sorted({place[0].indices(rows)[:2] for place in places if place is not None})
+    start, stop = ranges[0][0], ranges[-1][1]
+    share = sum(end - begin for begin, end in ranges)
+    if share != stop - start or rows % share or start % share:
+        raise UserError(
+            f"process {jax.process_index()} would hold the rows {ranges} of {rows}, which is not one contiguous part; "
+            "reorder the axes of config.mesh so that row axes are the outer ones on each host"
+        )
+    return start // share, rows // share
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

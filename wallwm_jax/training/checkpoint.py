@@ -1,8 +1,8 @@
-"""Checkpoints: what a run leaves on disk, how it resumes, and how others read its parameters. Orbax stands behind this file only.
+"""Checkpoints: what a run leaves on disk, how it resumes, how others read its parameters. Only this file knows Orbax.
 
     workdir/checkpoints/<step>/state    step, trained parameters, optimizer state: all that resuming needs
                               /ema      moving average of the trained parameters: what inference loads
-                              /assets   JSON: store description (codec, clock, views ...), statistics, checksum of the frozen parameters
+                              /assets   JSON: store description (codec, clock, views ...), statistics
                               /config   JSON: the resolved config
     workdir/frozen                      frozen parameters, written once, referred to by checksum
 
@@ -34,7 +34,9 @@ PyTree = Any
 
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
-_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, "tensorboard", "compile_cache")
+CONFIG_FILE = "config.json"
+COMPILE_CACHE = "compile_cache"
+_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, "tensorboard", CONFIG_FILE, COMPILE_CACHE)
 """What a run writes into its workdir, and all that overwriting may delete."""
 
 
@@ -59,22 +61,28 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
     """The run's directory, made if absent; in it either nothing yet, or (with `resume`) a run to go on with.
 
     Raises:
-      UserError: no path; both flags; the directory holds something and neither flag is given; or `overwrite` of a directory that no
-        training run made.
+      UserError: no path; both flags; the directory holds something and neither flag is given; or `overwrite` of a
+        directory that no training run made.
     """
     if not str(path):
         raise UserError("no workdir given; pass --workdir=DIR, where checkpoints and metrics go")
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: the first goes on with a run, the second deletes it")
+        raise UserError(
+            "--resume and --overwrite exclude each other: the first goes on with a run, the second deletes it"
+        )
     workdir = Path(path).expanduser().absolute()
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {str(workdir)!r} is a file; pass a directory")
-    entries = sorted(entry.name for entry in workdir.iterdir()) if workdir.is_dir() else []
+    entries = sorted({entry.name for entry in workdir.iterdir()} - {COMPILE_CACHE}) if workdir.is_dir() else []
     if entries and not resume and not overwrite:
-        raise UserError(f"workdir {str(workdir)!r} exists; add --resume to go on with its run, or --overwrite to delete it")
+        raise UserError(
+            f"workdir {str(workdir)!r} exists; add --resume to go on with its run, or --overwrite to delete it"
+        )
     if entries and overwrite:
-        if not set(entries) & {CHECKPOINTS, METRICS_FILE}:
-            raise UserError(f"workdir {str(workdir)!r} holds no training run but {entries[0]!r}; refusing to overwrite it")
+        if not set(entries) & {CHECKPOINTS, METRICS_FILE, CONFIG_FILE}:
+            raise UserError(
+                f"workdir {str(workdir)!r} holds no training run but {entries[0]!r}; refusing to overwrite it"
+            )
         if this_host().is_first:
             for name in _OWN:
                 target = workdir / name
@@ -133,7 +141,9 @@ class Checkpointer:
             with ocp.StandardCheckpointer() as writer:
                 writer.save(self.workdir / FROZEN, frozen)
 
-    def save(self, step: int, state: TrainState, assets: Mapping[str, Any], config: Mapping[str, Any], *, force: bool = False) -> bool:
+    def save(
+        self, step: int, state: TrainState, assets: Mapping[str, Any], config: Mapping[str, Any], *, force: bool = False
+    ) -> bool:
         """Starts saving; returns whether it did. A step that is already saved is not saved again.
 
         Args:
@@ -160,7 +170,8 @@ class Checkpointer:
         """The newest checkpoint's state, placed as `abstract` says.
 
         Raises:
-          UserError: there is no checkpoint, its arrays differ from those of this config, or the frozen parameters are not those of the run.
+          UserError: there is no checkpoint, its arrays differ from those of this config, or the frozen parameters are
+            not those of the run.
         """
         step = self.latest_step
         if step is None:
@@ -195,7 +206,7 @@ class Checkpointer:
 
 
 def load_params(path: str | Path, step: int | None = None) -> Loaded:
-    """Reads what inference, or a later stage, needs of a run: `ema`, frozen parameters, `assets`, `config`; no optimizer.
+    """Reads what inference or a later stage needs of a run: average, frozen parameters, assets, config; no optimizer.
 
     Args:
       path: a workdir, or one of its checkpoints (`workdir/checkpoints/500`).
@@ -232,7 +243,7 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
 
 
 def checksum(tree: PyTree) -> str:
-    """Sixteen hex digits that change with any bit of any array, its path, shape or dtype; the same for every sharding."""
+    """Sixteen hex digits that change with any bit, path, shape or dtype of the arrays; the same for every sharding."""
     sums = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_bit_sum, leaves))(tree))
     shapes = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in flatten(tree).items()}
     lines = [f"{path} {shapes[path]} {int(value)}" for path, value in sorted(flatten(sums).items())]
@@ -280,8 +291,8 @@ def _require_same_arrays(manager: ocp.CheckpointManager, step: int, abstract: Tr
     for path in sorted(set(saved) | set(ours)):
         if saved.get(path) != ours.get(path):
             raise UserError(
-                f"parameter {path} is {ours.get(path, 'absent')} in this config and {saved.get(path, 'absent')} in the checkpoint; "
-                "resume with the config of the run"
+                f"parameter {path} is {ours.get(path, 'absent')} in this config, {saved.get(path, 'absent')} in the "
+                "checkpoint; resume with the config of the run"
             )
 
 
@@ -301,7 +312,7 @@ def _abstract_local(metadata: PyTree) -> PyTree:
 
 
 def _read_frozen(workdir: Path, expected: str, abstract: PyTree | None = None) -> dict[str, Any]:
-    """Frozen parameters of a run, placed as `abstract` says (None: on this host); raises `UserError` if they are not `expected`."""
+    """Frozen parameters of a run, placed as `abstract` says (None: on this host); `UserError` if not those expected."""
     directory = workdir / FROZEN
     if not directory.is_dir():
         raise UserError(f"frozen parameters {str(directory)!r} are missing; copy them along with the checkpoints")
@@ -310,5 +321,7 @@ def _read_frozen(workdir: Path, expected: str, abstract: PyTree | None = None) -
             abstract = _abstract_local(dict(reader.metadata(directory).item_metadata.tree))
         frozen = reader.restore(directory, abstract)
     if checksum(frozen) != expected:
-        raise UserError(f"frozen parameters {str(directory)!r} do not match the checkpoint; they were replaced or damaged")
+        raise UserError(
+            f"frozen parameters {str(directory)!r} do not match the checkpoint; they were replaced or damaged"
+        )
     return dict(frozen)

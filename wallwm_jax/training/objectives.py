@@ -1,8 +1,8 @@
 """Losses of the world action model and the random draws they need (WALL-WM eq. 7, 12, 13; section 2.7 of the report).
 
-Noise is drawn per event: one video sigma for each event slot [B, E], and K independent draws of the actions [K, B, E] that reuse
-one video forward. Every stream's loss is a sum over the valid elements of the whole global batch divided by their number, so it
-depends neither on how rows are spread over devices nor on how events are packed into rows.
+Noise is drawn per event: one video sigma for each event slot [B, E], and K independent draws of the actions [K, B, E]
+that reuse one video forward. Every stream's loss is a sum over the valid elements of the whole global batch divided by
+their number, so it depends neither on how rows are spread over devices nor on how events are packed into rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from wallwm_jax.models import flow_matching, world_action_model
 from wallwm_jax.models.video_tower import DENOISE
 from wallwm_jax.training.stages import Stage
 
-Batch = Mapping[str, jax.Array]
+Batch = dict[str, jax.Array]
 Params = Mapping[str, Any]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ def compute_loss(
       channel_weight: [C] weight of each latent channel, mean 1 (standard deviation of the band over its mean).
 
     Returns:
-      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's streams, "events" (real events in the batch).
+      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's streams, "events" (real
+      events in the batch).
     """
-    params = {**_detached(config.model), **trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen))}
+    params = {
+        **_detached(config.model),
+        **trainable,
+        **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen)),
+    }
     objective = config.objective
     draws = draw(key, batch, objective, stage)
     text = world_action_model.encode_text(params, config.model, batch)
@@ -108,11 +114,16 @@ def compute_loss(
     if "video" in stage.losses:
         losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight)
     if "action" in stage.losses:
+        assert outputs.action_velocity is not None  # the stage runs actions
         losses["action"] = action_loss(outputs.action_velocity, batch, draws)
     if "duration" in stage.losses:
         quantiles = world_action_model.predict_duration(params, config.model, batch, text)
         losses["duration"] = duration_loss(quantiles, batch, config.model.duration_quantiles)
-    weights = {"video": objective.video_weight, "action": objective.action_weight, "duration": objective.duration_weight}
+    weights = {
+        "video": objective.video_weight,
+        "action": objective.action_weight,
+        "duration": objective.duration_weight,
+    }
     total = sum((weights[stream] * loss for stream, loss in losses.items()), jnp.float32(0.0))
     metrics = {f"loss_{stream}": loss for stream, loss in losses.items()}
     return total, {"loss": total, **metrics, "events": jnp.sum(batch["window_index"] >= 0)}
@@ -181,7 +192,7 @@ def _detached(model: ConfigDict) -> dict[str, Any]:
 
 
 def _per_token(values: jax.Array, event: jax.Array) -> jax.Array:
-    """Values of each token's event: [B, E, ...] at 1-based slots [B, S] -> [B, S, ...]; zero (False) where the slot is 0."""
+    """Values of each token's event: [B, E, ...] at 1-based slots [B, S] -> [B, S, ...]; zero where the slot is 0."""
     taken = jax.vmap(lambda row, slots: row[jnp.maximum(slots - 1, 0)])(values, event)
     real = (event > 0).reshape(event.shape + (1,) * (values.ndim - 2))
     return jnp.where(real, taken, jnp.zeros((), values.dtype))

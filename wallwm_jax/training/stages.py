@@ -4,9 +4,9 @@
     action   the action tower on a frozen video tower held at the anchor noise level           (stage 2 of the paper)
     joint    everything at once, for small data sets and demonstrations
 
-Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the paper's
-text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`. A parameter group that a
-stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
+Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the
+paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`. A parameter
+group that a stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Stage:
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
       losses: streams in the loss, of "video", "action", "duration".
       window_kinds: kinds of event-store windows this stage can learn from.
-      video_sigma: "uniform" (flow-matching time uniform, then shifted) or "anchor" (`objective.anchor_sigma` with jitter).
+      video_sigma: "uniform" (flow-matching time uniform, then shifted) or "anchor" (`objective.anchor_sigma` with
+        jitter).
     """
 
     name: str

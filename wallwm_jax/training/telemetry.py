@@ -1,7 +1,8 @@
-"""What a run says while it runs: one line per N steps, metrics.jsonl, TensorBoard; and it stops at the first non-finite loss.
+"""What a run says: a line per N steps, metrics.jsonl, TensorBoard; and the stop at the first loss that is not finite.
 
-Metrics are read from the device one step late, after the next step has been dispatched, so reading never holds the device up.
-`metrics.jsonl` has one line per step; its numbers are written in full, so that two runs can be compared bit by bit.
+Metrics are read from the device one step late, after the next step has been dispatched, so reading never holds the
+device up. `metrics.jsonl` has one line per step; its numbers are written in full, so that two runs can be compared bit
+by bit.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Telemetry:
         bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise UserError(
-                f"step {done.step}: {', '.join(bad)} is not finite; training stops here and saves nothing of this step. "
-                "Resume from the last checkpoint with a lower --config.optim.lr and --config.optim.muon_lr"
+                f"step {done.step}: {', '.join(bad)} is not finite; training ends and saves nothing of this step. "
+                "Resume from the last checkpoint with lower --config.optim.lr and --config.optim.muon_lr"
             )
         if (done.step + 1) % self.log_every == 0 or done.step + 1 == self.last_step:
             self._report(done.step)

@@ -1,6 +1,7 @@
 """The state of a run, how it starts, and how a stage takes over the parameters of an earlier one.
 
-Trained parameters are float32 and carry an optimizer state and an exponential moving average; frozen parameters are bfloat16 and carry nothing.
+Trained parameters are float32 and carry an optimizer state and an exponential moving average; frozen parameters are
+bfloat16 and carry nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class TrainState:
     frozen: dict[str, Any]
 
 
-def initial_state(config: ConfigDict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def initial_state(
+    config: ConfigDict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
     """A fresh state; pure, to be jitted with output shardings."""
     trainable, frozen = stage.split(world_action_model.init(config.model, key))
     return TrainState(
@@ -88,7 +91,9 @@ class Takeover:
             for path in paths:
                 counts[path.split("/")[0]][column] += 1
         lines = [f"    {'parameters':<12}{'kept':>8}{'new':>8}{'dropped':>9}"]
-        lines += [f"    {group:<12}{kept:>8}{new:>8}{dropped:>9}" for group, (kept, new, dropped) in sorted(counts.items())]
+        lines += [
+            f"    {group:<12}{kept:>8}{new:>8}{dropped:>9}" for group, (kept, new, dropped) in sorted(counts.items())
+        ]
         changed = sorted(set(self.new) & set(self.dropped))
         return "\n".join(lines + [f"    shape differs, so new: {path}" for path in changed])
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models.codecs.haar import HaarCodec
+from wallwm_jax.models.codecs.wan_codec import LAYOUTS, WanCodec
 
 
 class Codec(Protocol):
@@ -37,13 +38,21 @@ class Codec(Protocol):
 
 
 @functools.cache
-def get_codec(name: str) -> Codec:
-    """Returns the codec called `name`: `haar8` (the exact wavelet at spatial stride 8), `haar4` or `haar16`.
+def get_codec(name: str, weights: str = "", *, compute_dtype: str = "float32", batch: int = 8) -> Codec:
+    """Returns the codec called `name`.
+
+    Args:
+      name: `haar8` (the exact wavelet at spatial stride 8), `haar4`, `haar16`, or Wan's autoencoders `wan21`, `wan22`.
+      weights: folder with converted weights; the Wan codecs give their layout without, but do not encode or decode.
+      compute_dtype: of the Wan codecs, float32 or bfloat16.
+      batch: the largest number of videos that a Wan codec runs together.
 
     Raises:
       UserError: no codec has this name.
     """
     strides = {"haar4": 4, "haar8": 8, "haar16": 16}
+    if name in LAYOUTS:
+        return WanCodec(name, weights, compute_dtype=compute_dtype, batch=batch)
     if name not in strides:
-        raise UserError(f"unknown codec {name!r}; choose one of {', '.join(strides)}")
+        raise UserError(f"unknown codec {name!r}; choose one of {', '.join([*strides, *LAYOUTS])}")
     return HaarCodec(strides[name])

@@ -3,8 +3,8 @@
 Frames `[B, 1+4N, H, W, 3]` and latents `[B, 1+N, h, w, C]`: latent 0 is the first frame alone, latent n frames
 `4n-3 .. 4n`. Parameters are a nested dict of arrays. `encode` and `decode` scan over latents with the feature cache as
 carry, so that memory beside input and result does not grow with the number of frames; `encode_chunk` and
-`decode_chunk` are one step of that scan, for streams. `WanCodec` is the codec that stores and policies use: host arrays
-in and out, one compilation per frame size and batch, whatever the number of frames. WALL-WM section 2.1.
+`decode_chunk` are one step of that scan, for streams. `BatchCodec` is what stores and policies use through `WanCodec`:
+host arrays in and out, one compilation per frame size and batch, whatever the number of frames. WALL-WM section 2.1.
 """
 
 from __future__ import annotations
@@ -40,31 +40,6 @@ Params = dict[str, Any]
 COLOURS = 3
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
-WAN21_LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-WAN21_LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
-WAN22_LATENT_MEAN = (
-    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
-    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
-    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
-    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
-    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
-    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
-)
-WAN22_LATENT_STD = (
-    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
-    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
-    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
-    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
-    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
-    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class WanVaeConfig:
@@ -78,7 +53,6 @@ class WanVaeConfig:
       multipliers: of the encoder's stages; height and width are halved between stages.
       blocks: residual blocks per encoder stage; the decoder has one more.
       over_time: for each halving, whether it halves the frame rate too.
-      latent_mean, latent_std: published statistics of the latents, C numbers each.
       compute_dtype: of convolutions and linear maps, "float32" or "bfloat16"; norms and softmax are float32.
     """
 
@@ -90,8 +64,6 @@ class WanVaeConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
     over_time: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
     compute_dtype: str = "float32"
 
     @property
@@ -101,13 +73,28 @@ class WanVaeConfig:
         return (2 ** sum(self.over_time), side, side)
 
 
-WAN21 = WanVaeConfig(
-    96, 96, 16, averaging=False, patch=1, latent_mean=WAN21_LATENT_MEAN, latent_std=WAN21_LATENT_STD
-)
-WAN22 = WanVaeConfig(
-    160, 256, 48, averaging=True, patch=2, latent_mean=WAN22_LATENT_MEAN, latent_std=WAN22_LATENT_STD
-)
-PUBLISHED = {"wan21": WAN21, "wan22": WAN22}
+PUBLISHED = {
+    "wan21": WanVaeConfig(96, 96, 16, averaging=False, patch=1),
+    "wan22": WanVaeConfig(160, 256, 48, averaging=True, patch=2),
+}
+
+
+def load(weights: str, *, compute_dtype: str = "float32", batch: int = 8) -> BatchCodec:
+    """The autoencoder whose weights `python -m wallwm_jax.convert wan_vae` wrote into the folder `weights`.
+
+    Raises:
+      UserError: no such folder, or not the weights of a Wan autoencoder.
+    """
+    from wallwm_jax.models.convert import stream
+
+    loaded = stream.load(weights, "wan_vae")
+    return BatchCodec(from_sizes(loaded.sizes, compute_dtype), loaded.params, batch=batch)
+
+
+def from_sizes(sizes: Mapping[str, Any], compute_dtype: str = "float32") -> WanVaeConfig:
+    """The config of weights whose conversion recorded `sizes` (lists, where they have been through JSON)."""
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    return WanVaeConfig(**known, compute_dtype=compute_dtype)
 
 
 class Posterior(NamedTuple):
@@ -220,7 +207,7 @@ def decode(params: Params, config: WanVaeConfig, latents: jax.Array) -> jax.Arra
 def encode_chunk(
     params: Params, config: WanVaeConfig, frames: jax.Array, cache: Cache | None = None
 ) -> tuple[Posterior, Cache]:
-    """The next frames of a stream: the first frame alone (no cache), then `[B, 4n, H, W, 3]` with the last call's cache.
+    """The next frames of a stream: the first frame alone (no cache), then `[B, 4n, H, W, 3]` with the last cache.
 
     Returns:
       The posterior of the chunk's latents (1, then n of them), and the cache for the next chunk.
@@ -237,7 +224,7 @@ def encode_chunk(
 def decode_chunk(
     params: Params, config: WanVaeConfig, latents: jax.Array, cache: Cache | None = None
 ) -> tuple[jax.Array, Cache]:
-    """The next latents of a stream: the first one alone (no cache), then `[B, n, h, w, C]` with the last call's cache.
+    """The next latents of a stream: the first one alone (no cache), then `[B, n, h, w, C]` with the last cache.
 
     Returns:
       The frames of the chunk (1, then 4n of them) in [-1, 1], and the cache for the next chunk.
@@ -248,18 +235,14 @@ def decode_chunk(
     return jnp.clip(_unfold(patches.astype(jnp.float32), config.patch), -1.0, 1.0), memory.state()
 
 
-class WanCodec:
-    """A Wan autoencoder with its weights behind the `Codec` interface; works in batches spread over local devices.
+class BatchCodec:
+    """An autoencoder at work on host arrays: batches spread over local devices, one chunk of frames at a time.
 
-    Attributes:
-      name, stride, channels: as every codec.
-      latent_mean, latent_std: `[C]` float32, the published statistics that Wan's transformers expect latents
-        normalised with; empty if the weights came without.
+    Two programs per direction, frame size and batch are compiled: the first frame, and a chunk of later ones.
     """
 
     def __init__(
         self,
-        name: str,
         config: WanVaeConfig,
         params: Mapping[str, Any],
         *,
@@ -268,10 +251,7 @@ class WanCodec:
     ):
         """`batch` is the largest number of videos that run together over all `devices` (default: all local ones)."""
         mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), ("videos",))
-        self.name, self.stride, self.channels = name, config.stride, config.latent_channels
-        self.latent_mean = np.array(config.latent_mean, np.float32)
-        self.latent_std = np.array(config.latent_std, np.float32)
-        self._config = config
+        self.config = config
         self._devices = mesh.size
         self._batch = -(-batch // mesh.size) * mesh.size
         self._rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("videos"))
@@ -285,8 +265,8 @@ class WanCodec:
           UserError: the number of frames is not `1 + 4N`, the sides do not divide by the stride, or no RGB.
         """
         frames = np.asarray(frames)
-        _check_frames(self._config, frames.shape)
-        return self._in_batches(_encode_step, frames, self.stride[0])
+        _check_frames(self.config, frames.shape)
+        return self._in_batches(_encode_step, frames, self.config.stride[0])
 
     def decode(self, latents: Any) -> np.ndarray:
         """Frames `[..., 1+4N, H, W, 3]` float32 in [-1, 1] of un-normalised latents `[..., 1+N, h, w, C]`.
@@ -295,11 +275,11 @@ class WanCodec:
           UserError: the last axis is not `C`, or an axis is missing.
         """
         latents = np.asarray(latents, np.float32)
-        _check_latents(self._config, latents.shape)
+        _check_latents(self.config, latents.shape)
         return self._in_batches(_decode_step, latents, 1)
 
     def encode_videos(self, videos: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Latents `[1+N, h, w, C]` of each of many videos `[1+4N, H, W, 3]` of one frame size and any lengths, in order.
+        """Latents `[1+N, h, w, C]` of each of many videos `[1+4N, H, W, 3]`: one frame size, any lengths, in order.
 
         Full batches whatever the lengths: shorter videos are held at their last frame, which leaves their own latents
         unchanged. Videos of similar lengths next to each other save work.
@@ -307,16 +287,18 @@ class WanCodec:
         videos = iter(videos)
         while group := list(itertools.islice(videos, self._batch)):
             for video in group:
-                _check_frames(self._config, video.shape)
+                _check_frames(self.config, video.shape)
                 if video.shape[1:] != group[0].shape[1:]:
-                    raise UserError(f"{self.name}: frames of {group[0].shape[1:3]} and {video.shape[1:3]} in one batch")
+                    raise UserError(
+                        f"Wan codec: frames of {group[0].shape[1:3]} and {video.shape[1:3]} pixels together"
+                    )
             longest = max(len(video) for video in group)
             stacked = np.stack([_hold_last(video, longest) for video in group])
             for video, latents in zip(group, self.encode(_hold_rows(stacked, self._batch))):
-                yield latents[: 1 + len(video) // self.stride[0]]
+                yield latents[: 1 + len(video) // self.config.stride[0]]
 
     def _in_batches(self, step: Callable[..., Any], videos: np.ndarray, chunk: int) -> np.ndarray:
-        """`step` over videos `[..., T, h, w, c]`, `chunk` frames at a time after the first, in batches of equal size."""
+        """`step` over videos `[..., T, h, w, c]`, `chunk` frames at a time after the first, in equal batches."""
         flat = videos.reshape(-1, *videos.shape[-4:])
         rows = min(self._batch, -(-len(flat) // self._devices) * self._devices)
         done = [self._stream(step, _hold_rows(flat[i : i + rows], rows), chunk) for i in range(0, len(flat), rows)]
@@ -329,7 +311,7 @@ class WanCodec:
         result, cache = None, None
         for start, stop in [(0, 1), *((i, i + chunk) for i in range(1, videos.shape[1], chunk))]:
             part = jax.device_put(np.ascontiguousarray(videos[:, start:stop]), self._rows)
-            following, cache = step(self._params, self._config, part, cache)
+            following, cache = step(self._params, self.config, part, cache)
             if result is not None:
                 done.append(np.asarray(result))
             result = following

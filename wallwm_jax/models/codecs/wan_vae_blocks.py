@@ -1,6 +1,6 @@
 """Building blocks of the Wan video autoencoders: convolutions that are causal in time and remember between chunks.
 
-Video is `[B, T, H, W, C]`. It passes in chunks: first one frame alone, then any number of frames that the temporal stride
+Video is `[B, T, H, W, C]`. It passes in chunks: one frame alone, then any numbers of frames that the temporal stride
 divides. Everything in the first chunk is one frame long and has no past, so the convolutions there are images' (only
 their last time slice meets data) and the changes of frame rate are skipped. What later chunks need of earlier ones goes
 through a `FeatureCache`.
@@ -8,6 +8,7 @@ through a `FeatureCache`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -36,7 +37,7 @@ class FeatureCache:
         self._kept: list[jax.Array] = []
 
     def swap(self, x: jax.Array, frames: int) -> jax.Array | None:
-        """Keeps the last `frames` frames of `x [B, T, ...]` and its past; returns that past, None in the first chunk."""
+        """Keeps the last `frames` frames of past and `x [B, T, ...]`; returns the past, None in the first chunk."""
         if self.is_first:
             missing = [(0, 0), (frames - 1, 0)] + [(0, 0)] * (x.ndim - 2)
             self._kept.append(jnp.pad(x, missing))  # a video begins after zeros
@@ -53,9 +54,7 @@ class FeatureCache:
 class Conv(nnx.Module):
     """Convolution of each frame, kernel `[h, w, in, out]`, computed in `dtype`."""
 
-    def __init__(
-        self, fan_in: int, fan_out: int, size: tuple[int, ...] = (3, 3), *, rngs: nnx.Rngs, dtype: jnp.dtype
-    ):
+    def __init__(self, fan_in: int, fan_out: int, size: tuple[int, ...] = (3, 3), *, rngs: nnx.Rngs, dtype: jnp.dtype):
         std = 1.0 / math.sqrt(fan_in * math.prod(size))
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*size, fan_in, fan_out), jnp.float32) * std)
         self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32))
@@ -170,9 +169,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, width: int, over_time: bool, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.conv = Conv(width, width, rngs=rngs, dtype=dtype)
-        self.time_conv = (
-            CausalConv(width, width, (3, 1, 1), rngs=rngs, dtype=dtype, stride=2) if over_time else None
-        )
+        self.time_conv = CausalConv(width, width, (3, 1, 1), rngs=rngs, dtype=dtype, stride=2) if over_time else None
 
     def __call__(self, x: jax.Array, cache: FeatureCache) -> jax.Array:
         x = self.conv(x, stride=2, padding=(0, 1))
@@ -219,7 +216,7 @@ class DownStage(nnx.Module):
         dtype: jnp.dtype,
     ):
         widths = [fan_in] + [fan_out] * blocks
-        self.blocks = numbered(ResidualBlock(i, o, rngs=rngs, dtype=dtype) for i, o in zip(widths, widths[1:]))
+        self.blocks = numbered(ResidualBlock(i, o, rngs=rngs, dtype=dtype) for i, o in itertools.pairwise(widths))
         self.downsample = Downsample(fan_out, over_time, rngs=rngs, dtype=dtype) if shrink else None
         self.factors = ((2 if over_time else 1, 2 if shrink else 1), fan_out) if averaging else None
 
@@ -252,7 +249,7 @@ class UpStage(nnx.Module):
         dtype: jnp.dtype,
     ):
         widths = [fan_in] + [fan_out] * blocks
-        self.blocks = numbered(ResidualBlock(i, o, rngs=rngs, dtype=dtype) for i, o in zip(widths, widths[1:]))
+        self.blocks = numbered(ResidualBlock(i, o, rngs=rngs, dtype=dtype) for i, o in itertools.pairwise(widths))
         self.upsample = Upsample(fan_out, fan_up, over_time, rngs=rngs, dtype=dtype) if grow else None
         self.factors = ((2 if over_time else 1, 2), fan_up) if duplicating and grow else None
 
@@ -282,9 +279,10 @@ def average_down(x: jax.Array, factors: tuple[int, int], width: int) -> jax.Arra
 
 
 def duplicate_up(x: jax.Array, factors: tuple[int, int], width: int, *, drop_first: bool) -> jax.Array:
-    """`[B, T t, H s, W s, width]` from `x [B, T, H, W, C]` for factors (t, s): each number is repeated `width t s s / C` times.
+    """`[B, T t, H s, W s, width]` of `x [B, T, H, W, C]` for factors (t, s).
 
-    The repeated channels are read as (width, t, s, s). `drop_first` drops the first t - 1 frames.
+    Each number is repeated `width t s s / C` times, then the channels are read as (width, t, s, s). `drop_first` drops
+    the first t - 1 frames.
     """
     t, s = factors
     b, frames, h, w, c = x.shape

@@ -6,11 +6,13 @@ except in the encoder of 2.1; the original layout nests in 2.2 and counts blocks
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wallwm_jax.console import UserError
+from wallwm_jax.models.codecs.wan_codec import LAYOUTS
 from wallwm_jax.models.convert.rules import (
     LINEAR,
     Reshape,
@@ -74,14 +76,19 @@ def table(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Table:
       The table; its `sizes` are the arguments of `codecs.wan_vae.WanVaeConfig`.
 
     Raises:
-      UserError: names of no known layout, or a variant that the module does not have.
+      UserError: names of no known layout, or a variant that the module does not have (attention outside the middle,
+        other latent statistics than the published ones, which stores normalise with).
     """
     layout = _layout(shapes)
     names = _NAMES[layout]
     require(config, "attn_scales", [[]], [])
     require(config, "in_channels", [COLOURS, COLOURS * 4], COLOURS)
     sizes = _sizes(shapes, config, names)
-    return Table(layout, sizes, tuple(_encoder(sizes, names)) + tuple(_decoder(sizes, names)))
+    for name, published in LAYOUTS.items():
+        for key, values in (("latents_mean", published.latent_mean), ("latents_std", published.latent_std)):
+            if published.channels == sizes["latent_channels"] and tuple(config.get(key, values)) != values:
+                raise UserError(f"config.json: {key} is not that of {name}, which latents are normalised with")
+    return Table(layout, sizes, _rules(sizes, layout))
 
 
 def _layout(shapes: Mapping[str, Shape]) -> str:
@@ -89,8 +96,8 @@ def _layout(shapes: Mapping[str, Shape]) -> str:
         if f"{names['decoder/latents']}.weight" in shapes and f"decoder.{names['norm_out']}.gamma" in shapes:
             return layout
     raise UserError(
-        "these are not the tensors of a Wan video autoencoder: neither post_quant_conv.weight and decoder.norm_out.gamma "
-        "(diffusers layout) nor conv2.weight and decoder.head.0.gamma (original layout) are there"
+        "these are not the tensors of a Wan video autoencoder: there are neither post_quant_conv.weight and "
+        "decoder.norm_out.gamma (diffusers layout) nor conv2.weight and decoder.head.0.gamma (original layout)"
     )
 
 
@@ -111,16 +118,20 @@ def _sizes(shapes: Mapping[str, Shape], config: Mapping[str, Any], names: Mappin
         multipliers=list(multipliers),
         blocks=read_size(config, "num_res_blocks", 2),
         over_time=list(read_size(config, "temperal_downsample", (False, True, True))),
-        latent_mean=list(config.get("latents_mean", ())),
-        latent_std=list(config.get("latents_std", ())),
     )
+
+
+def _rules(sizes: Mapping[str, Any], layout: str) -> tuple[Rule, ...]:
+    return (*_encoder(sizes, _NAMES[layout]), *_decoder(sizes, _NAMES[layout]))
 
 
 def _encoder(sizes: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[Rule]:
     widths = [sizes["encoder_width"] * m for m in (1, *sizes["multipliers"])]
     moments = 2 * sizes["latent_channels"]
-    yield from _conv("encoder/conv_in", f"encoder.{names['conv_in']}", COLOURS * sizes["patch"] ** 2, widths[0], (3, 3, 3))
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+    yield from _conv(
+        "encoder/conv_in", f"encoder.{names['conv_in']}", COLOURS * sizes["patch"] ** 2, widths[0], (3, 3, 3)
+    )
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         for j in range(sizes["blocks"]):
             source = _stage_name("encoder", i, j, sizes["blocks"], sizes, names)
             yield from _block(f"encoder/stages/{i}/blocks/{j}", source, fan_out if j else fan_in, fan_out, names)

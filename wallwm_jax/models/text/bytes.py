@@ -1,4 +1,8 @@
-"""The `bytes` text encoder: a small bidirectional transformer over UTF-8 bytes, trained with the model; no tokenizer."""
+"""The `bytes` text encoder: a small bidirectional transformer over UTF-8 bytes, trained with the model; no tokenizer.
+
+A strided convolution first merges `text.stride` bytes into one token, from a window twice as wide, so that the later
+layers and every text cross-attention of the video tower see a sequence as short as words.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from wallwm_jax.models.attention import Attention, attend
 from wallwm_jax.models.layer_stack import build, remat, run
-from wallwm_jax.models.layers import FeedForward, LayerNorm
+from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear
 from wallwm_jax.models.rope import position_angles
 from wallwm_jax.models.text.byte_ids import VOCABULARY
 
@@ -33,25 +37,47 @@ class ByteBlock(nnx.Module):
 
 
 class ByteEncoder(nnx.Module):
-    """Byte ids to features, one per byte."""
+    """Byte ids to features, one per `text.stride` bytes."""
 
     def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        text, dtype = config.text, jnp.dtype(config.compute_dtype)
         self.config = config
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, config.text.width), jnp.float32))
-        self.blocks = build(lambda rngs: ByteBlock(config, rngs=rngs), config.text.depth, rngs)
-        self.norm = LayerNorm(config.text.width)
+        byte_width = max(1, text.width // 4)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, byte_width), jnp.float32))
+        self.merge = Linear(2 * text.stride * byte_width, text.width, rngs=rngs, dtype=dtype)
+        self.blocks = build(lambda rngs: ByteBlock(config, rngs=rngs), text.depth, rngs)
+        self.norm = LayerNorm(text.width)
 
-    def __call__(self, ids: jax.Array, length: jax.Array) -> jax.Array:
-        """`ids [B, E, L]`, `length [B, E]` (end id included) to features `[B, E, L, Dt]`, zero beyond the length."""
-        text, dtype = self.config.text, jnp.dtype(self.config.compute_dtype)
-        tokens = ids.shape[-1]
-        is_token = jnp.arange(tokens) < length[..., None]
-        key_bias = jnp.where(is_token, 0.0, -jnp.inf).reshape(-1, tokens)
-        angles = position_angles(jnp.arange(tokens), text.width // text.heads)
-        one_hot = jax.nn.one_hot(ids.reshape(-1, tokens), VOCABULARY, dtype=dtype)
+    def __call__(self, ids: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Encodes captions.
+
+        Args:
+          ids: `[B, E, L]` byte ids. length: `[B, E]` how many of them are text, end id included.
+
+        Returns:
+          (features `[B, E, ceil(L / stride), Dt]`, zero beyond the text; how many of them are text, `[B, E]`).
+        """
+        text = self.config.text
+        tokens = self._merged(ids.reshape(-1, ids.shape[-1]), length.reshape(-1, 1))
+        length = -(-length // text.stride)
+        is_token = jnp.arange(tokens.shape[1]) < length.reshape(-1, 1)
+        key_bias = jnp.where(is_token, 0.0, -jnp.inf)
+        angles = position_angles(jnp.arange(tokens.shape[1]), text.width // text.heads)
 
         def step(x: jax.Array, blocks: tuple[ByteBlock, ...], _: None) -> tuple[jax.Array, None]:
             return remat(blocks[0].__call__, self.config.remat)(x, angles, key_bias), None
 
-        x, _ = run(step, one_hot @ self.embedding[...].astype(dtype), (self.blocks,))
-        return jnp.where(is_token[..., None], self.norm(x).reshape(*ids.shape, -1), 0.0).astype(dtype)
+        x, _ = run(step, tokens, (self.blocks,))
+        features = jnp.where(is_token[..., None], self.norm(x), 0.0).astype(tokens.dtype)
+        return features.reshape(*ids.shape[:2], *features.shape[1:]), length
+
+    def _merged(self, ids: jax.Array, length: jax.Array) -> jax.Array:
+        """`ids [N, L]` to tokens `[N, ceil(L / stride), Dt]`; token i sees bytes (i - 1/2) stride .. (i + 3/2) stride."""
+        stride, dtype = self.config.text.stride, jnp.dtype(self.config.compute_dtype)
+        one_hot = jax.nn.one_hot(ids, VOCABULARY, dtype=dtype)
+        embedded = one_hot @ self.embedding[...].astype(dtype)
+        embedded = jnp.where((jnp.arange(ids.shape[1]) < length)[..., None], embedded, 0)
+        before, short = stride // 2, -ids.shape[1] % stride
+        embedded = jnp.pad(embedded, ((0, 0), (before, stride - before + short), (0, 0)))
+        chunks = embedded.reshape(len(ids), -1, stride * embedded.shape[-1])
+        return self.merge(jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], -1))

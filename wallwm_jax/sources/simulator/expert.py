@@ -58,16 +58,23 @@ class StepLabel:
 
 @dataclass(frozen=True)
 class Subtask:
-    """One subgoal of the controller with what captions may say about it, as it stood when the subgoal began."""
+    """One subgoal of the controller with what captions may say about it, as it stood when the subgoal began.
+
+    `goal` is the controller's own description of the subgoal, which `Rollout.achieved` takes.
+    """
 
     verb: str
     facts: Facts
     success: bool
+    goal: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A recorded expert episode: `T` steps, `T + 1` observations (with pictures at every `stride`-th)."""
+    """A recorded expert episode: `T` steps, `T + 1` observations (with pictures at every `stride`-th).
+
+    `achieved(goal, info)` is the controller's judgement of a subtask's goal in any privileged state `info`.
+    """
 
     instruction: tuple[str, ...]
     observations: list[Observation]
@@ -76,6 +83,7 @@ class Rollout:
     labels: list[StepLabel]
     subtasks: list[Subtask]
     success: bool
+    achieved: Callable[[dict[str, Any], dict[str, Any]], bool]
     held: bool  # the last command was repeated once, so that the final state is a stored frame
 
 
@@ -85,8 +93,11 @@ def roll_out(env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, 
     np.random.seed(seed % 2**32)  # noqa: NPY002  (OCBench's experts draw from numpy's global generator)
     scene = Scene(env.env)
     controller = make_controller(env.env)
-    observations, labels, subtasks = [observation], [], []  # type: list[Observation], list[StepLabel], list
-    poses, grippers = [], []  # type: list[np.ndarray], list[float]
+    observations = [observation]
+    labels: list[StepLabel] = []
+    subtasks: list[tuple[str, Facts, dict[str, Any], int]] = []  # the last is the index of its first plan
+    poses: list[np.ndarray] = []
+    grippers: list[float] = []
     subgoal, done, success = None, False, False
     with _recorded_plans() as plans, _recorded_commands(env) as commands:
         controller.reset(None, env.info, transition_idx=0)
@@ -96,7 +107,8 @@ def roll_out(env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, 
                 break
             if controller._active_subgoal is not subgoal:
                 subgoal = controller._active_subgoal
-                subtasks.append((scene.subtask_verb(subgoal), scene.facts(subgoal, env.info), len(plans) - 1))
+                facts = scene.facts(subgoal, env.info)
+                subtasks.append((scene.subtask_verb(subgoal), facts, dict(subgoal), len(plans) - 1))
             pose, gripper = commands.pop() if commands else (observation.pose[0], float(observation.gripper[0]))
             poses.append(pose)
             grippers.append(gripper)
@@ -118,10 +130,11 @@ def roll_out(env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, 
         command_grippers=np.array(grippers).reshape(-1, 1),
         labels=labels,
         subtasks=[
-            Subtask(verb, facts, bool(segment["subtask_success"]))
-            for (verb, facts, _), segment in zip(subtasks, controller.segments)
+            Subtask(verb, facts, bool(segment["subtask_success"]), goal)
+            for (verb, facts, goal, _), segment in zip(subtasks, controller.segments)
         ],
         success=success,
+        achieved=controller._subtask_success,
         held=held,
     )
 
@@ -139,7 +152,7 @@ def _label(scene: Scene, controller: Any, plans: list[Any], subtasks: list[Any],
     verb = _PHASES[type(agent).__name__][keyframe]
     if verb == "move":
         verb = scene.move_verb(subgoal)
-    retry = plan > subtasks[-1][2] and verb in _PICKING
+    retry = plan > subtasks[-1][-1] and verb in _PICKING
     return StepLabel(len(subtasks) - 1, plan, interval, verb, waiting, retry)
 
 

@@ -94,7 +94,7 @@ def demonstrations(
       UserError: unknown family, missing simulator or GL, or (while iterating) an expert that keeps failing.
     """
     rendering.check_rendering()
-    pools = {family: _environments(family) for family in families}
+    pools = {family: environments(family) for family in families}
     counts = {family: FamilyCount() for family in families}
     record = functools.partial(record_attempt, seed=seed, size=size, views=tuple(views))
     return Demonstrations(_generate(pools, counts, episodes, record, workers), counts)
@@ -155,7 +155,8 @@ def controller_factory(env_id: str) -> Callable[[Any], Any]:
     return functools.partial(experts[family], p_mistake=0.0)
 
 
-def _environments(family: str) -> tuple[str, ...]:
+def environments(family: str) -> tuple[str, ...]:
+    """Environment ids of a family, or of an id itself; raises `UserError` for an unknown one."""
     if family in FAMILIES:
         return FAMILIES[family]
     if family.split("-", 1)[0] in FAMILIES and "-cpu-lite-" in family:

@@ -22,7 +22,7 @@ from wallwm_jax.console import UserError
 
 BACKENDS = ("egl", "osmesa")  # in order of preference
 CELL = 0.01  # metres: visual mesh vertices closer than this are merged
-MIN_FACES = 1500  # smaller meshes are cheap and keep their shape
+MIN_FACES = 300  # smaller meshes are cheap and keep their shape
 
 _CHOSEN = "WALLWM_MUJOCO_GL"  # set for child processes, which then need not probe again
 _PROBE = (
@@ -181,9 +181,9 @@ def project(points: np.ndarray, intrinsics: np.ndarray, world_from_camera: np.nd
 
 
 def main() -> int:
-    """Prints the backend and exits 0, or prints the remedy and exits 2."""
+    """Prints the backend's name on standard output and returns 0, or the remedy on standard error and returns 2."""
     try:
-        print(f"rendering works: MUJOCO_GL={check_rendering()}")
+        print(check_rendering())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

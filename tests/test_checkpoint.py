@@ -1,0 +1,235 @@
+"""Checkpoints: a killed run goes on bit for bit; what is on disk, what inference reads, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from training_setup import (
+    STEPS,
+    built_step,
+    quick_shared_compilation,
+    random_state,
+    subprocess_environment,
+    training_config,
+)
+
+from wallwm_jax.config import to_json
+from wallwm_jax.console import UserError
+from wallwm_jax.data.normalization import Stats
+from wallwm_jax.train import run
+from wallwm_jax.training.checkpoint import Checkpointer, checksum, load_params, prepare_workdir
+from wallwm_jax.training.telemetry import read_metrics
+from wallwm_jax.training.train_state import flatten
+
+TIMING = ("step_s", "input_wait_s")
+
+
+@pytest.fixture(scope="module")
+def straight(clustered_store, tmp_path_factory):
+    """The workdir and outcome of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    with quick_shared_compilation():
+        outcome = run(training_config(clustered_store), workdir)
+    return workdir, outcome
+
+
+def curve(workdir):
+    """The lines of metrics.jsonl without what depends on the clock; floats as written, in full."""
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(workdir)]
+
+
+# Resuming
+
+
+def test_killed_and_resumed_training_is_bit_identical(straight, clustered_store, tmp_path):
+    """SIGKILL after the checkpoint of step 2, in step 4 or later; the same command with --resume ends the run."""
+    config_file = tmp_path / "config.py"
+    config_file.write_text(
+        "from training_setup import training_config\n\n"
+        f"def get_config():\n    return training_config({str(clustered_store)!r})\n"
+    )
+    command = [sys.executable, "-m", "wallwm_jax.train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+    environment = subprocess_environment()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (
+        metrics.is_file() and metrics.read_text().count("\n") >= 4 and (tmp_path / "run/checkpoints/2").is_dir()
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done_before = [line["step"] for line in curve(tmp_path / "run")]
+    assert 4 <= len(done_before) < STEPS  # killed in the middle
+
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "restore step" in again.stdout
+    assert [line["step"] for line in curve(tmp_path / "run")] == list(range(STEPS))
+    assert curve(tmp_path / "run") == curve(straight[0])
+    ours, theirs = (load_params(workdir) for workdir in (tmp_path / "run", straight[0]))
+    for path, leaf in flatten(ours.params).items():
+        np.testing.assert_array_equal(leaf, flatten(theirs.params)[path])
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(straight, clustered_store, capsys):
+    workdir, _ = straight
+    before = (workdir / "metrics.jsonl").read_bytes()
+    outcome = run(training_config(clustered_store), workdir, resume=True)
+    assert (outcome.step, outcome.compile_count) == (STEPS, 0)
+    assert f"already trained: step {STEPS} of {STEPS}" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("section", "knob", "value", "message"),
+    [
+        ("model", "ffn", 128, "cannot resume: model.ffn was 64 and is now 128"),
+        (None, "seed", 1, "cannot resume: seed was 0 and is now 1"),
+    ],
+)
+def test_another_model_or_seed_cannot_resume(straight, clustered_store, section, knob, value, message):
+    config = training_config(clustered_store).copy_and_resolve_references()
+    with config.unlocked():
+        (config[section] if section else config)[knob] = value
+        config.train.steps = STEPS + 4
+    with pytest.raises(UserError, match=message):
+        run(config, straight[0], resume=True)
+
+
+def test_another_store_cannot_resume(straight, clustered_store, tmp_path):
+    other = shutil.copytree(clustered_store, tmp_path / "other")
+    meta = json.loads((other / "store.json").read_text())
+    (other / "store.json").write_text(json.dumps({**meta, "fingerprint": "0123456789ab"}))
+    with pytest.raises(UserError, match=r"was trained on event store .*; give the old store"):
+        run(training_config(other), straight[0], resume=True)
+
+
+# What is on disk
+
+
+def test_inference_reads_average_and_assets_and_no_optimizer(straight, clustered_store, tmp_path):
+    workdir, outcome = straight
+    bare = shutil.copytree(workdir, tmp_path / "bare")
+    for state in bare.glob("checkpoints/*/state"):
+        shutil.rmtree(state)
+    loaded = load_params(bare)
+    config = training_config(clustered_store)
+    assert loaded.step == outcome.step == STEPS
+    assert set(loaded.params) == {"video", "action", "text", "duration"}
+    assert loaded.config == json.loads(to_json(config))
+    assert loaded.assets["store"]["codec"] == "haar8" and loaded.assets["store"]["views"] == list(config.data.views)
+    stats = Stats.from_dict(loaded.assets["stats"])
+    np.testing.assert_array_equal(stats.latent_std, Stats.load(clustered_store / "stats.json").latent_std)
+
+
+def test_the_last_checkpoints_are_kept_and_can_be_named(straight):
+    """Saved at 2, 4 and the end, all three within `keep_checkpoints`."""
+    workdir, _ = straight
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == [
+        2,
+        4,
+        STEPS,
+    ]
+    assert load_params(workdir, 2).step == load_params(workdir / "checkpoints" / "2").step == 2
+    with pytest.raises(UserError, match=f"has no checkpoint at step 3; it has 2, 4, {STEPS}"):
+        load_params(workdir, 3)
+    with pytest.raises(UserError, match="is not the workdir of a training run"):
+        load_params(workdir / "tensorboard")
+
+
+def test_every_step_has_its_line_and_tensorboard_its_file(straight):
+    workdir, _ = straight
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert {"loss", "loss_video", "loss_action", "loss_duration", "grad_norm", "lr", "events", *TIMING} <= set(lines[0])
+    assert any((workdir / "tensorboard").iterdir())
+
+
+# Frozen parameters
+
+
+@pytest.fixture(scope="module")
+def frozen_run(clustered_store, tmp_path_factory):
+    """A saved state of stage action, whose video tower and text encoder are frozen."""
+    workdir = prepare_workdir(tmp_path_factory.mktemp("runs") / "action", resume=False, overwrite=False)
+    config, built = training_config(clustered_store, "action"), built_step(clustered_store, "action")
+    state = random_state(config, built)
+    saver = Checkpointer(workdir, keep=2, save_every=1)
+    saver.keep_frozen(state.frozen)
+    for step in (1, 2, 3):
+        saver.save(step, state, {"store": {}, "stats": {}}, {"train": {"stage": "action"}})
+    saver.close()
+    return workdir, built, state
+
+
+def test_frozen_parameters_are_written_once_and_come_back_for_inference_and_resume(frozen_run):
+    workdir, built, state = frozen_run
+    params = flatten(load_params(workdir).params)
+    frozen = flatten(state.frozen)
+    assert set(frozen) < set(params)
+    for path, leaf in frozen.items():
+        np.testing.assert_array_equal(params[path], np.asarray(leaf, np.float32))
+    restored = Checkpointer(workdir, keep=2, save_every=1).restore(built.abstract_state)
+    assert checksum(restored.frozen) == checksum(state.frozen)
+    assert checksum(restored.trainable) == checksum(state.trainable)
+    sizes = {
+        item: sum(file.stat().st_size for file in (workdir / item).rglob("*")) for item in ("frozen", "checkpoints/3")
+    }
+    assert sizes["frozen"] > 100_000 > 0
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == [2, 3]
+
+
+def test_frozen_parameters_that_were_replaced_are_refused(frozen_run, tmp_path):
+    workdir, _, state = frozen_run
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    shutil.rmtree(copy / "frozen")
+    with pytest.raises(UserError, match=r"frozen parameters .* are missing"):
+        load_params(copy)
+    other = dataclasses.replace(state, frozen=jax.tree.map(lambda leaf: leaf + 1, state.frozen))
+    Checkpointer(copy, keep=2, save_every=1).keep_frozen(other.frozen)
+    with pytest.raises(UserError, match="do not match the checkpoint"):
+        load_params(copy)
+
+
+def test_a_checksum_sees_every_bit_and_where_it_is():
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, "bfloat16")}
+    same = checksum(jax.device_put(tree))
+    assert same == checksum(tree)
+    bits = tree["a"].copy().view(np.uint32)
+    bits[1, 2] ^= 1
+    assert checksum({**tree, "a": bits.view(np.float32)}) != same
+    assert checksum({**tree, "a": tree["a"][::-1]}) != same
+    assert checksum({"a": tree["a"], "c": tree["b"]}) != same
+
+
+# The workdir
+
+
+def test_a_workdir_that_exists_needs_a_word(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists; add --resume to go on with its run, or --overwrite to delete it"):
+        prepare_workdir(tmp_path, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="exclude each other"):
+        prepare_workdir(tmp_path, resume=True, overwrite=True)
+    prepare_workdir(tmp_path, resume=True, overwrite=False)
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+    prepare_workdir(tmp_path, resume=False, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # only what a run writes is deleted
+
+
+def test_overwrite_never_touches_a_directory_that_no_run_made(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no training run but 'thesis.tex'; refusing"):
+        prepare_workdir(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

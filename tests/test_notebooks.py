@@ -1,0 +1,21 @@
+"""Notebooks run top to bottom on a small store."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
+def test_runs_top_to_bottom(notebook, clustered_store, monkeypatch):
+    monkeypatch.setenv("WALLWM_STORE", str(clustered_store))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+    nbformat.validate(content)
+    client = NotebookClient(content, timeout=300, kernel_name="python3", resources={"metadata": {"path": "notebooks"}})
+    client.execute(cwd=str(ROOT / "notebooks"))
+    pictures = sum("image/png" in output.get("data", {}) for cell in content.cells for output in cell.get("outputs", []))
+    assert pictures >= 4

@@ -1,0 +1,112 @@
+"""What the tests of training share: one tiny run on the small store, its step compiled once per stage and test run."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from random_batch import random_batch
+from tiny_model import quick_compilation, random_params, store_config
+
+from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.packing import batch_spec
+from wallwm_jax.data.pipeline import resolve_views
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.train_state import TrainState
+from wallwm_jax.training.train_step import TrainStep, build_train_step
+
+STEPS = 6
+
+
+def training_config(store_path: str | Path, stage: str = "joint") -> ConfigDict:
+    """A run of `STEPS` steps, a checkpoint every second, two rows of eight latents, on the store at `store_path`."""
+    store = open_store(store_path)
+    config = store_config(store)
+    with config.unlocked():
+        config.data.update(rows=2, latents_per_row=8, actions_per_row=64, events_per_row=4, draw_block_rows=8)
+        config.data.update(workers=0, text_length=24, views=resolve_views(store, config), fill_target=0.9)
+        config.model.update(patch=(4, 4), max_latents=4)
+        config.objective.action_draws = 2
+        config.optim.warmup_steps = 2
+        config.train.update(stage=stage, steps=STEPS, save_every=2, log_every=2)
+    return config.lock()
+
+
+@functools.cache
+def compile_cache() -> Path:
+    """Directory of compiled programs, shared by this process and the ones it starts; gone at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="wallwm_test_programs_"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@contextlib.contextmanager
+def quick_shared_compilation() -> Iterator[None]:
+    """Few optimisations, and programs of the other tests are found in `compile_cache`."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(compile_cache()))
+    try:
+        with quick_compilation():
+            yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def subprocess_environment() -> dict[str, str]:
+    """For processes that import the tests' modules and compile as `quick_shared_compilation` does."""
+    here = Path(__file__).parent
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
+@functools.cache
+def built_step(store_path: Path, stage: str) -> TrainStep:
+    """The train step of a stage on one device, not compiled."""
+    config = training_config(store_path, stage)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    return build_train_step(config, mesh, open_store(store_path).stats.channel_weights())
+
+
+@functools.cache
+def compiled_step(store_path: Path, stage: str) -> Any:
+    """The compiled program of `built_step`."""
+    config, built = training_config(store_path, stage), built_step(store_path, stage)
+    with quick_shared_compilation():
+        shapes = built.abstract_batch(batch_spec(config, config.data.rows))
+        return built.step.lower(built.abstract_state, shapes).compile()
+
+
+def device_batch(config: ConfigDict, built: TrainStep, seed: int = 0) -> dict[str, jax.Array]:
+    """A random packed batch where the step wants it."""
+    return jax.device_put(random_batch(config, seed), built.rows)
+
+
+def random_state(config: ConfigDict, built: TrainStep, seed: int = 0) -> TrainState:
+    """A state at step 0 with every parameter random, so that no zero-initialised output stops a gradient."""
+    trainable, frozen = built.stage.split(random_params(config.model, seed))
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=built.optimizer.init(trainable),
+        ema=trainable,
+        frozen=frozen,
+    )
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(jnp.array(leaf, like.dtype, copy=True), like.sharding),
+        state,
+        built.abstract_state,
+    )

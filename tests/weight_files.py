@@ -1,0 +1,82 @@
+"""Generated weights: safetensors folders in a public layout with random values, written a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wallwm_jax.models.convert import umt5, wan
+from wallwm_jax.models.convert.rules import Table
+from wallwm_jax.models.convert.safetensors_files import Folder
+
+BYTES = {"BF16": 2, "F32": 4}
+
+TINY_WAN = {
+    "diffusers": dict(num_attention_heads=2, attention_head_dim=8, in_channels=6, out_channels=6, text_dim=10,
+                      freq_dim=8, ffn_dim=20, num_layers=3, patch_size=[1, 2, 2], eps=1e-6),
+    "original": dict(model_type="ti2v", dim=16, num_heads=2, in_dim=6, out_dim=6, text_dim=10, freq_dim=8, ffn_dim=20,
+                     num_layers=3, eps=1e-6),
+}  # fmt: skip
+TINY_UMT5 = dict(
+    model_type="umt5", vocab_size=40, d_model=12, num_heads=2, d_kv=4, d_ff=20, num_layers=3,
+    relative_attention_num_buckets=8, relative_attention_max_distance=16,
+)  # fmt: skip
+
+
+def wan_shapes(layout: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Wan transformer, layer by layer as published files have them."""
+    marker = {"diffusers": "condition_embedder.time_proj.weight", "original": "time_projection.1.weight"}[layout]
+    return _shapes(wan.table({marker: ()}, config))
+
+
+def umt5_shapes(config: Mapping[str, Any] = TINY_UMT5) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a UMT5 encoder, without the tied copy of its embedding."""
+    return _shapes(umt5.table({"shared.weight": ()}, config))
+
+
+def _shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    return {name: rule.shape for rule in table.rules for name in rule.names()}
+
+
+def write_weights(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | Callable[[str], str] = "F32",
+    shards: int = 1,
+    seed: int = 0,
+) -> Folder:
+    """Writes random weights: one file, or `shards` with an index; `dtype` for all tensors, or by name."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    dtype_of = dtype if callable(dtype) else lambda name: dtype
+    names = np.array_split(np.array(list(shapes), dtype=object), shards)
+    files = [
+        "model.safetensors" if shards == 1 else f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)
+    ]
+    headers, weight_map = {}, {}
+    for file, part in zip(files, names):
+        end, header = 0, {"__metadata__": {"format": "pt"}}
+        for name in part:
+            size = math.prod(shapes[name]) * BYTES[dtype_of(name)]
+            header[name] = {"dtype": dtype_of(name), "shape": list(shapes[name]), "data_offsets": [end, end + size]}
+            end += size
+            weight_map[name] = file
+        text = json.dumps(header, separators=(",", ":"))
+        headers[file] = text + " " * (-len(text) % 8)
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    if shards > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    folder = Folder(directory, headers)
+    folder.create()
+    for name, place in folder.places.items():
+        values = rng.standard_normal(place.size, np.float32) * np.float32(0.02)
+        folder.write(name, values.astype(place.dtype).reshape(place.shape))
+    return folder

@@ -1,0 +1,285 @@
+r"""Evaluates a trained model: in the simulator, against held-out recordings, and beside baselines.
+
+Eight episodes in the environments that the store was recorded in, about three minutes on two cores:
+
+    python -m wallwm_jax.evaluate --workdir=runs/quickstart --store=runs/store --out=runs/evaluation
+
+More episodes of one family, with narrower intervals, the model deciding itself how long each event takes:
+
+    python -m wallwm_jax.evaluate --workdir=runs/cpu --store=runs/store --out=runs/evaluation_chamber \
+        --families=chamber --episodes=64 --max_seconds=1800 --own_duration
+
+Closed loop: a scripted planner names the next event from the simulator's state, the policy acts for the whole event.
+Seeds are new. Three policies run on the same trials: the trained model, the same network untrained, and the expert's
+commands replayed through the model's action representation, which shows what the adapter allows.
+Open loop: on the store's heldout split, the error of the predicted actions beside two baselines, predicted durations,
+and the predicted final frame.
+
+--out then holds evaluation.json (rates with Wilson 95 % intervals, errors, every trial), rollout.gif and strips;
+`python -m wallwm_jax.evaluation.report` makes a page of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from wallwm_jax.config import require_directory
+from wallwm_jax.console import UserError, phase, run_command
+
+# Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
+if TYPE_CHECKING:
+    from wallwm_jax.data.event_store import EventStore
+    from wallwm_jax.evaluation.closed_loop import Film
+    from wallwm_jax.evaluation.environments import Trial
+    from wallwm_jax.evaluation.open_loop import OpenLoopResult
+    from wallwm_jax.inference.event_mode import EventMode
+
+RESULT_FILE = "evaluation.json"
+
+_OPEN_LOOP_SHARE, _TRAINED_SHARE = 0.4, 0.8  # of max_seconds, by which these phases end
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate; the flags of the command.
+
+    Attributes:
+      episodes: closed-loop episodes per policy; 0 leaves the simulator out.
+      families: OCBench families or environment ids to act in; none takes those of the store.
+      level: "subtask" or "action", the level of the events that the planner names.
+      patience: control steps that a subtask may take, as a multiple of the expert's typical duration.
+      own_duration: let the model say how long an event takes; otherwise the planner gives the typical time.
+      max_seconds: time for everything; fewer windows and trials are run where it is short.
+      windows: held-out windows of the open loop, at most.
+      batch: episodes or windows that run at once.
+      processes: simulator processes.
+      seed: of trials and sampling noise.
+    """
+
+    episodes: int = 8
+    families: Sequence[str] = ()
+    level: str = "subtask"
+    patience: float = 3.0
+    own_duration: bool = False
+    max_seconds: float = 180.0
+    windows: int = 128
+    batch: int = 8
+    processes: int = 2
+    seed: int = 20_000
+
+
+def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, options: Options) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of `workdir`; writes into `out` and returns the content of `evaluation.json`.
+
+    Raises:
+      UserError: a path is missing, the store has no heldout split or no clusters, or the simulator is not there.
+    """
+    begun = time.monotonic()
+    run = require_directory(str(workdir), "workdir", "pass --workdir=DIR, the workdir of wallwm_jax.train")
+    if not str(out):
+        raise UserError("no --out given; pass a directory for the results")
+    seconds: dict[str, float] = {}
+
+    def deadline(share: float) -> float:
+        return begun + share * options.max_seconds
+
+    with phase("load", seconds):
+        from wallwm_jax.data.event_store import open_store
+        from wallwm_jax.evaluation.open_loop import evaluate_open_loop
+        from wallwm_jax.inference.policy import Policy
+
+        store = open_store(store_path, "heldout")
+        trials = _trials(store, options)
+        policy = Policy.from_checkpoint(run, batch_size=options.batch, seed=options.seed)
+        mode = policy.event_mode
+        print(f"    step {policy.step}, {policy.num_parameters / 1e6:.1f} M parameters, {len(trials)} trials")
+    result: dict[str, Any] = {
+        "workdir": str(run),
+        "store": str(store.path),
+        "step": policy.step,
+        "parameters": policy.num_parameters,
+        "options": asdict(options),
+        "config": mode.config.to_dict(),
+        "success": {},
+        "rollout": None,
+    }
+    directory = Path(out).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    with phase("open loop", seconds):
+        open_loop = evaluate_open_loop(
+            mode,
+            store,
+            levels=[level for level, share in mode.config.data.levels.items() if share],
+            limit=options.windows,
+            seed=options.seed,
+            out_of_time=lambda: time.monotonic() > deadline(_OPEN_LOOP_SHARE),
+        )
+        result["open_loop"] = open_loop.to_json()
+        result["strips"] = _save_strips(open_loop, directory)
+    if trials:
+        film = _closed_loop(store, mode, trials, options, result["success"], seconds, deadline)
+        result["rollout"] = _save_film(film, float(store.meta["video_fps"]), directory)
+    result["phase_seconds"] = seconds
+    temporary = directory / f".{RESULT_FILE}"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(directory / RESULT_FILE)
+    return result
+
+
+def _trials(store: EventStore, options: Options) -> list[Trial]:
+    """The closed-loop trials: environments in turn, seeds that no episode of the store has."""
+    if not options.episodes:
+        return []
+    from wallwm_jax.evaluation.closed_loop import held_out_trials
+    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments
+    from wallwm_jax.sources.simulator.rendering import check_rendering
+
+    check_rendering()
+    recorded = [source.removeprefix("ocbench/") for source in store.meta["sources"] if source.startswith("ocbench/")]
+    env_ids = [env_id for family in options.families for env_id in environments(family)] or recorded
+    if not env_ids:
+        raise UserError(
+            f"event store {str(store.path)!r} was not recorded in OCBench ({store.meta['sources']}); "
+            "name --families to act in, or pass --episodes=0"
+        )
+    used = {episode["seed"] for episode in store.episodes}
+    return held_out_trials(env_ids, options.episodes, options.seed, attempt_seed, used)
+
+
+def _closed_loop(
+    store: EventStore,
+    mode: EventMode,
+    trials: list[Trial],
+    options: Options,
+    success: dict[str, Any],
+    seconds: dict[str, float],
+    deadline: Callable[[float], float],
+) -> Film | None:
+    """Fills `success` with the three policies; returns the best film of the trained one."""
+    import jax
+
+    from wallwm_jax.evaluation import closed_loop
+    from wallwm_jax.evaluation.environments import EnvironmentPool, Rules
+    from wallwm_jax.models import world_action_model as wam
+
+    with EnvironmentPool(
+        min(options.batch, len(trials)),
+        views=mode.views,
+        size=int(store.meta["size"][0]),
+        video_stride=int(store.meta["video_stride"]),
+        rules=Rules(options.level, options.patience, durations=closed_loop.typical_durations(store)),
+        processes=options.processes,
+    ) as pool:
+        with phase("expert replay", seconds):
+            success["expert_replay"] = closed_loop.summarize(closed_loop.replay_experts(pool, trials))
+        with phase("closed loop, trained", seconds):
+            results, films = closed_loop.run_model(
+                pool,
+                mode,
+                trials,
+                label="trained",
+                own_duration=options.own_duration,
+                films=4,
+                deadline=deadline(_TRAINED_SHARE),
+            )
+            success["trained"] = closed_loop.summarize(results)
+        with phase("closed loop, untrained", seconds):
+            untrained = jax.jit(lambda key: wam.init(mode.config.model, key))(jax.random.key(options.seed))
+            results, _ = closed_loop.run_model(
+                pool, mode.with_params(untrained), trials, label="untrained", deadline=deadline(1.0)
+            )
+            success["untrained"] = closed_loop.summarize(results)
+    return closed_loop.best_film(films)
+
+
+def _save_film(film: Film | None, fps: float, out: Path) -> dict[str, Any] | None:
+    if film is None or film.result is None:
+        return None
+    from wallwm_jax.evaluation import figures
+
+    (out / "rollout.gif").write_bytes(figures.rollout_gif(film.frames, film.captions, fps=fps))
+    trial = film.result.trial
+    return {
+        "file": "rollout.gif",
+        "env_id": trial.env_id,
+        "seed": trial.seed,
+        "success": film.result.success,
+        "subtasks": [[subtask.caption, subtask.success] for subtask in film.result.subtasks],
+    }
+
+
+def _save_strips(result: OpenLoopResult, out: Path) -> list[dict[str, Any]]:
+    from wallwm_jax.evaluation import figures
+
+    listed = []
+    for number, strip in enumerate(result.strips):
+        name = f"strip-{number:02d}.png"
+        rows: dict[str, Any] = {}
+        for view, (recorded, predicted) in strip.views.items():
+            rows |= {f"{view}\nrecorded": recorded, f"{view}\npredicted": predicted}
+        (out / name).write_bytes(figures.video_strip(rows))
+        listed.append({"file": name, "caption": strip.caption, "duration_s": strip.duration_s})
+    return listed
+
+
+def _print(result: dict[str, Any]) -> None:
+    open_loop = result["open_loop"]
+    better = min(open_loop["baselines"].values())
+    print(f"open loop: normalised L1 {open_loop['model']:.3f}, {open_loop['model'] / better:.2f} x the better baseline")
+    for policy, row in result["success"].items():
+        cells = [
+            f"{name} {100 * row[name]['rate']:.0f} % [{100 * row[name]['low']:.0f}, {100 * row[name]['high']:.0f}]"
+            f" of {row[name]['episodes']}"
+            for name in ("subtask", "episode")
+        ]
+        print(f"{policy}: {', '.join(cells)}")
+
+
+def _define_flags() -> None:
+    default = Options()
+    flags.DEFINE_string("workdir", "", "Run of wallwm_jax.train to evaluate; its newest checkpoint.")
+    flags.DEFINE_string("store", "", "Event store with a heldout split, clustered; usually the one trained on.")
+    flags.DEFINE_string("out", "", "Directory for the results; made if absent.")
+    flags.DEFINE_integer(
+        "episodes", default.episodes, "Closed-loop episodes per policy; 0 leaves the simulator out.", 0
+    )
+    flags.DEFINE_list("families", [], "OCBench families or environment ids to act in; none takes those of the store.")
+    flags.DEFINE_enum("level", default.level, ["subtask", "action"], "Level of the events that the planner names.")
+    flags.DEFINE_float("patience", default.patience, "Time for a subtask, in multiples of the expert's typical one.", 1)
+    flags.DEFINE_bool(
+        "own_duration", default.own_duration, "Let the model say how long an event takes; otherwise the planner does."
+    )
+    flags.DEFINE_float("max_seconds", default.max_seconds, "Time for everything; fewer trials where it is short.", 0)
+    flags.DEFINE_integer("windows", default.windows, "Held-out windows of the open loop, at most.", 1)
+    flags.DEFINE_integer("batch", default.batch, "Episodes or windows that run at once.", 1)
+    flags.DEFINE_integer("processes", default.processes, "Simulator processes.", 1)
+    flags.DEFINE_integer("seed", default.seed, "Of trials and sampling noise.")
+
+
+def main(_: list[str]) -> int:
+    """The command; see the module docstring."""
+    import jax
+
+    values = flags.FLAGS
+    if values.workdir and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where training keeps its own
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(values.workdir).expanduser().absolute() / "compile_cache")
+        )
+    chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
+    result = evaluate(values.workdir, values.store, values.out, Options(**chosen))
+    _print(result)
+    print(f"results: {Path(values.out) / RESULT_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)

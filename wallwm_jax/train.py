@@ -1,0 +1,372 @@
+r"""Trains a world action model on an event store, in one process or on a pod.
+
+The quickstart's model, about six minutes on two CPU cores:
+
+    python -m wallwm_jax.train --config=configs/ocbench_quickstart.py --config.data.store=runs/store --workdir=runs/a
+
+After a stop or a kill, the same command with --resume goes on from the last checkpoint; in float32 on CPU the loss
+curve is bit for bit that of a run that was never stopped. --overwrite deletes the old run instead. Without either, a
+workdir that exists is an error.
+
+    ... --workdir=runs/a --resume
+
+Any knob of configs/base.py can be changed on the command line; one that does not exist is an error:
+
+    ... --config.optim.muon_lr=1e-3 --config.data.rows=8 --config.train.steps=2000
+
+The paper's two stages (WALL-WM Table 1): the video tower alone, then the action tower on the frozen video tower:
+
+    ... --config.train.stage=video  --workdir=runs/video
+    ... --config.train.stage=action --workdir=runs/action --config.train.init_from=runs/video
+
+Two knobs bound a run. `train.steps` is its length: warm-up and the cosine of the learning rate follow it, so it decides
+the result. `train.max_seconds` is a safety stop only: it ends a run that turns out too slow, with a checkpoint but with
+the learning rate still high; a warning says so early and names the number of steps that would fit.
+
+The workdir then holds checkpoints/ (parameters, average, optimizer, statistics), metrics.jsonl (one line per step),
+tensorboard/ and config.json. On several hosts run the same command on each with --distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from wallwm_jax.config import define_config_flag, to_json
+from wallwm_jax.console import UserError, phase, run_command
+
+# The loader's worker processes import this module again; JAX stays out of them because `run` imports it.
+if TYPE_CHECKING:
+    from wallwm_jax.data.event_store import EventStore
+    from wallwm_jax.training.checkpoint import Checkpointer
+    from wallwm_jax.training.telemetry import Telemetry
+    from wallwm_jax.training.train_state import TrainState
+    from wallwm_jax.training.train_step import TrainStep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: updates made in all.
+      stopped_by: "" at the end of the schedule, else "max_seconds" or "preemption".
+      seconds: time per phase, by name.
+      compile_count: compilations of the train step, 1 (0 when there was nothing left to do).
+    """
+
+    step: int
+    stopped_by: str
+    seconds: dict[str, float]
+    compile_count: int
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Trains `config.train.stage` for `config.train.steps` steps and leaves checkpoints and metrics in `workdir`.
+
+    Args:
+      config: a config as `configs/base.py` makes them.
+      workdir: where everything goes.
+      resume: go on with the run in `workdir`; from the beginning if it has no checkpoint yet.
+      overwrite: delete the run in `workdir` first.
+      stop: once set, the run saves and ends after the current step.
+
+    Raises:
+      UserError: config, store, workdir and devices do not fit together (before anything is compiled), or the loss is
+        not finite.
+    """
+    import jax
+
+    from wallwm_jax.data.device_feed import feed
+    from wallwm_jax.data.event_store import open_store
+    from wallwm_jax.data.packing import batch_spec
+    from wallwm_jax.data.pipeline import check_store, make_loader
+    from wallwm_jax.parallel.distributed import this_host
+    from wallwm_jax.parallel.mesh import make_mesh, row_shards
+    from wallwm_jax.parallel.sharding import host_rows
+    from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
+    from wallwm_jax.training.telemetry import Telemetry
+    from wallwm_jax.training.train_state import count
+    from wallwm_jax.training.train_step import build_train_step
+
+    seconds: dict[str, float] = {}
+
+    # Paths, config and store.
+    host = this_host()
+    check_config(config)
+    store = open_store(_required_store(config), config.data.split)
+    config = _with_views(config, store)
+    check_store(store, config)
+    described = {**store.meta, "views": list(config.data.views), "fingerprint": store.fingerprint}
+    assets = {"store": described, "stats": store.stats.to_dict()}
+
+    # Devices.
+    mesh = make_mesh(config.mesh)
+    if config.data.rows % row_shards(mesh):
+        raise UserError(
+            f"data.rows={config.data.rows} does not divide among the {row_shards(mesh)} row shards of the mesh; "
+            f"make it a multiple of {row_shards(mesh)}"
+        )
+    built = build_train_step(config, mesh, store.stats.channel_weights())
+    workdir = prepare_workdir(workdir, resume=resume, overwrite=overwrite)
+    if host.is_first:
+        print(
+            f"==> {config.train.stage} on {mesh.size} x {jax.devices()[0].device_kind}, {host.count} host(s): {workdir}"
+        )
+
+    with contextlib.ExitStack() as stack:
+        checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints, save_every=config.train.save_every)
+        stack.callback(checkpointer.close)
+        first = checkpointer.latest_step or 0
+        if first:
+            _check_resumed(config, assets, checkpointer)
+        if first >= config.train.steps:
+            print(f"    already trained: step {first} of {config.train.steps}")
+            return Outcome(first, "", seconds, 0)
+        if host.is_first:
+            (workdir / CONFIG_FILE).write_text(to_json(config) + "\n")
+
+        # Data: worker processes start now and fill their buffers while the step compiles.
+        index, parts = host_rows(mesh, config.data.rows)
+        loader = stack.enter_context(make_loader(store, config, host_index=index, host_count=parts, start_step=first))
+
+        # State.
+        with phase(f"restore step {first}" if first else "initialise", seconds):
+            state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
+            checkpointer.keep_frozen(state.frozen)
+        if host.is_first:
+            groups = ", ".join(f"{name} {count(tree):,}" for name, tree in state.trainable.items())
+            print(f"    training {count(state.trainable):,} parameters ({groups}); {count(state.frozen):,} frozen")
+
+        # Compile.
+        batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))
+        with phase("compile", seconds):
+            step_fn = built.step.lower(built.abstract_state, batch_shapes).compile()
+
+        # Loop.
+        telemetry = Telemetry(
+            workdir,
+            first_step=first,
+            last_step=config.train.steps,
+            log_every=config.train.log_every,
+            writes=host.is_first,
+        )
+        stack.callback(telemetry.close)
+        saved_config = json.loads(to_json(config))
+        with phase("train", seconds), feed(loader, built.rows) as batches, jax.transfer_guard("disallow"):
+            budget = _Budget(config, host.count)
+            telemetry.start()
+            for step in range(first, config.train.steps):
+                batch, _, waited = next(batches)
+                state, metrics = step_fn(state, batch)
+                telemetry.record(step, metrics, waited)
+                done = step + 1
+                if checkpointer.wants(done):
+                    telemetry.flush()
+                    checkpointer.save(done, state, assets, saved_config)
+                stopped_by = _reason_to_stop(done, stop, budget, checkpointer, telemetry)
+                if stopped_by:
+                    break
+            telemetry.flush()
+
+        # The last checkpoint.
+        checkpointer.save(done, state, assets, saved_config, force=True)
+    if host.is_first:
+        print(f"==> {f'stopped by {stopped_by}' if stopped_by else 'done'}: step {done} saved in {workdir}", flush=True)
+    return Outcome(done, stopped_by, seconds, 1)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises `UserError` on values that cannot train, whatever the store and the devices are."""
+    from wallwm_jax.training.stages import get_stage
+
+    stage = get_stage(config.train.stage)
+    for section, name in (
+        ("train", "steps"),
+        ("train", "log_every"),
+        ("train", "save_every"),
+        ("train", "keep_checkpoints"),
+        ("data", "rows"),
+        ("objective", "action_draws"),
+    ):
+        if config[section][name] < 1:
+            raise UserError(f"{section}.{name}={config[section][name]} must be at least 1")
+    if config.data.window_kind not in stage.window_kinds:
+        raise UserError(
+            f"stage {stage.name!r} cannot train on data.window_kind={config.data.window_kind!r}; "
+            f"it takes {' or '.join(stage.window_kinds)}"
+        )
+    if config.objective.action_sigma not in ("independent", "symmetric"):
+        raise UserError(
+            f"objective.action_sigma={config.objective.action_sigma!r} is neither independent nor symmetric"
+        )
+    if stage.video_sigma == "anchor" and config.objective.action_sigma == "symmetric":
+        raise UserError(
+            f"stage {stage.name!r} holds the video at objective.anchor_sigma, so the action sigma cannot follow it; "
+            "set --config.objective.action_sigma=independent"
+        )
+    if stage.freezes and not config.train.init_from:
+        raise UserError(
+            f"stage {stage.name!r} freezes {' and '.join(stage.freezes)}: say where they come from with "
+            "--config.train.init_from=WORKDIR of a video or joint run"
+        )
+
+
+def _required_store(config: ConfigDict) -> str:
+    if not config.data.store:
+        raise UserError("no event store given; pass --config.data.store=DIR, made by python -m wallwm_jax.build_events")
+    return config.data.store
+
+
+def _with_views(config: ConfigDict, store: EventStore) -> ConfigDict:
+    """A copy of the config that names its views, so that checkpoints and batches agree on their order."""
+    from wallwm_jax.data.pipeline import resolve_views
+
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.views = resolve_views(store, config)
+    return config.lock()
+
+
+def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
+    from wallwm_jax.training.checkpoint import load_params
+    from wallwm_jax.training.train_state import take_over
+
+    state = built.init()
+    if not config.train.init_from:
+        return state
+    source = load_params(config.train.init_from)
+    state, result = take_over(state, source.params, config.train.init_from)
+    print(f"    parameters from {config.train.init_from}, step {source.step}:\n{result.table()}")
+    return state
+
+
+def _check_resumed(config: ConfigDict, assets: Mapping[str, Any], checkpointer: Checkpointer) -> None:
+    """Refuses to go on with another model, stage, seed or store; prints whatever else changed since the checkpoint."""
+    saved, given = checkpointer.read_assets()["store"]["fingerprint"], assets["store"]["fingerprint"]
+    if saved != given:
+        raise UserError(
+            f"{str(checkpointer.workdir)!r} was trained on event store {saved}, but {config.data.store!r} is {given}; "
+            "give the old store, or train into another workdir"
+        )
+    before, now = _leaves(checkpointer.read_config()), _leaves(json.loads(to_json(config)))
+    for knob in sorted(set(before) | set(now)):
+        if before.get(knob) == now.get(knob):
+            continue
+        change = f"{knob} was {before.get(knob)} and is now {now.get(knob)}"
+        if knob.startswith("model.") or knob in ("train.stage", "seed"):
+            raise UserError(f"cannot resume: {change}; give the old value, or train into another workdir")
+        print(f"    changed since the checkpoint: {change}")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.knob": value} of a nested dict."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
+
+
+class _Budget:
+    """`train.max_seconds`, on the clock of the first process, so that all processes stop at the same step."""
+
+    def __init__(self, config: ConfigDict, host_count: int):
+        self._limit, self._steps, self._every = config.train.max_seconds, config.train.steps, config.train.log_every
+        self._several, self._start, self._warned = host_count > 1, time.monotonic(), False
+
+    def exceeded(self, done: int, step_s: float) -> bool:
+        """Whether the time is up; looked at every `log_every` steps. Warns once if the schedule will not fit."""
+        if not self._limit or done % self._every:
+            return False
+        spent = time.monotonic() - self._start
+        if self._several:
+            from jax.experimental import multihost_utils
+
+            spent = float(multihost_utils.broadcast_one_to_all(spent))
+        need = spent + (self._steps - done) * step_s
+        if need > self._limit and not self._warned:
+            from wallwm_jax.training.telemetry import clock
+
+            self._warned = True
+            fits = done + int(max(0.0, self._limit - spent) / max(step_s, 1e-9))
+            print(
+                f"warning: {self._steps} steps need {clock(need)}, but train.max_seconds ends the run at "
+                f"{clock(self._limit)}, with the learning rate still high; --config.train.steps={fits} would fit",
+                flush=True,
+            )
+        return spent > self._limit
+
+
+def _reason_to_stop(
+    done: int, stop: threading.Event | None, budget: _Budget, checkpointer: Checkpointer, telemetry: Telemetry
+) -> str:
+    if (stop is not None and stop.is_set()) or checkpointer.preempted(done):
+        return "preemption"
+    return "max_seconds" if budget.exceeded(done, telemetry.mean_step_s()) else ""
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets: clusters send it some seconds before they take a machine away."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _define_flags() -> None:
+    define_config_flag()
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_string("workdir", "", "Directory of the run: checkpoints, metrics, TensorBoard")
+    flags.DEFINE_bool("resume", False, "Go on with the run in --workdir, or start it if there is none yet")
+    flags.DEFINE_bool("overwrite", False, "Delete the run in --workdir and start anew")
+    flags.DEFINE_bool("distributed", False, "Several processes form one run (see wallwm_jax/parallel/distributed.py)")
+
+
+def main(_: list[str]) -> int:
+    """The command."""
+    import jax
+
+    from wallwm_jax.parallel.distributed import initialize
+    from wallwm_jax.training.checkpoint import COMPILE_CACHE
+
+    values = flags.FLAGS
+    if not values.workdir:
+        raise UserError("no workdir given; pass --workdir=DIR, where checkpoints and metrics go")
+    if values.distributed:
+        initialize()
+    # A resumed run finds its compiled step here, unless the environment names a shared place.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(values.workdir).expanduser().absolute() / COMPILE_CACHE)
+        )
+    with contextlib.ExitStack() as stack:
+        # With several processes JAX itself listens for SIGTERM and agrees on a step with the others.
+        stop = None if values.distributed else stack.enter_context(_stop_on_sigterm())
+        outcome = run(values.config, values.workdir, resume=values.resume, overwrite=values.overwrite, stop=stop)
+    return 128 + signal.SIGTERM if outcome.stopped_by == "preemption" else 0
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)
