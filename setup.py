@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
-PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4", "sentencepiece>=0.2"]
+PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
 
 setup(
     name="wallwm_jax",
@@ -32,7 +32,9 @@ setup(
         "matplotlib>=3.9",
         "pillow>=10.1",
         "jinja2>=3.1",
+        "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tensorstore>=0.1.70",
         "tqdm>=4.66",
     ],
     extras_require={

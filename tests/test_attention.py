@@ -1,10 +1,11 @@
-"""Attention: segments, biases, masks, rows without keys, and Wan's text padding as one biased key."""
+"""Attention: segments, biases, masks, rows without keys, Wan's text padding as one biased key, and skipped tiles."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wallwm_jax.models import event_attention
 from wallwm_jax.models.attention import attend
 
 B, S, T, H, D = 2, 7, 9, 3, 8
@@ -77,3 +78,71 @@ def test_half_precision_stays_close_to_float32(qkv):
     out = attend(*(x.astype(jnp.bfloat16) for x in qkv))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), attend(*qkv), atol=0.04)
+
+
+# --- event_attention: the CPU's tiles --------------------------------------------------------------------------------
+
+ROW, KEYS, EVENTS = 400, 900, 6
+LENGTHS = ([30, 70, 1, 150, 99], [120, 64, 65, 63, 80])
+
+
+def packed_rows(scale, shuffle=False):
+    """Segments `[2, n]` of events one after the other, the rest padding; shuffled on demand."""
+    events = [np.repeat(np.arange(1, len(row) + 1), np.asarray(row) * scale) for row in LENGTHS]
+    rows = np.stack([np.pad(row, (0, {1: ROW, 2: KEYS}[scale] - len(row))) for row in events])
+    return np.random.default_rng(0).permuted(rows, axis=1) if shuffle else rows
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    keys = jax.random.split(jax.random.key(1), 4)
+    return [jax.random.normal(key, (2, n, 2, D)) for key, n in zip(keys, (ROW, KEYS, KEYS, ROW))]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_visiting_open_tiles_equals_dense_attention_and_its_gradients(tiles, shuffle):
+    query, key, value, cotangent = tiles
+    segments = [jnp.asarray(packed_rows(scale, shuffle)) for scale in (1, 2)]
+    assert event_attention.worthwhile(ROW, KEYS, EVENTS)
+
+    def run(function):
+        return jax.jit(lambda *qkv: (*jax.vjp(function, *qkv)[1](cotangent), function(*qkv)))(query, key, value)
+
+    ours = run(lambda *qkv: event_attention.attend_events(*qkv, *segments, EVENTS))
+    theirs = run(lambda *qkv: attend(*qkv, q_segments=segments[0], kv_segments=segments[1]))
+    for mine, dense_one in zip(ours, theirs):
+        np.testing.assert_allclose(mine, dense_one, atol=5e-6)
+    assert (np.asarray(ours[-1])[np.asarray(segments[0]) == 0] == 0).all()
+
+
+def test_poisoning_one_event_leaves_the_tiles_of_others_bit_unchanged(tiles):
+    query, key, value, cotangent = tiles
+    segments = [jnp.asarray(packed_rows(scale)) for scale in (1, 2)]
+
+    @jax.jit
+    def run(query, key, value, cotangent):
+        out, pullback = jax.vjp(lambda *qkv: event_attention.attend_events(*qkv, *segments, EVENTS), query, key, value)
+        return out, pullback(cotangent)
+
+    inside = [(segment == 2)[..., None, None] for segment in segments]
+    poisoned = [
+        jnp.where(where, 1e3 * jnp.sin(37 * x), x)
+        for x, where in ((query, inside[0]), (key, inside[1]), (value, inside[1]), (cotangent, inside[0]))
+    ]
+    (clean, gradients), (out, others) = run(*tiles), run(*poisoned)
+    for ours, theirs, where in zip((clean, *gradients), (out, *others), (inside[0], *inside[:1], *inside[1:] * 2)):
+        np.testing.assert_array_equal(jnp.where(where, 0, ours), jnp.where(where, 0, theirs))
+        assert float(jnp.abs(jnp.where(where, ours - theirs, 0)).max()) > 1
+
+
+def test_many_events_on_one_cpu_take_the_tiles(tiles, monkeypatch):
+    query, key, value, _ = tiles
+    segments = dict(zip(("q_segments", "kv_segments"), (jnp.asarray(packed_rows(scale)) for scale in (1, 2))))
+    taken = []
+    monkeypatch.setattr(event_attention, "attend_events", lambda *args: taken.append(args[-1]))
+    attend(query, key, value, num_segments=EVENTS, **segments)
+    assert taken == [EVENTS]
+    attend(query, key, value, num_segments=2, **segments)
+    short = {name: array[:, :60] for name, array in segments.items()}
+    attend(query[:, :60], key[:, :60], value[:, :60], num_segments=EVENTS, **short)
+    assert taken == [EVENTS]

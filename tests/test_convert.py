@@ -274,18 +274,20 @@ def test_the_command(tmp_path):
     assert "already exists" in again.stderr
 
 
-# Runs with the peak of resident memory on its last line; sizes as Wan 2.1 T2V-1.3B's in bfloat16, 2.8 GB in 3 shards.
+# Prints resident memory before, and its peak (VmHWM; ru_maxrss would count the process that started this one).
 _MEASURED = """
-import resource, sys
+import re, sys
 from wallwm_jax.models.convert import stream
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def read(field): return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+start = read("VmRSS")
 getattr(stream, sys.argv[1])("wan", sys.argv[2], sys.argv[3])
-print(start * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(start, read("VmHWM"))
 """
 
 
 @pytest.mark.slow
 def test_a_billion_parameters_take_the_memory_of_a_few_tensors(tmp_path):
+    """Sizes of Wan 2.1 T2V-1.3B in bfloat16: 2.8 GB in 3 shards, the largest 1.9 GB."""
     config = dict(TINY_WAN["diffusers"]) | dict(
         num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
         ffn_dim=8960, num_layers=30,
@@ -300,7 +302,7 @@ def test_a_billion_parameters_take_the_memory_of_a_few_tensors(tmp_path):
         print(
             f"{function}: {start / 1e6:.0f} MB before, peak {peak / 1e6:.0f} MB, largest shard {largest / 1e6:.0f} MB"
         )
-        assert peak - start <= 0.5 * largest
+        assert peak - start <= 0.25 * largest
         if function == "import_weights":
             conversion = json.loads((tmp_path / "ours" / "conversion.json").read_text())
             assert conversion["sizes"]["depth"] == 30

@@ -1,5 +1,7 @@
 """Flow matching: the shift, the anchor, and that the true velocity carries noise to data."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,7 @@ def test_euler_steps_along_the_true_velocity_reach_the_data():
     velocity = fm.velocity_target(clean, noise)
     levels = fm.sigmas(10, 5.0)
     x = noise
-    for sigma, following in zip(levels[:-1], levels[1:]):
+    for sigma, following in itertools.pairwise(levels):
         np.testing.assert_allclose(x, fm.add_noise(clean, noise, sigma), atol=1e-6)
         np.testing.assert_allclose(fm.clean_estimate(x, velocity, sigma), clean, atol=1e-6)
         x = fm.euler_step(x, velocity, sigma, following)

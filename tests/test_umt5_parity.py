@@ -1,12 +1,14 @@
 """The UMT5 encoder is transformers' UMT5EncoderModel: features and all gradients; its tokenizer is the public one.
 
-The twin runs in float64 and in float32: ours is held against the first, and against the second with its own error added.
+The twin runs in float64 and in float32: ours is held against the first, and against the second with
+its own error added.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from wallwm_jax.console import UserError
+from wallwm_jax.models.convert import stream
 from wallwm_jax.models.convert import umt5 as names
 from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.text import umt5
@@ -224,6 +227,21 @@ def test_captions_are_encoded_unpadded_and_as_the_twin_encodes_them_padded(weigh
         assert feature.dtype == ml_dtypes.bfloat16
         assert feature.shape == (count, 24)
         assert relative_error(feature, theirs.detach().numpy()) <= 2**-8  # the rounding of the stored features
+
+
+def test_converted_weights_encode_captions(tmp_path, weights):
+    """From the public model's own files to features, through the converter."""
+    twin = copy.deepcopy(make_twin()).to(torch.bfloat16)
+    twin.save_pretrained(tmp_path / "source")
+    shutil.copy(weights / MODEL_FILE, tmp_path / "source")
+    stream.import_weights("umt5", tmp_path / "source", tmp_path / "ours")
+    features = umt5.CaptionEncoder.from_directory(tmp_path / "ours").encode(CAPTIONS[:2])
+    table = ours_from(twin.float())[2]
+    tensors = {name: value.detach().numpy().astype(ml_dtypes.bfloat16) for name, value in twin.named_parameters()}
+    config = umt5.config_from_sizes(table.sizes, "bfloat16")
+    expected = umt5.CaptionEncoder(table.to_params(tensors), config, Tokenizer(weights)).encode(CAPTIONS[:2])
+    for ours, theirs in zip(features, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path, weights):

@@ -67,5 +67,5 @@ def store_config(store: EventStore, **sampling: Any) -> ConfigDict:
         config.model.latent_shape = tuple(side // 8 for side in store.meta["size"])
         config.model.latent_channels = get_codec(store.meta["codec"]).channels
         config.model.max_latents = 16
-        config.sampling.update({"steps": 2, "video_steps": 2, "buckets": (2, 3), **sampling})
+        config.sampling.update({"steps": 2, "video_steps": 2, "buckets": (2, 3), "action_temperature": 1.0, **sampling})
     return config

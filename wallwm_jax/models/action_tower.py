@@ -1,4 +1,4 @@
-"""Action tower: a flow-matching transformer over the end-effector trajectory of each event, coupled one-way to the video.
+"""Action tower: a flow-matching transformer over each event's end-effector trajectory, coupled one-way to the video.
 
 It is as deep as the video tower. Block i attends to what leaves video block i; nothing flows back. A token is the
 state of an event or one of its actions; the stream is `[K, B, S, D]`: K noise draws that share the video, rows,

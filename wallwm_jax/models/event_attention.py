@@ -21,13 +21,13 @@ _MIN_TILE = 64
 
 
 class _Visits(NamedTuple):
-    """The open tiles: row, event, first query and first key of each `[n]`, and how many are real."""
+    """The open tiles: row, event, first query and first key of each `[n]`, and how many are open."""
 
     row: jax.Array
     event: jax.Array
     query: jax.Array
     key: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def worthwhile(queries: int, keys: int, events: int) -> bool:
@@ -76,7 +76,8 @@ def _plan(q_segments: jax.Array, kv_segments: jax.Array, events: int) -> _Visits
         (k_first[..., None] + k_step * k_tile)[:, :, None],
     )
     order = jnp.argsort(~is_open.reshape(-1), stable=True)
-    return _Visits(*(jnp.broadcast_to(part, shape).reshape(-1)[order] for part in parts), jnp.sum(is_open))
+    row, event, query, key = (jnp.broadcast_to(part, shape).reshape(-1)[order] for part in parts)
+    return _Visits(row, event, query, key, jnp.sum(is_open))
 
 
 def _slice(array: jax.Array, row: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -139,7 +140,7 @@ def _forward(
 
     rows = queries.shape[:3]
     start = (jnp.zeros(queries.shape), jnp.full(rows, _CLOSED), jnp.zeros(rows))
-    mixed, peak, total = jax.lax.fori_loop(0, visits.count, visit, start)
+    mixed, peak, total = jax.lax.fori_loop(0, visits.number, visit, start)
     total = jnp.where(total > 0, total, 1.0)
     output = jnp.swapaxes(mixed / total[..., None], 1, 2).astype(value.dtype)
     output, log_total = (checkpoint_name(part, "attention") for part in (output, peak + jnp.log(total)))
@@ -181,7 +182,7 @@ def _backward(events: int, saved: tuple[jax.Array, ...], gradient: jax.Array) ->
         )
 
     start = tuple(jnp.zeros(array.shape) for array in (queries, keys, values))
-    totals = jax.lax.fori_loop(0, visits.count, visit, start)
+    totals = jax.lax.fori_loop(0, visits.number, visit, start)
     of_query, of_key, of_value = (
         jnp.swapaxes(total, 1, 2).astype(array.dtype) for total, array in zip(totals, (query, key, value))
     )

@@ -6,17 +6,21 @@ video, eq. 12 for actions).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Numbers = TypeVar("Numbers", float, np.ndarray, jax.Array)
 
-def sigma_from_uniform(u: jax.Array, shift: float) -> jax.Array:
+
+def sigma_from_uniform(u: Numbers, shift: float) -> Numbers:
     """Noise level of a uniform draw `u` in [0, 1]: `shift * u / (1 + (shift - 1) * u)`; shift > 1 favours noise."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-def uniform_from_sigma(sigma: jax.Array, shift: float) -> jax.Array:
+def uniform_from_sigma(sigma: Numbers, shift: float) -> Numbers:
     """Inverse of `sigma_from_uniform`."""
     return sigma / (shift - (shift - 1.0) * sigma)
 
@@ -56,7 +60,7 @@ def sigmas(num_steps: int, shift: float, *, end: float = 0.0) -> np.ndarray:
 
 def anchor_sigma(step: int, num_steps: int, shift: float) -> float:
     """Noise level after `step` of `num_steps` steps counted from noise: step 45 of 50 at shift 5 is 0.357."""
-    return float(sigma_from_uniform(1.0 - step / num_steps, shift))
+    return sigma_from_uniform(1.0 - step / num_steps, shift)
 
 
 def jittered_anchor(u: jax.Array, anchor: float, jitter_steps: float, num_steps: int, shift: float) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Stacks of equal blocks: built under vmap with parameters `[L, ...]`, run by one scan. The only place with scan and remat."""
+"""Stacks of equal blocks: built under vmap with parameters `[L, ...]`, run by one scan.
+
+The only place with scan and rematerialisation.
+"""
 
 from __future__ import annotations
 

@@ -21,17 +21,14 @@ class Linear(nnx.Module):
     `std` is the standard deviation of the initial kernel: None gives 1 / sqrt(in), 0 gives zeros.
     """
 
-    def __init__(
-        self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, std: float | None = None, bias: bool = True
-    ):
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, std: float | None = None):
         std = 1.0 / math.sqrt(fan_in) if std is None else std
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out), jnp.float32) * std)
-        self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32)) if bias else None
+        self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,4 +1,6 @@
-"""The one table of parameters: each path's logical axes, and how the optimizer treats it. Shardings, Muon, decay and freezing read it.
+"""The one table of parameters: each path's logical axes, and how the optimizer treats it.
+
+Shardings, Muon's matrix axes, weight decay and freezing read it.
 
 A path is the keys of the parameter tree joined by "/", for example "video/blocks/ffn/up/kernel". Every parameter
 matches exactly one rule; `rule_for` raises otherwise.

@@ -16,8 +16,8 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from wallwm_jax.models.attention import Attention, attend
-from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
 from wallwm_jax.models.layer_stack import build
+from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
 from wallwm_jax.models.view_attention import CameraTable, ViewAttention
 
@@ -66,7 +66,7 @@ class VideoBlock(nnx.Module):
         modulation = jnp.split(self.modulation[...] + condition.modulation, 6, 2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         x = gated(x, self._within_views(modulate(x, shift, scale), condition), gate)
-        if self.view_attention is not None:
+        if self.view_attention is not None and condition.camera_angles is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
             x = self.view_attention(x, condition.modulation[:, :, :3], condition.camera_angles, cell_bias)
         x = x + self._text(self.text_norm(x), condition)
@@ -84,9 +84,7 @@ class VideoBlock(nnx.Module):
             self.self_attention.keys(x, angles=angles),
             self.self_attention.values(x),
         )
-        query, key, value = (
-            jnp.swapaxes(part, 1, 2).reshape(b * views, f * cells, *part.shape[4:]) for part in parts
-        )
+        query, key, value = (jnp.swapaxes(part, 1, 2).reshape(b * views, f * cells, *part.shape[4:]) for part in parts)
         segments = jnp.repeat(jnp.swapaxes(condition.segments, 1, 2).reshape(b * views, f), cells, axis=1)
         mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
         mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
@@ -133,7 +131,7 @@ class VideoTower(nnx.Module):
         return self.patch_embedding(patches).reshape(*patches.shape[:2], -1, self.config.width)
 
     def condition(self, batch: Batch, sigma: jax.Array, features: jax.Array, length: jax.Array) -> VideoCondition:
-        """What the blocks read: noise level `sigma [B, E]` in [0, 1], caption `features [B, E, L, Dt]` with `length`."""
+        """What the blocks read; noise level `sigma [B, E]`, captions `features [B, E, L, Dt]` and `length [B, E]`."""
         rows, columns = (size // patch for size, patch in zip(self.config.latent_shape, self.config.patch))
         head_dim = self.config.width // self.config.heads
         events = batch["view_id"].shape[1]
@@ -155,7 +153,7 @@ class VideoTower(nnx.Module):
         )
 
     def velocity(self, x: jax.Array, time: jax.Array, views: int) -> jax.Array:
-        """The head: stream `[B, F, N, D]` and embedded timestep `[B, F, D]` to velocity `[B, V, F, h, w, C]`, float32."""
+        """The head: stream `[B, F, N, D]`, embedded timestep `[B, F, D]` to velocity `[B, V, F, h, w, C]`, float32."""
         modulation = self.head_modulation[...] + time[:, :, None]
         patches = self.head(modulate(x, modulation[:, :, :1], modulation[:, :, 1:])).astype(jnp.float32)
         return unpatchify(patches, views, self.config.latent_shape, self.config.patch)

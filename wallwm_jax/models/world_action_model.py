@@ -1,4 +1,4 @@
-"""The world action model: video tower, action tower, text encoder and duration head as pure functions of plain parameters.
+"""The world action model as pure functions of plain parameters: video and action tower, text encoder, duration head.
 
 Parameters are a nested dict of float32 arrays with top-level keys "video", "action", "duration" and, with the `bytes`
 text encoder, "text"; parameters of blocks carry a leading layer axis. The modules behind them are Flax NNX, merged at
@@ -114,11 +114,16 @@ def forward(
       text: from `encode_text`.
       noisy_actions: `[K, B, A, Da]`, K draws that share the video. action_sigma: `[K, B, E]`.
       run_actions: False leaves the action tower out (stage video).
-      train_video: False stops gradients at the action tower's view of the video and at the video tower's parameters,
-        so that no video backward exists (stage action).
+      train_video: False stops gradients at the video tower's parameters and at the text, so that no video backward
+        exists (stage action).
+
+    Raises:
+      ValueError: `run_actions` without actions.
     """
     if not run_actions:
         return Outputs(_run_video(_bind(params, config), batch, noisy_latents, video_sigma, text)[0], None)
+    if noisy_actions is None or action_sigma is None:
+        raise ValueError("forward: run_actions needs noisy_actions and action_sigma")
     if not train_video:
         params = {**params, "video": jax.lax.stop_gradient(params["video"])}
         text = jax.lax.stop_gradient(text)
@@ -140,9 +145,8 @@ def forward(
 
     start = (video.embed(_with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
     (stream, actions), _ = layer_stack.run(step, start, (video.blocks, action.blocks))
-    return Outputs(
-        video.velocity(stream, condition.time, noisy_latents.shape[1]), action.velocity(batch, actions, action_condition)
-    )
+    video_velocity = video.velocity(stream, condition.time, noisy_latents.shape[1])
+    return Outputs(video_velocity, action.velocity(batch, actions, action_condition))
 
 
 def video_context(

@@ -72,7 +72,7 @@ class ByteEncoder(nnx.Module):
         return features.reshape(*ids.shape[:2], *features.shape[1:]), length
 
     def _merged(self, ids: jax.Array, length: jax.Array) -> jax.Array:
-        """`ids [N, L]` to tokens `[N, ceil(L / stride), Dt]`; token i sees bytes (i - 1/2) stride .. (i + 3/2) stride."""
+        """`ids [N, L]` to `[N, ceil(L / stride), Dt]`; token i sees bytes (i - 1/2) stride to (i + 3/2) stride."""
         stride, dtype = self.config.text.stride, jnp.dtype(self.config.compute_dtype)
         one_hot = jax.nn.one_hot(ids, VOCABULARY, dtype=dtype)
         embedded = one_hot @ self.embedding[...].astype(dtype)

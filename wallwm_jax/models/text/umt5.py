@@ -1,7 +1,8 @@
 """The UMT5 encoder (frozen, imported): T5 with a relative position bias in every layer.
 
-The same function as transformers' UMT5EncoderModel. Captions are encoded once, offline, into the event store: `CaptionEncoder` gives unpadded bfloat16 features. Parameters
-are a nested dict of arrays as everywhere; blocks carry a leading layer axis and keep the dtype they were published in.
+The same function as transformers' UMT5EncoderModel. Captions are encoded once, offline, into the event store:
+`CaptionEncoder` gives unpadded bfloat16 features. Parameters are a nested dict of arrays as everywhere; blocks carry a
+leading layer axis, and weights keep the dtype they were published in.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class CaptionEncoder:
         return cls(loaded.params, config_from_sizes(loaded.sizes), Tokenizer(directory), max_length=max_length)
 
     def encode(self, captions: Sequence[str], *, batch: int = 16) -> list[np.ndarray]:
-        """Features of each caption, unpadded: bfloat16 `[n, D]` for n ids, the end id included; the null text "" has 1."""
+        """Features of each caption, unpadded: bfloat16 `[n, D]` for n ids with the end id; "" has one."""
         tokens = [self._tokenizer.encode(caption, self.max_length) for caption in captions]
         order = sorted(range(len(tokens)), key=lambda i: tokens[i][1])
         features: list[Any] = [None] * len(tokens)
