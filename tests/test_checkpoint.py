@@ -14,10 +14,10 @@ import pytest
 from training_setup import (
     STEPS,
     built_step,
-    quick_shared_compilation,
     random_state,
     subprocess_environment,
     training_config,
+    use_prepared_steps,
 )
 
 from wallwm_jax.config import to_json
@@ -35,7 +35,8 @@ TIMING = ("step_s", "input_wait_s")
 def straight(clustered_store, tmp_path_factory):
     """The workdir and outcome of a run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
-    with quick_shared_compilation():
+    with pytest.MonkeyPatch.context() as patch:
+        use_prepared_steps(patch, clustered_store)
         outcome = run(training_config(clustered_store), workdir)
     return workdir, outcome
 
@@ -43,6 +44,10 @@ def straight(clustered_store, tmp_path_factory):
 def curve(workdir):
     """The lines of metrics.jsonl without what depends on the clock; floats as written, in full."""
     return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(workdir)]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 # Resuming
@@ -134,11 +139,7 @@ def test_inference_reads_average_and_assets_and_no_optimizer(straight, clustered
 def test_the_last_checkpoints_are_kept_and_can_be_named(straight):
     """Saved at 2, 4 and the end, all three within `keep_checkpoints`."""
     workdir, _ = straight
-    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == [
-        2,
-        4,
-        STEPS,
-    ]
+    assert saved_steps(workdir) == [2, 4, STEPS]
     assert load_params(workdir, 2).step == load_params(workdir / "checkpoints" / "2").step == 2
     with pytest.raises(UserError, match=f"has no checkpoint at step 3; it has 2, 4, {STEPS}"):
         load_params(workdir, 3)
@@ -185,7 +186,7 @@ def test_frozen_parameters_are_written_once_and_come_back_for_inference_and_resu
         item: sum(file.stat().st_size for file in (workdir / item).rglob("*")) for item in ("frozen", "checkpoints/3")
     }
     assert sizes["frozen"] > 100_000 > 0
-    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == [2, 3]
+    assert saved_steps(workdir) == [2, 3]
 
 
 def test_frozen_parameters_that_were_replaced_are_refused(frozen_run, tmp_path):
@@ -230,6 +231,6 @@ def test_a_workdir_that_exists_needs_a_word(tmp_path):
 
 def test_overwrite_never_touches_a_directory_that_no_run_made(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds no training run but 'thesis.tex'; refusing"):
+    with pytest.raises(UserError, match=r"holds no training run but 'thesis\.tex'; refusing"):
         prepare_workdir(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -17,5 +17,7 @@ def test_runs_top_to_bottom(notebook, clustered_store, monkeypatch):
     nbformat.validate(content)
     client = NotebookClient(content, timeout=300, kernel_name="python3", resources={"metadata": {"path": "notebooks"}})
     client.execute(cwd=str(ROOT / "notebooks"))
-    pictures = sum("image/png" in output.get("data", {}) for cell in content.cells for output in cell.get("outputs", []))
+    pictures = sum(
+        "image/png" in output.get("data", {}) for cell in content.cells for output in cell.get("outputs", [])
+    )
     assert pictures >= 4

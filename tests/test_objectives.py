@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_batch import random_batch, tiny_config
+from tiny_model import quick_compilation
 
 from wallwm_jax.models.flow_matching import anchor_sigma
 from wallwm_jax.training import objectives
@@ -13,6 +14,12 @@ from wallwm_jax.training.stages import STAGES
 
 CONFIG = tiny_config()
 JOINT, ACTION = STAGES["joint"], STAGES["action"]
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture

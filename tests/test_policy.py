@@ -100,6 +100,8 @@ def test_errors_name_the_remedy(policy, run, observation, tmp_path):
         Policy.from_checkpoint(run[0], step=3)
     with pytest.raises(UserError, match="unknown sampling entry 'step'"):
         Policy.from_checkpoint(run[0], sampling={"step": 3})
+    with pytest.raises(UserError, match="sampling entry steps='many' is not of the kind of 2"):
+        Policy.from_checkpoint(run[0], sampling={"steps": "many"})
 
 
 def test_a_run_that_has_not_learned_to_act_is_refused(store, tmp_path):

@@ -36,7 +36,9 @@ def made(small_store, tmp_path_factory):
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses) + '{"step": 40, "lo')
     with quick_compilation():
-        evaluate(workdir, store, evaluation, Options(episodes=0, windows=4, batch=2, max_seconds=3600))
+        evaluate(
+            workdir, store, evaluation, Options(episodes=0, windows=4, batch=2, max_seconds=3600, sampling=["steps=3"])
+        )
     content = json.loads((evaluation / "evaluation.json").read_text())
     for policy, won in (("trained", 3), ("untrained", 0), ("expert_replay", 4)):
         results = [
@@ -65,6 +67,7 @@ def test_evaluation_measures_the_open_loop_of_the_heldout_split(made):
     content = json.loads((made[2] / "evaluation.json").read_text())
     open_loop = content["open_loop"]
     assert open_loop["windows"] == 4 and content["step"] == 7 and content["parameters"] > 10_000
+    assert content["config"]["sampling"]["steps"] == 3
     for value in (open_loop["model"], open_loop["model_predicted_duration"], *open_loop["baselines"].values()):
         assert 0 < value < 100
     assert set(content["phase_seconds"]) == {"load", "open loop"}
@@ -141,5 +144,7 @@ def test_missing_parts_are_one_line_with_a_remedy(made, tmp_path):
         evaluate("", store, tmp_path, Options())
     with pytest.raises(UserError, match="no --out given"):
         evaluate(workdir, store, "", Options())
+    with pytest.raises(UserError, match="--sampling=steps: write name=value"):
+        evaluate(workdir, store, tmp_path, Options(episodes=0, sampling=["steps"]))
     with pytest.raises(UserError, match=r"was not recorded in OCBench|(simulator|MuJoCo) is not installed"):
         evaluate(workdir, store, tmp_path / "out", Options(episodes=2))

@@ -9,9 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from training_setup import STEPS, quick_shared_compilation, training_config
+from training_setup import STEPS, training_config, use_prepared_steps
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data import device_feed
@@ -42,6 +43,11 @@ def command(*arguments):
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture
+def prepared_steps(monkeypatch, clustered_store):
+    use_prepared_steps(monkeypatch, clustered_store)
 
 
 # Teaching
@@ -109,35 +115,36 @@ def test_an_existing_workdir_is_refused(clustered_store, tmp_path):
 def test_a_damaged_store_is_refused(clustered_store, tmp_path):
     store = shutil.copytree(clustered_store, tmp_path / "store")
     (store / "index-train.npy").write_bytes(b"not an index")
-    with pytest.raises(UserError, match="index-train.npy"):
+    with pytest.raises(UserError, match=r"index-train\.npy"):
         run(changed(training_config(clustered_store), data__store=str(store)), tmp_path / "run")
 
 
 # Stopping
 
 
+@pytest.mark.usefixtures("prepared_steps")
 def test_told_to_stop_it_saves_the_step_and_resumes_there(clustered_store, tmp_path):
     """As SIGTERM does."""
     config, stop = training_config(clustered_store), threading.Event()
     stop.set()
-    with quick_shared_compilation():
-        outcome = run(config, tmp_path / "run", stop=stop)
-        assert (outcome.step, outcome.stopped_by) == (1, "preemption")
-        assert load_params(tmp_path / "run").step == 1
-        outcome = run(config, tmp_path / "run", resume=True)
+    outcome = run(config, tmp_path / "run", stop=stop)
+    assert (outcome.step, outcome.stopped_by) == (1, "preemption")
+    assert load_params(tmp_path / "run").step == 1
+    outcome = run(config, tmp_path / "run", resume=True)
     assert (outcome.step, outcome.stopped_by) == (STEPS, "")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(STEPS))
 
 
+@pytest.mark.usefixtures("prepared_steps")
 def test_the_time_limit_ends_a_run_with_a_checkpoint_and_a_warning(clustered_store, tmp_path, capsys):
     config = changed(training_config(clustered_store), train__max_seconds=1e-3)
-    with quick_shared_compilation():
-        outcome = run(config, tmp_path / "run")
+    outcome = run(config, tmp_path / "run")
     assert (outcome.step, outcome.stopped_by) == (config.train.log_every, "max_seconds")
     assert load_params(tmp_path / "run").step == outcome.step
     assert re.search(rf"warning: {STEPS} steps need .* --config.train.steps=\d+ would fit", capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("prepared_steps")
 def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing_of_it(clustered_store, tmp_path, monkeypatch):
     """The fourth batch holds a broken action; the checkpoint of step 2 stays the last."""
 
@@ -148,11 +155,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing_of_it(cluste
             arrays, meta, waited = super().__next__()
             self.count += 1
             if self.count == 4:
-                arrays = {**arrays, "actions": arrays["actions"] * float("nan")}
+                broken = np.full(arrays["actions"].shape, np.nan, np.float32)
+                arrays = {**arrays, "actions": jax.device_put(broken, arrays["actions"].sharding)}
             return arrays, meta, waited
 
     monkeypatch.setattr(device_feed, "DeviceFeed", Broken)
-    with quick_shared_compilation(), pytest.raises(UserError, match=r"step 3: .*loss_action nan.*is not finite"):
+    with pytest.raises(UserError, match=r"step 3: .*loss_action nan.*is not finite"):
         run(training_config(clustered_store), tmp_path / "run")
     assert load_params(tmp_path / "run").step == 2
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
@@ -161,13 +169,13 @@ def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing_of_it(cluste
 # Chaining stages
 
 
+@pytest.mark.usefixtures("prepared_steps")
 def test_the_action_stage_starts_from_the_average_of_the_video_stage(clustered_store, tmp_path, capsys):
     video = training_config(clustered_store, "video")
     action = changed(training_config(clustered_store, "action"), train__init_from=str(tmp_path / "video"))
-    with quick_shared_compilation():
-        run(video, tmp_path / "video")
-        capsys.readouterr()
-        outcome = run(action, tmp_path / "action")
+    run(video, tmp_path / "video")
+    capsys.readouterr()
+    outcome = run(action, tmp_path / "action")
     printed = capsys.readouterr().out
     first, second = (load_params(tmp_path / name).params for name in ("video", "action"))
     assert set(first) == {"video", "text"} and set(second) == {"video", "text", "action", "duration"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.data.pipeline import resolve_views
 from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training import train_step
 from wallwm_jax.training.train_state import TrainState
 from wallwm_jax.training.train_step import TrainStep, build_train_step
 
@@ -88,6 +91,20 @@ def compiled_step(store_path: Path, stage: str) -> Any:
     with quick_shared_compilation():
         shapes = built.abstract_batch(batch_spec(config, config.data.rows))
         return built.step.lower(built.abstract_state, shapes).compile()
+
+
+def use_prepared_steps(monkeypatch: Any, store_path: Path) -> None:
+    """Lets `wallwm_jax.train.run` on `training_config(store_path, stage)` find its step already compiled.
+
+    For tests of what surrounds the step; that `run` compiles it once is seen where the command itself is started.
+    """
+
+    def build(config: ConfigDict, *_: Any) -> TrainStep:
+        built, program = built_step(store_path, config.train.stage), compiled_step(store_path, config.train.stage)
+        lowered = SimpleNamespace(compile=lambda: program)
+        return dataclasses.replace(built, step=SimpleNamespace(lower=lambda *_: lowered))
+
+    monkeypatch.setattr(train_step, "build_train_step", build)
 
 
 def device_batch(config: ConfigDict, built: TrainStep, seed: int = 0) -> dict[str, jax.Array]:

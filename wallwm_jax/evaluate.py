@@ -21,6 +21,7 @@ and the predicted final frame.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import time
@@ -62,6 +63,7 @@ class Options:
       batch: episodes or windows that run at once.
       processes: simulator processes.
       seed: of trials and sampling noise.
+      sampling: entries of `config.sampling` to change, as "name=value": "steps=20", "action_temperature=0.0".
     """
 
     episodes: int = 8
@@ -74,6 +76,7 @@ class Options:
     batch: int = 8
     processes: int = 2
     seed: int = 20_000
+    sampling: Sequence[str] = ()
 
 
 def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, options: Options) -> dict[str, Any]:
@@ -98,7 +101,9 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
 
         store = open_store(store_path, "heldout")
         trials = _trials(store, options)
-        policy = Policy.from_checkpoint(run, batch_size=options.batch, seed=options.seed)
+        policy = Policy.from_checkpoint(
+            run, batch_size=options.batch, sampling=_settings(options.sampling), seed=options.seed
+        )
         mode = policy.event_mode
         print(f"    step {policy.step}, {policy.num_parameters / 1e6:.1f} M parameters, {len(trials)} trials")
     result: dict[str, Any] = {
@@ -132,6 +137,20 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(directory / RESULT_FILE)
     return result
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """{"steps": 20} of ["steps=20"]; values are Python literals, or words."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--sampling={pair}: write name=value, for example --sampling=steps=20")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
 
 
 def _trials(store: EventStore, options: Options) -> list[Trial]:
@@ -262,6 +281,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("batch", default.batch, "Episodes or windows that run at once.", 1)
     flags.DEFINE_integer("processes", default.processes, "Simulator processes.", 1)
     flags.DEFINE_integer("seed", default.seed, "Of trials and sampling noise.")
+    flags.DEFINE_multi_string("sampling", [], "Entry of config.sampling to change: name=value. May be repeated.")
 
 
 def main(_: list[str]) -> int:

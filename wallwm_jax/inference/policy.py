@@ -104,7 +104,12 @@ class Policy:
         for name, value in (sampling or {}).items():
             if name not in config.sampling:
                 raise UserError(f"unknown sampling entry {name!r}; it has {', '.join(sorted(config.sampling))}")
-            config.sampling[name] = value
+            try:
+                config.sampling[name] = value
+            except TypeError:
+                raise UserError(
+                    f"sampling entry {name}={value!r} is not of the kind of {config.sampling[name]!r}"
+                ) from None
         missing = {"video", "action", "duration", "text"} - set(loaded.params)
         if missing:
             raise UserError(

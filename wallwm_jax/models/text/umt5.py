@@ -22,7 +22,7 @@ from flax import nnx
 
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.models.layer_stack import build, run
-from wallwm_jax.models.layers import Linear, RMSNorm
+from wallwm_jax.models.layers import RMSNorm
 from wallwm_jax.models.text.sentence_pieces import Tokenizer
 
 Params = dict[str, Any]
@@ -52,12 +52,23 @@ class UMT5Config:
     compute_dtype: str = "bfloat16"
 
 
+class Projection(nnx.Module):
+    """`x @ kernel`, kernel `[in, out]`, computed in `dtype`; no linear map of T5 has a bias."""
+
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out), jnp.float32) / math.sqrt(fan_in))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+
 class UMT5Block(nnx.Module):
     """Self-attention with its own position bias and no logit scale, then a gated-GELU feed-forward; both pre-normed."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
         inner = config.heads * config.head_dim
-        linear = functools.partial(Linear, rngs=rngs, dtype=jnp.dtype(config.compute_dtype), bias=False)
+        linear = functools.partial(Projection, rngs=rngs, dtype=jnp.dtype(config.compute_dtype))
         self.config = config
         self.attention_norm = RMSNorm(config.width)
         self.query = linear(config.width, inner)
