@@ -22,10 +22,22 @@ SEED=${SEED:-0}
 if [ "${1:-}" = "--fresh" ]; then rm -rf "$OUT"; fi
 mkdir -p "$OUT"
 
+timed() { # phase, command ...: runs it and keeps its seconds for the report
+  local start=$SECONDS
+  "${@:2}"
+  echo "$((SECONDS - start))" >"$OUT/seconds.$1"
+}
+
 if [ ! -e "$OUT/store/store.json" ]; then
-  python -m wallwm_jax.build_events --source=ocbench:chamber,block,switch --episodes=72 --out="$OUT/store" --seed="$SEED"
+  timed data python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=48 --seed="$SEED" \
+    --out="$OUT/store"
 fi
-python -m wallwm_jax.train --config=configs/ocbench_quickstart.py --config.data.store="$OUT/store" --config.seed="$SEED" \
-  --workdir="$OUT/train" --resume
-python -m wallwm_jax.evaluate --workdir="$OUT/train" --store="$OUT/store" --out="$OUT/evaluation"
-echo "report: $OUT/evaluation/report.html"
+if [ ! -e "$OUT/seconds.training" ]; then
+  timed training python -m wallwm_jax.train --config=configs/ocbench_quickstart.py --config.data.store="$OUT/store" \
+    --config.seed="$SEED" --workdir="$OUT/train" --resume
+fi
+python -m wallwm_jax.evaluate --workdir="$OUT/train" --store="$OUT/store" --level=action --out="$OUT/evaluation"
+printf '{"data": %s, "training": %s}\n' "$(cat "$OUT/seconds.data")" "$(cat "$OUT/seconds.training")" >"$OUT/phases.json"
+python -m wallwm_jax.evaluation.report --evaluation="$OUT/evaluation" --workdir="$OUT/train" --store="$OUT/store" \
+  --phases="$OUT/phases.json" --out="$OUT/report"
+echo "report: $OUT/report/report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,10 +156,11 @@ def rollout_gif(
       height: of each picture, pixels.
     """
     font = _font(14)
+    room = math.ceil(max(font.getlength(caption) for caption in captions)) + 12
     pages = []
     for moment, caption in enumerate(captions):
         picture = _beside([_scaled(frames[moment], height) for frames in views.values()], 3)
-        page = Image.new("RGB", (picture.width, picture.height + 26), "white")
+        page = Image.new("RGB", (max(picture.width, room), picture.height + 26), "white")
         page.paste(picture, (0, 0))
         ImageDraw.Draw(page).text((6, picture.height + 13), caption, fill=INK, font=font, anchor="lm")
         pages.append(page.quantize(128, dither=Image.Dither.NONE))

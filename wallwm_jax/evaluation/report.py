@@ -162,10 +162,12 @@ def _content(
 
 def _lead(result: dict[str, Any], store: EventStore) -> str:
     families = sorted({source.removeprefix("ocbench/").split("-", 1)[0] for source in store.meta["sources"]})
+    episodes = sum(episode["split"] == store.split for episode in store.episodes)
+    views = len(result["config"]["data"]["views"] or store.meta["views"])
     return (
         f"A world action model of {result['parameters'] / 1e6:.1f} M parameters, trained for {result['step']} steps on "
-        f"the events of {len(store.episodes)} demonstrations ({', '.join(families)}): the caption, the video of "
-        f"{len(store.meta['views'])} cameras and the actions of one event at a time."
+        f"the events of {episodes} demonstrations ({', '.join(families)}): the caption, the video of {views} "
+        f"camera{'s' if views > 1 else ''} and the actions of one event at a time."
     )
 
 
