@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
             stage="joint",  # joint | video | action
             init_from="",  # workdir or checkpoint of an earlier stage: its parameters are restored where they match
             steps=1000,
-            max_seconds=0.0,  # stop early after this much training time; 0 never
+            max_seconds=0.0,  # safety stop after this much training time, whatever the schedule; 0 never
             log_every=10,
             save_every=500,
             keep_checkpoints=3,

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from ml_collections import FrozenConfigDict
 from random_batch import random_batch, tiny_config
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models import flow_matching as fm
 from wallwm_jax.models import world_action_model as wam
+from wallwm_jax.models.action_tower import token_order
 
 CONFIG = tiny_config()
 MODEL = CONFIG.model
@@ -170,6 +173,31 @@ def test_clean_latents_come_from_the_batch(params, batch):
     other = {**noise, "noisy_latents": jnp.where(clean, 9.0, noise["noisy_latents"])}
     for ours, theirs in zip(run(params, batch, noise)[0], run(params, batch, other)[0]):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_actions_may_lie_in_any_order(params, batch):
+    noise = draw_noise(batch)
+    order = np.random.default_rng(0).permutation(batch["actions"].shape[1])
+    names = ("actions", "action_event", "action_pos", "action_valid")
+    shuffled = {**batch, **{name: batch[name][:, order] for name in names}}
+    ours = run(params, batch, noise)[0].action_velocity[:, :, order]
+    theirs = run(params, shuffled, {**noise, "noisy_actions": noise["noisy_actions"][:, :, order]})[0].action_velocity
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_an_action_shares_its_latents_place_in_time(batch):
+    """E_tau rows: state and clean latent 0, action k of an event floor(k / 8) + 1 (WALL-WM section 2.6)."""
+    tower = wam.WorldActionModel(FrozenConfigDict(MODEL), rngs=nnx.Rngs(0)).action
+    sigma = jnp.zeros((1, *batch["text_length"].shape))
+    condition = tower.condition(batch, sigma, sigma[0], jnp.zeros((*batch["latent_event"].shape, 2), int))
+    order = np.argsort(np.asarray(token_order(batch)), axis=1)
+    rows = np.take_along_axis(np.asarray(condition.frame[0].argmax(-1)), order, 1) - MODEL.max_latents
+    events = batch["text_length"].shape[1]
+    assert (rows[:, :events] == 0).all()
+    real = np.asarray(batch["action_event"]) > 0
+    np.testing.assert_array_equal(rows[:, events:][real], np.asarray(batch["action_pos"])[real] // 8 + 1)
+    latest = int(rows[0, events:][np.asarray(batch["action_event"])[0] == 1].max())
+    assert latest == int(np.asarray(batch["latent_pos"])[0][np.asarray(batch["latent_event"])[0] == 1].max())
 
 
 # --- one-way coupling ----------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ from training_setup import device_batch, random_state, training_config
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.train_step import build_train_step
-config = training_config(sys.argv[1])
+config = training_config(sys.argv[1], "video")
 mesh = make_mesh(config.mesh)
 built = build_train_step(config, mesh, open_store(sys.argv[1]).stats.channel_weights())
 state, lines = random_state(config, built), []
@@ -112,9 +112,10 @@ print(json.dumps({"shape": dict(mesh.shape), "metrics": lines, "compilations": b
 """
 
 
-def test_two_devices_give_the_same_numbers_as_one(joint, clustered_store):
+def test_two_devices_give_the_same_numbers_as_one(clustered_store):
     """Rows and weights split over fsdp = 2: every metric of two steps agrees to 1e-5; one compilation serves both."""
-    config, built, step = joint
+    config, built = training_config(clustered_store, "video"), built_step(clustered_store, "video")
+    step = compiled_step(clustered_store, "video")
     command = [sys.executable, "-c", _TWO_DEVICES, str(clustered_store)]
     done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -62,14 +62,12 @@ class Outcome:
     Attributes:
       step: updates made in all.
       stopped_by: "" at the end of the schedule, else "max_seconds" or "preemption".
-      seconds: time per phase, by name.
-      compile_count: compilations of the train step, 1 (0 when there was nothing left to do).
+      seconds: time per phase, by name; none when there was nothing left to do.
     """
 
     step: int
     stopped_by: str
     seconds: dict[str, float]
-    compile_count: int
 
 
 def run(
@@ -140,7 +138,7 @@ def run(
             _check_resumed(config, assets, checkpointer)
         if first >= config.train.steps:
             print(f"    already trained: step {first} of {config.train.steps}")
-            return Outcome(first, "", seconds, 0)
+            return Outcome(first, "", seconds)
         if host.is_first:
             (workdir / CONFIG_FILE).write_text(to_json(config) + "\n")
 
@@ -156,7 +154,7 @@ def run(
             groups = ", ".join(f"{name} {count(tree):,}" for name, tree in state.trainable.items())
             print(f"    training {count(state.trainable):,} parameters ({groups}); {count(state.frozen):,} frozen")
 
-        # Compile.
+        # Compile, ahead of time: a batch of another shape would be an error, never a second compilation.
         batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))
         with phase("compile", seconds):
             step_fn = built.step.lower(built.abstract_state, batch_shapes).compile()
@@ -171,12 +169,13 @@ def run(
         )
         stack.callback(telemetry.close)
         saved_config = json.loads(to_json(config))
-        with phase("train", seconds), feed(loader, built.rows) as batches, jax.transfer_guard("disallow"):
+        with phase("train", seconds), feed(loader, built.rows) as batches:
             budget = _Budget(config, host.count)
             telemetry.start()
             for step in range(first, config.train.steps):
                 batch, _, waited = next(batches)
-                state, metrics = step_fn(state, batch)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
                 telemetry.record(step, metrics, waited)
                 done = step + 1
                 if checkpointer.wants(done):
@@ -191,7 +190,7 @@ def run(
         checkpointer.save(done, state, assets, saved_config, force=True)
     if host.is_first:
         print(f"==> {f'stopped by {stopped_by}' if stopped_by else 'done'}: step {done} saved in {workdir}", flush=True)
-    return Outcome(done, stopped_by, seconds, 1)
+    return Outcome(done, stopped_by, seconds)
 
 
 def check_config(config: ConfigDict) -> None:

@@ -144,7 +144,7 @@ def evaluate_open_loop(
         for i, record in enumerate(records):
             mean = clusters.mean_actions(int(store.index[record.index]["cluster_vl"]), record.num_actions)
             predictions = {
-                MODEL: plans[i].actions,
+                MODEL: _held(plans[i].actions, record.num_actions),  # shorter where the longest bucket cut it
                 MODEL_PREDICTED: _held(own[i].actions, record.num_actions),
                 "hold_still": _hold_still(record),
                 "cluster_mean": mean,
@@ -186,10 +186,8 @@ def _measure(
             "rotation_degrees": error.rotation_degrees,
             "gripper": error.gripper,
         }
-    last = record.num_actions // int(store.meta["video_stride"])  # frames beyond it only hold the last one
-    views = {
-        view: (record.video(view)[: last + 1], predicted[: last + 1]) for view, predicted in mode.decode(plan).items()
-    }
+    count = 1 + len(plan.actions) // int(store.meta["video_stride"])  # frames beyond only hold the last one
+    views = {view: (record.video(view)[:count], predicted[:count]) for view, predicted in mode.decode(plan).items()}
     row["psnr"] = float(np.mean([psnr(predicted[-1], recorded[-1]) for recorded, predicted in views.values()]))
     row["psnr_copy"] = float(np.mean([psnr(recorded[0], recorded[-1]) for recorded, _ in views.values()]))
     return row, Strip(store.caption(record.caption_id), record.duration_s, views)

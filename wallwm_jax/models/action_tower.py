@@ -39,8 +39,9 @@ class ActionCondition(NamedTuple):
     Attributes:
       time: `[K, B, E, D]` embedded noise level. modulation: `[K, B, E, 12, D]` its projection.
       angles: `[B, S, d/2]` of the self-attention.
-      segments: `[B, S]` event of a token. token_event: `[B, S, E]` the same, one-hot; state_event: of state tokens.
-      frame_embedding: `[B, S, D]` E_tau of a token.
+      segments: `[B, S]` event of a token. token_event: `[K, B, S, E]` the same, one-hot; state_event: of state tokens.
+      frame: `[K, B, S, R]` row of a token in the table of E_tau, one-hot.
+      frame_embedding: `[R, D]` E_tau.
       video_segments: `[B, F*N]` event of a cell.
     """
 
@@ -50,16 +51,20 @@ class ActionCondition(NamedTuple):
     segments: jax.Array
     token_event: jax.Array
     state_event: jax.Array
+    frame: jax.Array
     frame_embedding: jax.Array
     video_segments: jax.Array
 
     def per_token(self, values: jax.Array) -> jax.Array:
         """`[K, B, E, ...]` to `[K, B, S, ...]`: what a token's event has."""
-        return jnp.einsum("bse,kbe...->kbs...", self.token_event, values)
+        return jnp.einsum("kbse,kbe...->kbs...", self.token_event, values)
 
 
 class ActionBlock(nnx.Module):
-    """One block: self-attention, state, video cross-attention, gated feed-forward; each gated by the noise level."""
+    """One block: self-attention, state, video cross-attention, gated feed-forward.
+
+    Each branch is modulated and gated by the noise levels of the actions and of the video. All gates start at zero.
+    """
 
     def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
         width, dtype = config.action_width, jnp.dtype(config.compute_dtype)
@@ -108,7 +113,7 @@ class ActionBlock(nnx.Module):
     def _state(self, x: jax.Array, modulation: jax.Array, condition: ActionCondition) -> jax.Array:
         """Cross-attention to the event's one state token: softmax over one key is 1, so its value is the result."""
         shift, scale, gate = (part[:, :, :, 0] for part in jnp.split(modulation, STATE_MODULATIONS, 3))
-        state = jnp.einsum("bse,kbsd->kbed", condition.state_event, x)
+        state = jnp.einsum("kbse,kbsd->kbed", condition.state_event, x)
         update = self.state_output(self.state_value(modulate(state, shift, scale)))
         return x + condition.per_token((gate * update.astype(jnp.float32)).astype(x.dtype))
 
@@ -116,7 +121,7 @@ class ActionBlock(nnx.Module):
         """Cross-attention to all cells, frames and views of the event; the draws share keys and values."""
         k, b, s, _ = x.shape
         attention = self.video_attention
-        query = attention.queries(x, offset=condition.frame_embedding)
+        query = attention.queries(x, offset=condition.frame @ condition.frame_embedding)
         query = jnp.moveaxis(query, 0, 2).reshape(b, s * k, *query.shape[3:])
         mixed = attend(
             query,
@@ -138,8 +143,8 @@ class ActionTower(nnx.Module):
         self.encoder_up = Linear(config.action_dim, width, rngs=rngs, dtype=dtype)
         self.encoder_down = Linear(width, width, rngs=rngs, dtype=dtype)
         modulations = TOKEN_MODULATIONS + STATE_MODULATIONS
-        self.time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs)
-        self.video_time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs)
+        self.time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs, std=0.0)
+        self.video_time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs, std=0.0)
         rows = 2 * config.max_latents + 1
         self.frame_embedding = nnx.Param(0.5 * _sinusoids(rows, width))
         self.blocks = build(lambda rngs: ActionBlock(config, rngs=rngs), config.depth, rngs)
@@ -180,7 +185,8 @@ class ActionTower(nnx.Module):
         is_state = per_token(ones, jnp.zeros_like(batch["action_event"]))
         position = per_token(nothing, batch["action_pos"] + 1)
         frame = per_token(nothing, batch["action_pos"] // config.actions_per_latent + 1)
-        token_event = jax.nn.one_hot(segments - 1, events, dtype=self.dtype)
+        draws = sigma.shape[0]
+        token_event = jax.nn.one_hot(jnp.tile(segments[None] - 1, (draws, 1, 1)), events, dtype=self.dtype)
         time, modulation = (
             own + video
             for own, video in zip(
@@ -194,7 +200,8 @@ class ActionTower(nnx.Module):
             segments=segments,
             token_event=token_event,
             state_event=token_event * is_state[..., None].astype(self.dtype),
-            frame_embedding=self.frame_embeddings(frame),
+            frame=self._frame_rows(jnp.tile(frame[None], (draws, 1, 1))),
+            frame_embedding=self.frame_embedding[...],
             video_segments=jnp.repeat(video_segments.reshape(b, -1), cells, axis=1),
         )
 
@@ -207,10 +214,12 @@ class ActionTower(nnx.Module):
         return jnp.take_along_axis(tokens, place[None, :, :, None], 2)
 
     def frame_embeddings(self, frame: jax.Array) -> jax.Array:
-        """E_tau of signed latent positions; beyond the table, its last row."""
+        """E_tau `[..., D]` of signed latent positions; beyond the table, its last row."""
+        return self._frame_rows(frame) @ self.frame_embedding[...]
+
+    def _frame_rows(self, frame: jax.Array) -> jax.Array:
         reach = self.config.max_latents
-        one_hot = jax.nn.one_hot(jnp.clip(frame, -reach, reach) + reach, 2 * reach + 1, dtype=jnp.float32)
-        return one_hot @ self.frame_embedding[...]
+        return jax.nn.one_hot(jnp.clip(frame, -reach, reach) + reach, 2 * reach + 1, dtype=jnp.float32)
 
 
 def token_order(batch: Batch) -> jax.Array:

@@ -49,7 +49,7 @@ def attend(
         if skips and _on_one_cpu():
             return event_attention.attend_events(query, key, value, q_segments, kv_segments, num_segments)
     scale = 1.0 / math.sqrt(query.shape[-1])
-    logits = jnp.einsum("bshd,bthd->bhst", query * scale, key, preferred_element_type=jnp.float32)
+    logits = scale * jnp.einsum("bshd,bthd->bhst", query, key, preferred_element_type=jnp.float32)
     allowed = None if mask is None else mask[:, None]
     if q_segments is not None and kv_segments is not None:
         same = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments != 0)[:, None, :]

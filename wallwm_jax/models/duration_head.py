@@ -36,7 +36,7 @@ class DurationHead(nnx.Module):
         The video tower's `patch_embedding` is read, not trained, from here.
         """
         is_token = (jnp.arange(features.shape[2]) < length[..., None])[..., None]
-        caption = jnp.sum(jnp.where(is_token, features.astype(jnp.float32), 0.0), 2) / length[..., None]
+        caption = jnp.sum(jnp.where(is_token, features.astype(jnp.float32), 0.0), 2) / jnp.maximum(length, 1)[..., None]
         first = jax.lax.stop_gradient(patch_embedding(self._first_latent(batch)))
         state = jnp.where(batch["state_valid"], batch["state"], 0.0)
         hidden = jax.nn.silu(self.up(jnp.concatenate([layer_norm(first), layer_norm(caption), state], -1)))

@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        return product(x.astype(self.dtype), self.kernel[...].astype(self.dtype)) + self.bias[...].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -77,18 +77,45 @@ class GatedFeedForward(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Timesteps to (embedding `[..., D]`, modulation `[..., M, D]`), both float32, by Wan's time MLP and projection."""
+    """Timesteps to (embedding `[..., D]`, modulation `[..., M, D]`), both float32, by Wan's time MLP and projection.
 
-    def __init__(self, freq_dim: int, width: int, modulations: int, *, rngs: nnx.Rngs):
+    `std` is the standard deviation of the projection's initial kernel.
+    """
+
+    def __init__(self, freq_dim: int, width: int, modulations: int, *, rngs: nnx.Rngs, std: float):
         self.freq_dim, self.modulations = freq_dim, modulations
         self.up = Linear(freq_dim, width, rngs=rngs, dtype=jnp.float32)
         self.down = Linear(width, width, rngs=rngs, dtype=jnp.float32)
-        self.projection = Linear(width, modulations * width, rngs=rngs, dtype=jnp.float32, std=0.02)
+        self.projection = Linear(width, modulations * width, rngs=rngs, dtype=jnp.float32, std=std)
 
     def __call__(self, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
         embedding = self.down(jax.nn.silu(self.up(timestep_features(timestep, self.freq_dim))))
         modulation = self.projection(jax.nn.silu(embedding))
         return embedding, modulation.reshape(*timestep.shape, self.modulations, -1)
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x [..., in] @ kernel [in, out]`.
+
+    Its own derivative only fixes the order of the kernel gradient's product: JAX's default makes XLA's CPU backend copy
+    a transposed gradient for every kernel.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    flat = (x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+    of_kernel = jax.lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return gradient @ kernel.T, of_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def timestep_features(timestep: jax.Array, dim: int) -> jax.Array:

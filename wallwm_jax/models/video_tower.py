@@ -117,7 +117,7 @@ class VideoTower(nnx.Module):
         patch = rows * columns * config.latent_channels
         self.config, self.dtype = config, dtype
         self.patch_embedding = Linear(patch, width, rngs=rngs, dtype=dtype)
-        self.time_embedding = TimeEmbedding(config.freq_dim, width, 6, rngs=rngs)
+        self.time_embedding = TimeEmbedding(config.freq_dim, width, 6, rngs=rngs, std=0.02)
         self.text_up = Linear(config.text.width, width, rngs=rngs, dtype=dtype)
         self.text_down = Linear(width, width, rngs=rngs, dtype=dtype)
         self.cameras = CameraTable(config.max_views, width // config.heads) if config.view_attention else None

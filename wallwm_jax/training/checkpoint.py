@@ -78,6 +78,7 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
         raise UserError(
             f"workdir {str(workdir)!r} exists; add --resume to go on with its run, or --overwrite to delete it"
         )
+    barrier("workdir looked at")  # before any process writes into it
     if entries and overwrite:
         if not set(entries) & {CHECKPOINTS, METRICS_FILE, CONFIG_FILE}:
             raise UserError(
