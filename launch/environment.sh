@@ -23,7 +23,7 @@ ensure_environment() { # extras
     echo "$wanted" >"$stamp"
   fi
   export PATH="$PWD/$VENV/bin:$PATH"
-  # Huge pages for large buffers: a third off the CPU train step, which is otherwise spent on page faults (glibc 2.35+).
+  # Huge pages for large buffers: the CPU train step spends much of its time on page faults without them (glibc 2.35+).
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
 
