@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
             action_ffn=512,
             action_dim=32,  # Da = Ds
             actions_per_latent=8,  # K_p
+            action_prediction="velocity",  # velocity | clean (x-prediction): what the action head's output means
             max_latents=17,  # future positions of the E_tau table: -max..max
             text=ConfigDict(
                 dict(
@@ -60,6 +61,8 @@ def get_config() -> ConfigDict:
                     depth=2,  # bytes encoder blocks
                     heads=4,
                     stride=4,  # bytes merged into one token by the bytes encoder
+                    ngrams=(3, 4, 6),  # lengths of the byte n-grams that have embeddings of their own
+                    ngram_rows=4096,  # rows of each table of them; an n-gram's row is its hash
                     pad_to=0,  # 512 reproduces Wan's zero padding as one biased key; 0 masks padding
                 )
             ),
@@ -75,6 +78,7 @@ def get_config() -> ConfigDict:
             action_shift=1.0,
             action_draws=4,  # K noise draws of the actions per video forward
             action_sigma="independent",  # symmetric (= video sigma) | independent
+            action_sigma_power=0.0,  # the action loss at noise level sigma weighs sigma ** this
             anchor_sigma=0.357,  # stage action: video noise level, step 45 of 50 at shift 5
             anchor_jitter_steps=2,
             schedule_steps=50,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -416,3 +417,26 @@ def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_th
     assert episode.situation().caption == expert.spans(rollout)["subtask"][0].caption
     end = episode.play(rollout.command_poses, rollout.command_grippers)
     assert end.over and end.success and end.subtasks[0].success and end.subtasks[0].events == 1
+
+
+@pytest.mark.parametrize("family", ["chamber", "switch", "block"])
+def test_a_robot_that_holds_still_achieves_nothing(family):
+    pytest.importorskip("ocbench")
+    from wallwm_jax.sources.simulator import rendering
+    from wallwm_jax.sources.simulator.ocbench_demos import FAMILIES, attempt_seed
+    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+
+    try:
+        rendering.check_rendering()
+    except UserError as error:
+        pytest.skip(str(error))
+    env_id = FAMILIES[family][0]
+    env = OCBenchEnv(env_id, ())
+    for level, number in itertools.product(("subtask", "action"), range(2)):
+        trial = Trial(env_id, attempt_seed(env_id, 7, number))
+        now = environments.Episode(env, trial, Rules(level), video_stride=2)
+        situation = now.situation()
+        while not situation.over:
+            poses, grippers = (np.repeat(part[None], 10, 0) for part in (situation.pose, situation.gripper))
+            situation = now.play(poses, grippers)
+        assert not situation.success and not any(subtask.success for subtask in situation.subtasks), situation.subtasks

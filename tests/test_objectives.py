@@ -97,6 +97,18 @@ def test_action_loss_averages_draws_and_valid_elements(batch, draws):
     np.testing.assert_allclose(action_loss(jnp.asarray(spoilt), batch, draws), expected, rtol=1e-5)
 
 
+def test_weighed_by_sigma_squared_the_action_loss_is_the_error_of_the_clean_actions(batch, draws):
+    predicted = np.random.default_rng(1).normal(size=draws.action_noise.shape).astype(np.float32)
+    noisy, event = objectives.noise_actions(batch, draws), np.asarray(batch["action_event"])
+    sigma = np.take_along_axis(
+        np.asarray(draws.action_sigma), np.broadcast_to(np.maximum(event - 1, 0), predicted.shape[:3]), 2
+    )
+    error = np.asarray(noisy - sigma[..., None] * predicted) - np.asarray(batch["actions"])
+    valid = np.broadcast_to(np.asarray(batch["action_valid"]) & (event > 0)[..., None], error.shape)
+    loss = action_loss(jnp.asarray(predicted), batch, draws, sigma_power=2.0)
+    np.testing.assert_allclose(loss, (error**2)[valid].mean(), rtol=1e-4)
+
+
 def test_invalid_action_dimensions_carry_no_noise(batch, draws):
     noisy = np.asarray(objectives.noise_actions(batch, draws))
     used = np.asarray(batch["action_valid"]).any((0, 1))

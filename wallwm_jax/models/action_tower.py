@@ -15,6 +15,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from wallwm_jax.models.attention import Attention, attend
+from wallwm_jax.models.flow_matching import implied_velocity
 from wallwm_jax.models.layer_stack import build
 from wallwm_jax.models.layers import GatedFeedForward, Linear, TimeEmbedding, gated, layer_norm, modulate
 from wallwm_jax.models.rope import position_angles
@@ -205,13 +206,23 @@ class ActionTower(nnx.Module):
             video_segments=jnp.repeat(video_segments.reshape(b, -1), cells, axis=1),
         )
 
-    def velocity(self, batch: Batch, x: jax.Array, condition: ActionCondition) -> jax.Array:
-        """The head: stream `[K, B, S, D]` to velocities in the order of the batch, `[K, B, A, Da]`, float32."""
+    def velocity(
+        self, batch: Batch, x: jax.Array, noisy_actions: jax.Array, sigma: jax.Array, condition: ActionCondition
+    ) -> jax.Array:
+        """The head: stream `[K, B, S, D]` to velocities in the order of the batch, `[K, B, A, Da]`, float32.
+
+        With `action_prediction = "clean"` the head gives the clean actions, and the velocity is what they imply for
+        `noisy_actions [K, B, A, Da]` at `sigma [K, B, E]` (x-prediction, WALL-WM section 2.7).
+        """
         modulation = self.head_modulation[...] + condition.time[:, :, :, None]
         shift, scale = jnp.split(condition.per_token(modulation.reshape(*modulation.shape[:3], -1)), 2, -1)
         tokens = self.head_down(jax.nn.silu(self.head_up(modulate(x, shift, scale)))).astype(jnp.float32)
         place = jnp.argsort(token_order(batch), axis=1)[:, batch["view_id"].shape[1] :]
-        return jnp.take_along_axis(tokens, place[None, :, :, None], 2)
+        output = jnp.take_along_axis(tokens, place[None, :, :, None], 2)
+        if self.config.action_prediction == "velocity":
+            return output
+        slot = jnp.broadcast_to(jnp.maximum(batch["action_event"] - 1, 0), noisy_actions.shape[:3])
+        return implied_velocity(noisy_actions, output, jnp.take_along_axis(sigma, slot, 2)[..., None])
 
     def frame_embeddings(self, frame: jax.Array) -> jax.Array:
         """E_tau `[..., D]` of signed latent positions; beyond the table, its last row."""

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 _CLOSED = -1e30
-_TILE_SHARE = 5 / 32  # of a row: most events fit one tile
-_MIN_TILE = 64
+_TILE_SHARE = 3 / 32  # of a row: most events fit one tile, and a visit costs little
+_MIN_TILE = 32
 
 
 class _Visits(NamedTuple):

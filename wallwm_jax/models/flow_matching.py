@@ -40,6 +40,11 @@ def clean_estimate(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> j
     return noisy - sigma * velocity
 
 
+def implied_velocity(noisy: jax.Array, clean: jax.Array, sigma: jax.Array, floor: float = 0.05) -> jax.Array:
+    """The velocity that a prediction of the data implies: `(noisy - clean) / sigma`; below `floor`, as at `floor`."""
+    return (noisy - clean) / jnp.maximum(sigma, floor)
+
+
 def euler_step(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
     """One Euler step along the path, from `sigma` to `next_sigma` (smaller: towards the data)."""
     return noisy + (next_sigma - sigma) * velocity

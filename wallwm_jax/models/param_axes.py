@@ -77,6 +77,7 @@ RULES = (
     Rule(r"action/(encoder_up|encoder_down|head_up)/bias", ("embed",), VECTOR),
     Rule(r"action/frame_embedding", ("frame", "embed"), VECTOR),
     Rule(r"text/embedding", ("vocabulary", "features"), TABLE),
+    Rule(r"text/ngram_embedding", ("ngram", "vocabulary", "features"), TABLE),
     Rule(r"text/merge/kernel", ("features", "embed"), TABLE),
     Rule(r"text/merge/bias", ("embed",), VECTOR),
     Rule(r"text/norm/(scale|bias)", ("embed",), VECTOR),

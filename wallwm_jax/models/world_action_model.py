@@ -146,7 +146,7 @@ def forward(
     start = (video.embed(_with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
     (stream, actions), _ = layer_stack.run(step, start, (video.blocks, action.blocks))
     video_velocity = video.velocity(stream, condition.time, noisy_latents.shape[1])
-    return Outputs(video_velocity, action.velocity(batch, actions, action_condition))
+    return Outputs(video_velocity, action.velocity(batch, actions, noisy_actions, action_sigma, action_condition))
 
 
 def video_context(
@@ -179,7 +179,7 @@ def action_velocity(
         return layer_stack.remat(blocks[0].__call__, config.remat)(actions, keys, condition), None
 
     actions, _ = layer_stack.run(step, action.embed(batch, noisy_actions), (action.blocks,), context.keys)
-    return action.velocity(batch, actions, condition)
+    return action.velocity(batch, actions, noisy_actions, action_sigma, condition)
 
 
 def predict_duration(params: Params, config: ConfigDict, batch: Batch, text: TextContext) -> jax.Array:
@@ -247,6 +247,8 @@ def _checked(config: ConfigDict) -> FrozenConfigDict:
         raise UserError(f"model.text.kind = {config.text.kind!r}: bytes or features")
     if config.compute_dtype not in ("float32", "bfloat16"):
         raise UserError(f"model.compute_dtype = {config.compute_dtype!r}: float32 or bfloat16")
+    if config.action_prediction not in ("velocity", "clean"):
+        raise UserError(f"model.action_prediction = {config.action_prediction!r}: velocity or clean")
     if config.remat not in layer_stack.REMAT:
         raise UserError(f"model.remat = {config.remat!r}: one of {', '.join(layer_stack.REMAT)}")
     return FrozenConfigDict(config)

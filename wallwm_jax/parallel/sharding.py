@@ -35,6 +35,7 @@ RULES: dict[str, MeshAxes] = {
             "frequency",
             "action",
             "frame",
+            "ngram",
             "vocabulary",
             "features",
             "quantile",

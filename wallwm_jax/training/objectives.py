@@ -115,7 +115,7 @@ def compute_loss(
         losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight)
     if "action" in stage.losses:
         assert outputs.action_velocity is not None  # the stage runs actions
-        losses["action"] = action_loss(outputs.action_velocity, batch, draws)
+        losses["action"] = action_loss(outputs.action_velocity, batch, draws, objective.action_sigma_power)
     if "duration" in stage.losses:
         quantiles = world_action_model.predict_duration(params, config.model, batch, text)
         losses["duration"] = duration_loss(quantiles, batch, config.model.duration_quantiles)
@@ -151,11 +151,16 @@ def video_loss(velocity: jax.Array, batch: Batch, draws: Draws, channel_weight: 
     return _mean(error, valid_cells(batch))
 
 
-def action_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
-    """Mean of `(velocity - (noise - actions))^2` over the K draws and the valid action elements (WALL-WM eq. 12-13)."""
+def action_loss(velocity: jax.Array, batch: Batch, draws: Draws, sigma_power: float = 0.0) -> jax.Array:
+    """Mean of `w (velocity - (noise - actions))^2` over the K draws and the valid action elements (WALL-WM eq. 12-13).
+
+    The weight is `w = sigma ** sigma_power`: 0 weighs all noise levels alike, 2 makes it the error of the clean actions
+    that the velocity implies, which x-prediction needs to stay bounded at low noise.
+    """
     target = flow_matching.velocity_target(batch["actions"], draws.action_noise)
     valid = jnp.broadcast_to(_valid_actions(batch), velocity.shape)
-    return _mean(jnp.square(velocity.astype(jnp.float32) - target), valid)
+    sigma = jax.vmap(_per_token, in_axes=(0, None))(draws.action_sigma, batch["action_event"])[..., None]
+    return _mean(sigma**sigma_power * jnp.square(velocity.astype(jnp.float32) - target), valid)
 
 
 def duration_loss(quantiles: jax.Array, batch: Batch, levels: tuple[float, ...]) -> jax.Array:

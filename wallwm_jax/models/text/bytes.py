@@ -1,7 +1,9 @@
 """The `bytes` text encoder: a small bidirectional transformer over UTF-8 bytes, trained with the model; no tokenizer.
 
-A strided convolution first merges `text.stride` bytes into one token, from a window twice as wide, so that the later
-layers and every text cross-attention of the video tower see a sequence as short as words.
+A byte is embedded together with hashes of the n-grams that end there (BLT, arXiv 2412.09871, section 3.2.1), so that a
+word has a vector of its own before anything is learned. A strided convolution then merges `text.stride` bytes into one
+token, from a window twice as wide, so that the later layers and every text cross-attention of the video tower see a
+sequence as short as words.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class ByteEncoder(nnx.Module):
         self.config = config
         byte_width = max(1, text.width // 4)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, byte_width), jnp.float32))
+        rows = (len(text.ngrams), text.ngram_rows, byte_width)
+        self.ngram_embedding = nnx.Param(jax.random.normal(rngs.params(), rows, jnp.float32)) if text.ngrams else None
         self.merge = Linear(2 * text.stride * byte_width, text.width, rngs=rngs, dtype=dtype)
         self.blocks = build(lambda rngs: ByteBlock(config, rngs=rngs), text.depth, rngs)
         self.norm = LayerNorm(text.width)
@@ -76,8 +80,24 @@ class ByteEncoder(nnx.Module):
         stride, dtype = self.config.text.stride, jnp.dtype(self.config.compute_dtype)
         one_hot = jax.nn.one_hot(ids, VOCABULARY, dtype=dtype)
         embedded = one_hot @ self.embedding[...].astype(dtype)
+        if self.ngram_embedding is not None:
+            for table, n in zip(self.ngram_embedding[...].astype(dtype), self.config.text.ngrams):
+                embedded = embedded + table[ngram_rows(ids, n, len(table))]
         embedded = jnp.where((jnp.arange(ids.shape[1]) < length)[..., None], embedded, 0)
         before, short = stride // 2, -ids.shape[1] % stride
         embedded = jnp.pad(embedded, ((0, 0), (before, stride - before + short), (0, 0)))
         chunks = embedded.reshape(len(ids), -1, stride * embedded.shape[-1])
         return self.merge(jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], -1))
+
+
+def ngram_rows(ids: jax.Array, n: int, rows: int) -> jax.Array:
+    """Row of a table of `rows` for the n bytes that end at each position of `ids [N, L]`: a rolling polynomial hash.
+
+    Before the text there is padding (id 0), so the first n - 1 positions hash what there is.
+    """
+    ids = ids.astype(jnp.uint32)
+    value = jnp.zeros_like(ids)
+    for back in reversed(range(n)):
+        value = value * jnp.uint32(1000003) + jnp.pad(ids, ((0, 0), (back, 0)))[:, : ids.shape[1]]
+    value = (value ^ (value >> 15)) * jnp.uint32(0x85EBCA6B)
+    return ((value ^ (value >> 13)) % jnp.uint32(rows)).astype(jnp.int32)
