@@ -47,6 +47,14 @@ def get_config() -> ConfigDict:
             freq_dim=256,  # sinusoidal timestep features
             max_views=8,  # rows of the camera table; row 0 is the unknown camera
             view_attention=True,
+            sight_cone=ConfigDict(  # patches of two cameras attend to each other where their sight cones meet
+                dict(
+                    on=True,  # needs calibrated cameras; a batch without calibration leaves all open
+                    near=0.1,  # metres between which cones must meet
+                    far=3.0,
+                    widen=1.25,  # factor on the radius of a cone around its patch
+                )
+            ),
             action_width=128,
             action_heads=4,
             action_ffn=512,

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.caption_drop = 0.0  # no guidance
     config.data.workers = 0  # on two cores, loading in threads costs less than a process
     config.model.patch = (4, 4)
+    config.model.sight_cone.on = False  # with 2 x 2 patches per view nearly all cones meet
     config.model.width = config.model.action_width = config.model.text.width = 96
     config.model.ffn = config.model.action_ffn = 384
     config.objective.action_shift = 3.0  # sampling starts at zero noise (below): the high noise levels matter most

@@ -1,5 +1,6 @@
 """The loader: same rows on any number of hosts and workers, resume by number, bad records, checks, the device feed."""
 
+import dataclasses
 import itertools
 import pickle
 import shutil
@@ -18,7 +19,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.device_feed import feed
 from wallwm_jax.data.event_store import open_store, write_index
 from wallwm_jax.data.packing import META_FIELDS, batch_spec
-from wallwm_jax.data.pipeline import RowSource, check_store, make_loader, resolve_views
+from wallwm_jax.data.pipeline import RowSource, check_store, make_loader, resolve_views, uncalibrated_views
 
 _LOAD_FOREVER = """
 import multiprocessing, sys, time
@@ -236,3 +237,17 @@ def _with_bad_records(path, tmp_path, windows):
     index["checksum"][[window for window in windows if window < len(index)]] ^= 1
     write_index(copy / "index-train.npy", index)
     return copy
+
+
+def test_views_without_calibration_are_named(small_store, monkeypatch):
+    store = open_store(small_store)
+    views = tuple(store.meta["views"])
+    assert uncalibrated_views(store, views) == ()
+    read = store.read
+
+    def read_blind(index):
+        record = read(index)
+        return dataclasses.replace(record, geometry=record.geometry * (np.arange(len(views)) == 0)[:, None, None])
+
+    monkeypatch.setattr(store, "read", read_blind)
+    assert uncalibrated_views(store, views) == views[1:]

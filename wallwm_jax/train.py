@@ -96,7 +96,7 @@ def run(
     from wallwm_jax.data.device_feed import feed
     from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.packing import batch_spec
-    from wallwm_jax.data.pipeline import check_store, make_loader
+    from wallwm_jax.data.pipeline import check_store, make_loader, uncalibrated_views
     from wallwm_jax.parallel.distributed import this_host
     from wallwm_jax.parallel.mesh import make_mesh, row_shards
     from wallwm_jax.parallel.sharding import host_rows
@@ -151,6 +151,9 @@ def run(
             state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
             checkpointer.keep_frozen(state.frozen)
         if host.is_first:
+            blind = uncalibrated_views(store, config.data.views) if config.model.sight_cone.on else ()
+            if blind:
+                print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
             groups = ", ".join(f"{name} {count(tree):,}" for name, tree in state.trainable.items())
             print(f"    training {count(state.trainable):,} parameters ({groups}); {count(state.frozen):,} frozen")
 

@@ -7,6 +7,7 @@ sees the same rows, and to resume is to start at a step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -52,6 +53,15 @@ def resolve_views(store: EventStore, config: ConfigDict) -> tuple[str, ...]:
         if view not in store.meta["views"]:
             raise UserError(f"data.views asks for {view!r}; event store {str(store.path)!r} has {store.meta['views']}")
     return views
+
+
+def uncalibrated_views(store: EventStore, views: tuple[str, ...], look_at: int = 16) -> tuple[str, ...]:
+    """Those of `views` that have no camera calibration in any of `look_at` windows spread over the split."""
+    stored, known = store.meta["views"], np.zeros(len(store.meta["views"]), bool)
+    for index in np.unique(np.linspace(0, len(store.index) - 1, look_at).round().astype(int)):
+        with contextlib.suppress(BadRecord):
+            known |= np.any(store.read(int(index)).geometry != 0.0, axis=(1, 2))
+    return tuple(view for view in views if not known[stored.index(view)])
 
 
 def check_store(store: EventStore, config: ConfigDict) -> None:

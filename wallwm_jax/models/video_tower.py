@@ -19,6 +19,7 @@ from wallwm_jax.models.attention import Attention, attend
 from wallwm_jax.models.layer_stack import build
 from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
+from wallwm_jax.models.sight_cone import sight_mask
 from wallwm_jax.models.view_attention import CameraTable, ViewAttention
 
 Batch = dict[str, Any]
@@ -33,6 +34,7 @@ class VideoCondition(NamedTuple):
     Attributes:
       time: `[B, F, D]` embedded timestep. modulation: `[B, F, 6, D]` its projection.
       angles: `[B, F, h*w, d/2]` of the within-view attention. camera_angles: `[B, F, N, d/2]` across views, or None.
+      view_mask: `[B, F, N, N]` cells that may attend to each other across views, or None for all.
       segments: `[B, F, V]` event of a view's cells, 0 for padding and absent views.
       text: `[B, E, L, D]` caption tokens. frame_event: `[B, F, E]` one-hot, all zeros for padding.
       text_bias: `[B, F, L]` logit bias per caption token of the frame's event.
@@ -42,6 +44,7 @@ class VideoCondition(NamedTuple):
     modulation: jax.Array
     angles: jax.Array
     camera_angles: jax.Array | None
+    view_mask: jax.Array | None
     segments: jax.Array
     text: jax.Array
     frame_event: jax.Array
@@ -68,7 +71,8 @@ class VideoBlock(nnx.Module):
         x = gated(x, self._within_views(modulate(x, shift, scale), condition), gate)
         if self.view_attention is not None and condition.camera_angles is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
-            x = self.view_attention(x, condition.modulation[:, :, :3], condition.camera_angles, cell_bias)
+            time = condition.modulation[:, :, :3]
+            x = self.view_attention(x, time, condition.camera_angles, cell_bias, condition.view_mask)
         x = x + self._text(self.text_norm(x), condition)
         return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale)), ffn_gate)
 
@@ -146,6 +150,7 @@ class VideoTower(nnx.Module):
             modulation=modulation,
             angles=grid_angles(frame_angles, rows, columns, head_dim),
             camera_angles=None if self.cameras is None else self.cameras(view_id, rows, columns),
+            view_mask=self._view_mask(batch["view_geometry"], rows, columns),
             segments=jnp.where(view_id > 0, event[..., None], 0),
             text=text,
             frame_event=jax.nn.one_hot(event - 1, events, dtype=self.dtype),
@@ -157,6 +162,14 @@ class VideoTower(nnx.Module):
         modulation = self.head_modulation[...] + time[:, :, None]
         patches = self.head(modulate(x, modulation[:, :, :1], modulation[:, :, 1:])).astype(jnp.float32)
         return unpatchify(patches, views, self.config.latent_shape, self.config.patch)
+
+    def _view_mask(self, geometry: jax.Array, rows: int, columns: int) -> jax.Array | None:
+        """Sight-cone mask `[B, F, N, N]` from the cameras `[B, V, F, 21]` of each latent frame."""
+        cone = self.config.sight_cone
+        if not (cone.on and self.config.view_attention) or geometry.shape[1] == 1:
+            return None
+        cameras = jnp.swapaxes(geometry, 1, 2)
+        return sight_mask(cameras, rows, columns, near=cone.near, far=cone.far, widen=cone.widen)
 
     def _caption_tokens(self, features: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Caption tokens through Wan's text MLP `[B, E, L, D]`, and their logit bias `[B, E, L]`.

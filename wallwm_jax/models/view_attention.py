@@ -49,7 +49,9 @@ class ViewAttention(nnx.Module):
             nnx.update(getattr(self.attention, name), nnx.state(getattr(attention, name)))
         self.modulation[...] = modulation
 
-    def __call__(self, x: jax.Array, time: jax.Array, angles: jax.Array, key_bias: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, time: jax.Array, angles: jax.Array, key_bias: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
         """The stream after the branch.
 
         Args:
@@ -57,6 +59,7 @@ class ViewAttention(nnx.Module):
           time: `[B, F, 3, D]` shift, scale and gate of the self-attention, from the timestep.
           angles: `[B, F, V*h*w, d/2]` from the camera table.
           key_bias: `[B, F, V*h*w]`, -inf for the cells of absent views.
+          mask: `[B, F, V*h*w, V*h*w]`, False closes a pair of cells (`sight_cone.py`); None closes none.
         """
         b, f, n, _ = x.shape
         shift, scale, gate = jnp.split(self.modulation[...] + time, 3, 2)
@@ -65,5 +68,6 @@ class ViewAttention(nnx.Module):
         key = self.attention.keys(normed, angles=angles)
         value = self.attention.values(normed)
         query, key, value = (part.reshape(b * f, n, *part.shape[3:]) for part in (query, key, value))
-        mixed = attend(query, key, value, key_bias=key_bias.reshape(b * f, n))
+        mask = None if mask is None else mask.reshape(b * f, n, n)
+        mixed = attend(query, key, value, key_bias=key_bias.reshape(b * f, n), mask=mask)
         return gated(x, self.attention.merge(mixed.reshape(b, f, n, *mixed.shape[2:])), gate)
