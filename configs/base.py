@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
             paraphrase_prob=0.5,  # draw one of the paraphrases instead of the caption
             duration_clause_prob=0.3,  # append "takes 2.5 s"
             caption_drop=0.1,  # replace the caption by the null text, for guidance
+            caption_drop_long=0.9,  # the same for events of caption_drop_lengths[1] steps and more
+            caption_drop_lengths=(129, 220),  # control steps between which the probability rises along a cosine
             max_bad_records=100,  # abort when more records than this fail their checksum
             workers=1,  # Grain worker processes; 0 loads in threads
             prefetch=4,  # batches ready ahead of the device
@@ -90,6 +92,14 @@ def get_config() -> ConfigDict:
             anchor_sigma=0.357,  # stage action: video noise level, step 45 of 50 at shift 5
             anchor_jitter_steps=2,
             schedule_steps=50,
+            tube=ConfigDict(  # hide a window of one view through a whole event; off in the paper's main recipe
+                dict(
+                    prob=0.0,  # of an event to have one
+                    clean_prob=0.5,  # of a tube to hide its window in the event's first latent, too
+                    sides=(1, 2),  # smallest and largest window, in patches
+                    weight=1.0,  # of the video loss inside a tube
+                )
+            ),
             video_weight=1.0,
             action_weight=1.0,
             duration_weight=0.1,

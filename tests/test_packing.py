@@ -9,7 +9,15 @@ import pytest
 from configs import base
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store, write_index
-from wallwm_jax.data.packing import META_FIELDS, batch_spec, draw_caption, pack_events, pack_row, with_parent
+from wallwm_jax.data.packing import (
+    META_FIELDS,
+    batch_spec,
+    draw_caption,
+    drop_probability,
+    pack_events,
+    pack_row,
+    with_parent,
+)
 from wallwm_jax.events.caption import has_duration_clause
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.models.codecs import get_codec
@@ -213,3 +221,12 @@ def _damage_record(path, window):
     index = np.array(open_store(path).index)
     index["checksum"][window] ^= 1
     write_index(path / "index-train.npy", index)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(40, 0.1), (129, 0.1), (150, 0.2006), (175, 0.5069), (200, 0.8084), (220, 0.9), (400, 0.9)],
+)
+def test_captions_of_long_events_are_dropped_more_often(length, expected):
+    """WALL-WM eq. 20 with its published constants."""
+    assert drop_probability(length, 0.1, 0.9, 129, 220) == pytest.approx(expected, abs=1e-3)

@@ -216,6 +216,9 @@ def check_config(config: ConfigDict) -> None:
             f"stage {stage.name!r} cannot train on data.window_kind={config.data.window_kind!r}; "
             f"it takes {' or '.join(stage.window_kinds)}"
         )
+    short, long = config.data.caption_drop_lengths
+    if not 0 < short < long:
+        raise UserError(f"data.caption_drop_lengths={(short, long)}: give two rising numbers of control steps")
     if config.objective.action_sigma not in ("independent", "symmetric"):
         raise UserError(
             f"objective.action_sigma={config.objective.action_sigma!r} is neither independent nor symmetric"

@@ -6,6 +6,7 @@ Events never attend to each other, so a row is a bin and nothing more (WALL-WM, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,8 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     would not fit into `data.text_length` bytes is left out, so that no caption loses its end.
     """
     drop, reword, which, prefix, clause = rng.random(5)
-    if drop < data.caption_drop:
+    length = record.duration_s * float(store.meta["action_hz"])
+    if drop < drop_probability(length, data.caption_drop, data.caption_drop_long, *data.caption_drop_lengths):
         return Caption("")
     text = store.caption(record.caption_id)
     if record.paraphrase_ids and reword < data.paraphrase_prob:
@@ -215,6 +217,16 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     if prefix < data.parent_caption_prob and _fits(longer, data.text_length):
         text = longer
     return Caption(text, timed)
+
+
+def drop_probability(length: float, floor: float, ceiling: float, short: float, long: float) -> float:
+    """Probability of dropping the caption of an event of `length` control steps (WALL-WM eq. 20).
+
+    It rises along half a cosine from `floor` at `short` steps to `ceiling` at `long` steps: a caption says more of a
+    long event than its window shows.
+    """
+    share = min(max((length - short) / (long - short), 0.0), 1.0)
+    return floor + (ceiling - floor) * 0.5 * (1.0 - math.cos(math.pi * share))
 
 
 def with_parent(parent: str, caption: str) -> str:

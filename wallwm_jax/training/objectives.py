@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from wallwm_jax.models import flow_matching, world_action_model
 from wallwm_jax.models.video_tower import DENOISE
 from wallwm_jax.training.stages import Stage
+from wallwm_jax.training.tube_mask import Tubes, draw_tubes
 
 Batch = dict[str, jax.Array]
 Params = Mapping[str, Any]
@@ -33,16 +34,18 @@ class Draws:
       video_sigma: [B, E] noise level of each event's future latents, in [0, 1].
       action_noise: [K, B, A, Da] standard normal.
       action_sigma: [K, B, E] noise level of each event's actions, in [0, 1].
+      tubes: hidden windows; None where the objective has none.
     """
 
     video_noise: jax.Array
     video_sigma: jax.Array
     action_noise: jax.Array
     action_sigma: jax.Array
+    tubes: Tubes | None = None
 
 
-def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage) -> Draws:
-    """Noise and sigmas of one step, a pure function of `key` and the batch's shapes."""
+def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage, model: ConfigDict | None = None) -> Draws:
+    """Noise, sigmas and tubes of one step, a pure function of `key` and the batch; tubes need `model`."""
     video_key, sigma_key, action_key, action_sigma_key = jax.random.split(key, 4)
     rows, slots = batch["window_index"].shape
     draws = objective.action_draws
@@ -58,11 +61,15 @@ def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage) -> D
     else:
         u = jax.random.uniform(action_sigma_key, (draws, rows, slots))
         action_sigma = flow_matching.sigma_from_uniform(u, objective.action_shift)
+    tubes = None
+    if model is not None and objective.tube.prob:
+        tubes = draw_tubes(jax.random.fold_in(key, 1), batch, model, objective.tube)
     return Draws(
         video_noise=jax.random.normal(video_key, batch["latents"].shape),
         video_sigma=video_sigma,
         action_noise=jax.random.normal(action_key, (draws, *batch["actions"].shape)),
         action_sigma=action_sigma,
+        tubes=tubes,
     )
 
 
@@ -96,12 +103,12 @@ def compute_loss(
         **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen)),
     }
     objective = config.objective
-    draws = draw(key, batch, objective, stage)
+    draws = draw(key, batch, objective, stage, config.model)
     text = world_action_model.encode_text(params, config.model, batch)
     outputs = world_action_model.forward(
         params,
         config.model,
-        batch,
+        hide_clean(batch, draws),
         noisy_latents=noise_latents(batch, draws),
         video_sigma=draws.video_sigma,
         noisy_actions=noise_actions(batch, draws),
@@ -112,7 +119,7 @@ def compute_loss(
     )
     losses: dict[str, jax.Array] = {}
     if "video" in stage.losses:
-        losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight)
+        losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight, objective.tube.weight)
     if "action" in stage.losses:
         assert outputs.action_velocity is not None  # the stage runs actions
         losses["action"] = action_loss(outputs.action_velocity, batch, draws, objective.action_sigma_power)
@@ -130,9 +137,21 @@ def compute_loss(
 
 
 def noise_latents(batch: Batch, draws: Draws) -> jax.Array:
-    """[B, V, F, h, w, C]: future latents noised to their event's sigma; clean latents and padding as they are."""
-    sigma = _per_token(draws.video_sigma, batch["latent_event"]) * (batch["latent_role"] == DENOISE)
-    return flow_matching.add_noise(batch["latents"], draws.video_noise, sigma[:, None, :, None, None, None])
+    """[B, V, F, h, w, C]: future latents noised to their event's sigma, to 1 in a tube; clean ones and padding stay."""
+    denoise = batch["latent_role"] == DENOISE
+    sigma = (_per_token(draws.video_sigma, batch["latent_event"]) * denoise)[:, None, :, None, None]
+    if draws.tubes is not None:
+        sigma = jnp.where(draws.tubes.hidden & denoise[:, None, :, None, None], 1.0, sigma)
+    return flow_matching.add_noise(batch["latents"], draws.video_noise, sigma[..., None])
+
+
+def hide_clean(batch: Batch, draws: Draws) -> Batch:
+    """The batch as the model sees it: the clean latents' cells are noise where a tube covers them, too."""
+    if draws.tubes is None:
+        return batch
+    covered = _per_token(draws.tubes.hides_clean, batch["latent_event"]) & (batch["latent_role"] != DENOISE)
+    hidden = draws.tubes.hidden & covered[:, None, :, None, None]
+    return {**batch, "latents": jnp.where(hidden[..., None], draws.video_noise, batch["latents"])}
 
 
 def noise_actions(batch: Batch, draws: Draws) -> jax.Array:
@@ -141,13 +160,18 @@ def noise_actions(batch: Batch, draws: Draws) -> jax.Array:
     return flow_matching.add_noise(batch["actions"], draws.action_noise, sigma[..., None]) * _valid_actions(batch)
 
 
-def video_loss(velocity: jax.Array, batch: Batch, draws: Draws, channel_weight: jax.Array) -> jax.Array:
-    """Mean of `channel_weight * (velocity - (noise - latents))^2` over valid latent cells (WALL-WM eq. 7).
+def video_loss(
+    velocity: jax.Array, batch: Batch, draws: Draws, channel_weight: jax.Array, tube_weight: float = 1.0
+) -> jax.Array:
+    """Mean of `channel_weight * (velocity - (noise - latents))^2` over valid latent cells (WALL-WM eq. 7), those in a
+    tube times `tube_weight` (eq. 8).
 
     Valid: a future latent of a real event, in a view that the event has, cell wholly inside the view's picture.
     """
     target = flow_matching.velocity_target(batch["latents"], draws.video_noise)
     error = jnp.square(velocity.astype(jnp.float32) - target) @ channel_weight / channel_weight.shape[0]
+    if draws.tubes is not None:
+        error = jnp.where(draws.tubes.hidden, tube_weight * error, error)
     return _mean(error, valid_cells(batch))
 
 
