@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
             action_shift=1.0,
             action_draws=4,  # K noise draws of the actions per video forward
             action_sigma="independent",  # symmetric (= video sigma) | independent
+            dct_weight=0.0,  # of the auxiliary loss on the actions' cosine transform; off in the paper's main runs
             action_sigma_power=0.0,  # the action loss at noise level sigma weighs sigma ** this
             anchor_sigma=0.357,  # stage action: video noise level, step 45 of 50 at shift 5
             anchor_jitter_steps=2,

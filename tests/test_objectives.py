@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 from random_batch import random_batch, tiny_config
 from tiny_model import quick_compilation
 
@@ -107,6 +108,22 @@ def test_weighed_by_sigma_squared_the_action_loss_is_the_error_of_the_clean_acti
     valid = np.broadcast_to(np.asarray(batch["action_valid"]) & (event > 0)[..., None], error.shape)
     loss = action_loss(jnp.asarray(predicted), batch, draws, sigma_power=2.0)
     np.testing.assert_allclose(loss, (error**2)[valid].mean(), rtol=1e-4)
+
+
+def test_the_dct_loss_is_scipys_transform_of_each_event(batch, draws):
+    predicted = np.random.default_rng(1).normal(size=draws.action_noise.shape).astype(np.float32)
+    noisy, event = np.asarray(objectives.noise_actions(batch, draws)), np.asarray(batch["action_event"])
+    terms = []
+    places = {(row, int(slot)) for row, slots in enumerate(event) for slot in set(slots) - {0}}
+    for row, slot in sorted(places):
+        here = np.flatnonzero(event[row] == slot)
+        valid = np.asarray(batch["action_valid"])[row, here[0]]
+        for k, sigma in enumerate(np.asarray(draws.action_sigma)[:, row, slot - 1]):
+            error = (noisy[k, row] - sigma * predicted[k, row] - np.asarray(batch["actions"])[row])[here][:, valid]
+            fade = np.exp(-np.arange(len(here)) / (len(here) / 4))
+            terms.append((1 - sigma) ** 2 * (fade[:, None] * scipy.fft.dct(error, axis=0, norm="ortho") ** 2).sum(0))
+    loss = objectives.dct_loss(jnp.asarray(predicted), batch, draws)
+    np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-4)
 
 
 def test_invalid_action_dimensions_carry_no_noise(batch, draws):

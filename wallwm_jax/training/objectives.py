@@ -123,6 +123,8 @@ def compute_loss(
     if "action" in stage.losses:
         assert outputs.action_velocity is not None  # the stage runs actions
         losses["action"] = action_loss(outputs.action_velocity, batch, draws, objective.action_sigma_power)
+        if objective.dct_weight:
+            losses["dct"] = dct_loss(outputs.action_velocity, batch, draws)
     if "duration" in stage.losses:
         quantiles = world_action_model.predict_duration(params, config.model, batch, text)
         losses["duration"] = duration_loss(quantiles, batch, config.model.duration_quantiles)
@@ -130,6 +132,7 @@ def compute_loss(
         "video": objective.video_weight,
         "action": objective.action_weight,
         "duration": objective.duration_weight,
+        "dct": objective.dct_weight,
     }
     total = sum((weights[stream] * loss for stream, loss in losses.items()), jnp.float32(0.0))
     metrics = {f"loss_{stream}": loss for stream, loss in losses.items()}
@@ -185,6 +188,30 @@ def action_loss(velocity: jax.Array, batch: Batch, draws: Draws, sigma_power: fl
     valid = jnp.broadcast_to(_valid_actions(batch), velocity.shape)
     sigma = jax.vmap(_per_token, in_axes=(0, None))(draws.action_sigma, batch["action_event"])[..., None]
     return _mean(sigma**sigma_power * jnp.square(velocity.astype(jnp.float32) - target), valid)
+
+
+def dct_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
+    """Auxiliary loss on the orthonormal DCT-II of each event's clean actions (WALL-WM eq. 14).
+
+    For an event of T actions at noise level sigma: `(1 - sigma)^2 sum_j exp(-4 j / T) dct(estimate - actions)_j^2`, mean
+    over draws, events and valid action dimensions.
+    """
+    event, events = batch["action_event"], batch["window_index"].shape[1]
+    member = jax.nn.one_hot(event - 1, events, dtype=jnp.float32)  # [B, A, E]
+    length = jnp.sum(member, 1)  # [B, E]
+    own = jnp.maximum(jnp.einsum("bae,be->ba", member, length), 1.0)
+    order = jnp.arange(event.shape[1], dtype=jnp.float32)
+    wave = jnp.cos(jnp.pi * order * (batch["action_pos"] + 0.5)[..., None] / own[..., None])  # [B, A, J]
+    scale = jnp.sqrt(jnp.where(order == 0, 1.0, 2.0) / own[..., None])
+    sigma = jax.vmap(_per_token, in_axes=(0, None))(draws.action_sigma, event)[..., None]
+    estimate = flow_matching.clean_estimate(noise_actions(batch, draws), velocity.astype(jnp.float32), sigma)
+    error = (estimate - batch["actions"]) * _valid_actions(batch)
+    spectrum = jnp.einsum("bae,baj,kbad->kbejd", member, wave * scale, error)
+    fade = jnp.where(order < length[..., None], jnp.exp(-4.0 * order / jnp.maximum(length, 1.0)[..., None]), 0.0)
+    of_event = jnp.einsum("kbejd,bej->kbed", jnp.square(spectrum), fade)
+    of_event *= jnp.square(1.0 - draws.action_sigma)[..., None]
+    valid = jnp.einsum("bae,bad->bed", member, _valid_actions(batch).astype(jnp.float32)) > 0
+    return _mean(of_event, jnp.broadcast_to(valid, of_event.shape))
 
 
 def duration_loss(quantiles: jax.Array, batch: Batch, levels: tuple[float, ...]) -> jax.Array:
