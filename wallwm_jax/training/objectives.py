@@ -193,8 +193,8 @@ def action_loss(velocity: jax.Array, batch: Batch, draws: Draws, sigma_power: fl
 def dct_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
     """Auxiliary loss on the orthonormal DCT-II of each event's clean actions (WALL-WM eq. 14).
 
-    For an event of T actions at noise level sigma: `(1 - sigma)^2 sum_j exp(-4 j / T) dct(estimate - actions)_j^2`, mean
-    over draws, events and valid action dimensions.
+    For an event of T actions at noise level sigma: `(1 - sigma)^2 sum_j exp(-4 j / T) dct(estimate - actions)_j^2`,
+    mean over draws, events and valid action dimensions.
     """
     event, events = batch["action_event"], batch["window_index"].shape[1]
     member = jax.nn.one_hot(event - 1, events, dtype=jnp.float32)  # [B, A, E]
