@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 from weight_files import wan_shapes
 
+from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models import param_axes
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.convert import wan
+from wallwm_jax.training.objectives import compute_loss
+from wallwm_jax.training.stages import STAGES
 
 # config, tower of the published model, with view attention, config.json of the published model (diffusers layout)
 PUBLISHED = {
@@ -64,3 +68,27 @@ def test_the_argument_names_the_stage(name):
         assert config.train.stage == stage
         assert config.is_locked
     assert config.model.text.to_dict() | dict(kind="features", width=4096, pad_to=512) == config.model.text.to_dict()
+
+
+def test_six_action_draws_cost_little_more_than_one():
+    """Stage action at 5B, forward and backward, on one row: the draws share one video forward (WALL-WM section 2.7).
+
+    The layers are one scan, whose body is counted once in both.
+    """
+
+    def flops(draws: int) -> float:
+        config = get_config("wan5b", "action").copy_and_resolve_references()
+        with config.unlocked():
+            config.objective.action_draws = draws
+            config.data.update(rows=1, views=("head", "left", "right"))
+        stage = STAGES["action"]
+        trainable, frozen = stage.split(wam.abstract_params(config.model))
+        batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in batch_spec(config, 1).items()}
+        weight = jnp.ones(config.model.latent_channels)
+
+        def loss(trainable, frozen, batch):
+            return compute_loss(trainable, frozen, config, stage, batch, jax.random.key(0), weight)[0]
+
+        return jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, batch).cost_analysis()["flops"]
+
+    assert 1.0 < flops(6) / flops(1) < 1.3
