@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         dict(
             stage="joint",  # joint | video | action
-            init_from="",  # workdir or checkpoint of an earlier stage: its parameters are restored where they match
+            init_from="",  # workdir, checkpoint or converted Wan weights: parameters are restored where they match
             steps=1000,
             max_seconds=0.0,  # safety stop after this much training time, whatever the schedule; 0 never
             log_every=10,

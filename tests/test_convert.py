@@ -20,6 +20,10 @@ from wallwm_jax.console import UserError
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.convert import rules, stream, wan
 from wallwm_jax.models.convert.safetensors_files import Folder
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.checkpoint import load_start
+from wallwm_jax.training.train_state import flatten, take_over
+from wallwm_jax.training.train_step import build_train_step
 
 
 def same_files(ours: Path, theirs: Path) -> None:
@@ -91,6 +95,33 @@ def test_converted_weights_fit_the_model(tmp_path):
     expected = jax.tree.map(lambda leaf: leaf.shape, wam.abstract_params(config)["video"])
     assert jax.tree.map(lambda leaf: leaf.shape, loaded.params["video"]) == expected
     assert sum(leaf.size for leaf in jax.tree.leaves(loaded.params)) == sum(p.size for p in folder.places.values())
+
+
+def test_a_run_starts_from_converted_weights_as_the_single_view_tower(tmp_path):
+    """The cross-view branch is copied from the within-view attention; only its output and the cameras are new."""
+    write_wan(tmp_path / "source", dtype="BF16")
+    stream.import_weights("wan", tmp_path / "source", tmp_path / "ours")
+    config = base.get_config().copy_and_resolve_references()
+    with config.unlocked():
+        sizes = dict(stream.load(tmp_path / "ours", "wan").sizes)
+        config.model.text.update(dict(kind="features", width=sizes.pop("text_width"), heads=1))
+        config.model.update(dict(sizes, latent_shape=(4, 4)))
+        config.train.update(stage="video", init_from=str(tmp_path / "ours"))
+    built = build_train_step(config, make_mesh({"slice": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1}))
+    params, what = load_start(tmp_path / "ours")
+    state, result = take_over(built.init(), params, what)
+    assert what == "converted weights" and result.dropped == ()
+    branch = "video/blocks/view_attention/attention/output"
+    assert set(result.new) == {f"{branch}/kernel", f"{branch}/bias", "video/cameras/angles"}
+    ours, blocks = flatten(state.trainable), "video/blocks"
+    for name in result.new:
+        assert not np.asarray(ours[name]).any()
+    for name in ("query/kernel", "key/bias", "value/kernel", "query_norm/scale"):
+        np.testing.assert_array_equal(
+            ours[f"{blocks}/view_attention/attention/{name}"], ours[f"{blocks}/self_attention/{name}"]
+        )
+    np.testing.assert_array_equal(ours[f"{blocks}/view_attention/modulation"], ours[f"{blocks}/modulation"][:, :3])
+    assert ours[f"{blocks}/modulation"].dtype == np.float32 and np.asarray(ours[f"{blocks}/modulation"]).any()
 
 
 def test_rotary_pairs_become_halves_within_each_head():

@@ -252,15 +252,15 @@ def _with_views(config: ConfigDict, store: EventStore) -> ConfigDict:
 
 
 def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
-    from wallwm_jax.training.checkpoint import load_params
+    from wallwm_jax.training.checkpoint import load_start
     from wallwm_jax.training.train_state import take_over
 
     state = built.init()
     if not config.train.init_from:
         return state
-    source = load_params(config.train.init_from)
-    state, result = take_over(state, source.params, config.train.init_from)
-    print(f"    parameters from {config.train.init_from}, step {source.step}:\n{result.table()}")
+    params, what = load_start(config.train.init_from)
+    state, result = take_over(state, params, config.train.init_from)
+    print(f"    parameters from {config.train.init_from}, {what}:\n{result.table()}")
     return state
 
 

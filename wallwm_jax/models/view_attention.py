@@ -7,6 +7,9 @@ changes nothing, and its gradient is not zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +19,7 @@ from wallwm_jax.models.layers import gated, modulate
 from wallwm_jax.models.rope import axis_dims, grid_angles
 
 UNKNOWN_CAMERA = 0
+COPIED = ("query", "key", "value", "query_norm", "key_norm")  # from the block's own within-view attention
 
 
 class CameraTable(nnx.Module):
@@ -45,7 +49,7 @@ class ViewAttention(nnx.Module):
 
     def start_from(self, attention: Attention, modulation: jax.Array) -> None:
         """Copies q, k, v and their norms from `attention`, and shift, scale, gate `[3, D]`."""
-        for name in ("query", "key", "value", "query_norm", "key_norm"):
+        for name in COPIED:
             nnx.update(getattr(self.attention, name), nnx.state(getattr(attention, name)))
         self.modulation[...] = modulation
 
@@ -71,3 +75,11 @@ class ViewAttention(nnx.Module):
         mask = None if mask is None else mask.reshape(b * f, n, n)
         mixed = attend(query, key, value, key_bias=key_bias.reshape(b * f, n), mask=mask)
         return gated(x, self.attention.merge(mixed.reshape(b, f, n, *mixed.shape[2:])), gate)
+
+
+def from_self_attention(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """The branch's parameters from those of a tower's blocks that has none: all but the output projection, which stays
+    zero, so that the multi-view model starts as the single-view one (WALL-WM section 2.2).
+    """
+    attention = {name: blocks["self_attention"][name] for name in COPIED}
+    return {"attention": attention, "modulation": blocks["modulation"][:, :3]}

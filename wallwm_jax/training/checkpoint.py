@@ -26,6 +26,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from wallwm_jax.console import UserError
+from wallwm_jax.models.convert import stream
+from wallwm_jax.models.view_attention import from_self_attention
 from wallwm_jax.parallel.distributed import barrier, this_host
 from wallwm_jax.training.telemetry import METRICS_FILE
 from wallwm_jax.training.train_state import TrainState, flatten
@@ -241,6 +243,23 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
         frozen = _read_frozen(workdir, items.assets["frozen_checksum"])
         params |= jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
     return Loaded(params=params, assets=items.assets, config=items.config, step=step)
+
+
+def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The parameters that a new run starts from, and what they are: a run's average, or converted Wan weights.
+
+    Converted weights are single-view: their cross-view branch is copied from the within-view attention.
+
+    Raises:
+      UserError: neither is there (see `load_params`).
+    """
+    if not (Path(path).expanduser() / stream.CONVERSION).is_file():
+        loaded = load_params(path)
+        return loaded.params, f"step {loaded.step}"
+    params = stream.load(path, "wan").params
+    video = dict(params["video"])
+    video["blocks"] = {**video["blocks"], "view_attention": from_self_attention(video["blocks"])}
+    return {**params, "video": video}, "converted weights"
 
 
 def checksum(tree: PyTree) -> str:
