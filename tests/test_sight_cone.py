@@ -9,6 +9,9 @@ from flax import nnx
 from random_batch import random_batch, tiny_config
 from tiny_model import quick_compilation, random_params
 
+from wallwm_jax.console import UserError
+from wallwm_jax.data.event_store import open_store
+from wallwm_jax.evaluation import sight_cones
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.sight_cone import cones, sight_mask
 from wallwm_jax.models.view_attention import ViewAttention
@@ -157,3 +160,12 @@ def test_the_tower_masks_with_calibration_and_is_open_without():
     without = velocity(False, calibrated)
     np.testing.assert_array_equal(without, velocity(True, jnp.zeros_like(calibrated)))
     assert np.abs(without - velocity(True, calibrated)).max() > 1e-3
+
+
+def test_the_picture_has_a_row_per_latent_and_names_a_view_that_is_not_there(small_store):
+    store = open_store(small_store)
+    index = int(np.flatnonzero(store.index["length"] == 3)[0])
+    picture = sight_cones.draw(store, index, ("ur5e/wrist", "front_pixels"), 4, NEAR, FAR)
+    assert picture.size == (5 * 224, 3 * 224)
+    with pytest.raises(UserError, match="no calibrated view 'side'"):
+        sight_cones.draw(store, index, ("side", "front_pixels"), 4, NEAR, FAR)

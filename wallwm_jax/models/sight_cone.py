@@ -4,6 +4,9 @@ A patch sees a cone: its apex is the camera's centre, its axis passes through th
 encloses the patch's corners. Two patches of one latent frame may attend to each other in the cross-view attention
 where their cones meet between a nearest and a farthest distance. Cameras may move from frame to frame. The mask is for
 training; a batch without calibration (all-zero geometry), as at inference, leaves everything open.
+
+docs/sight_cones.png shows what four patches of a wrist camera see of the front camera while the arm moves a block
+(`python -m wallwm_jax.evaluation.sight_cones` draws it).
 """
 
 from __future__ import annotations
