@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
             action_ffn=512,
             action_dim=32,  # Da = Ds
             actions_per_latent=8,  # K_p
-            action_prediction="velocity",  # velocity | clean (x-prediction): what the action head's output means
+            video_prediction="velocity",  # velocity | clean (x-prediction): what the video head's output means
+            action_prediction="velocity",  # the same for the action head
             max_latents=17,  # future positions of the E_tau table: -max..max
             text=ConfigDict(
                 dict(
@@ -89,7 +90,8 @@ def get_config() -> ConfigDict:
             action_draws=4,  # K noise draws of the actions per video forward
             action_sigma="independent",  # symmetric (= video sigma) | independent
             dct_weight=0.0,  # of the auxiliary loss on the actions' cosine transform; off in the paper's main runs
-            action_sigma_power=0.0,  # the action loss at noise level sigma weighs sigma ** this
+            video_sigma_power=0.0,  # the video loss at noise level sigma weighs sigma ** this
+            action_sigma_power=0.0,  # the same for the action loss
             anchor_sigma=0.357,  # stage action: video noise level, step 45 of 50 at shift 5
             anchor_jitter_steps=2,
             schedule_steps=50,

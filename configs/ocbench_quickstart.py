@@ -23,9 +23,11 @@ def get_config() -> ConfigDict:
     config.data.workers = 0  # on two cores, loading in threads costs less than a process
     config.model.patch = (4, 4)
     config.model.sight_cone.on = False  # with 2 x 2 patches per view nearly all cones meet
+    config.model.video_prediction = "clean"  # 96 features cannot pass on the noise of a patch of 12288 values
     config.model.width = config.model.action_width = config.model.text.width = 96
     config.model.ffn = config.model.action_ffn = 384
     config.objective.action_shift = 3.0  # sampling starts at zero noise (below): the high noise levels matter most
+    config.objective.video_sigma_power = 2.0
     config.objective.action_weight = 5.0
     config.optim.muon_lr = 1e-2
     config.optim.lr = 3e-3

@@ -227,17 +227,27 @@ def test_context_and_action_velocity_equal_the_joint_forward(params, batch):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_prediction_of_the_clean_actions_becomes_the_velocity_it_implies(params, batch):
+def test_a_prediction_of_clean_data_becomes_the_velocity_it_implies(params, batch):
     noise = draw_noise(batch)
-    head = np.asarray(run(params, batch, noise)[0].action_velocity)
-    model = with_model(action_prediction="clean")
+    head = run(params, batch, noise)[0]
+    model = with_model(action_prediction="clean", video_prediction="clean")
     text = wam.encode_text(params, model, batch)
     forward = quick_jit(lambda *inputs: wam.forward(inputs[0], model, inputs[1], text=text, **inputs[2]))
-    clean = forward(params, batch, noise).action_velocity
-    slot = np.maximum(np.asarray(batch["action_event"]) - 1, 0)
-    sigma = np.take_along_axis(np.asarray(noise["action_sigma"]), np.broadcast_to(slot, head.shape[:3]), 2)[..., None]
-    expected = (np.asarray(noise["noisy_actions"]) - head) / np.maximum(sigma, 0.05)
-    np.testing.assert_allclose(clean, expected, rtol=1e-5, atol=1e-5)
+    clean = forward(params, batch, noise)
+
+    def of_token(sigma, event):
+        slot = np.broadcast_to(np.maximum(np.asarray(event) - 1, 0), (*sigma.shape[:-1], event.shape[-1]))
+        return np.take_along_axis(np.asarray(sigma), slot, -1)
+
+    sigma = of_token(noise["action_sigma"], batch["action_event"])[..., None]
+    expected = (noise["noisy_actions"] - head.action_velocity) / np.maximum(sigma, 0.05)
+    np.testing.assert_allclose(clean.action_velocity, expected, rtol=1e-5, atol=1e-5)
+    sigma = of_token(noise["video_sigma"], batch["latent_event"])[:, None, :, None, None, None]
+    expected = np.asarray((noise["noisy_latents"] - head.video_velocity) / np.maximum(sigma, 0.05))
+    denoise = np.asarray(batch["latent_role"] == 2)[:, None, :, None, None, None]
+    np.testing.assert_allclose(
+        np.where(denoise, clean.video_velocity, 0), np.where(denoise, expected, 0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_draws_share_the_video_and_nothing_else(params, batch):

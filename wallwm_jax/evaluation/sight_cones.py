@@ -46,8 +46,8 @@ def draw(store: EventStore, index: int, views: Sequence[str], patches: int, near
         of, on = (_enlarged(record.picture(view, min(4 * latent, last))) for view in views)
         framed, seen = of.copy(), []
         for (r, c), colour in zip(chosen, _COLOURS):
-            corners = [(np.array([x, y]) * _SIDE // patches).tolist() for x, y in ((c, r), (c + 1, r + 1))]
-            cv2.rectangle(framed, *corners, colour, 2)
+            start, end = ((x * _SIDE // patches, y * _SIDE // patches) for x, y in ((c, r), (c + 1, r + 1)))
+            cv2.rectangle(framed, start, end, colour, 2)
             is_open = mask[latent, r * patches + c, count:].reshape(patches, patches).astype(np.float32)
             light = cv2.resize(0.25 + 0.75 * is_open, (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST)
             seen.append(cv2.rectangle((on * light[..., None]).astype(np.uint8), (0, 0), (_SIDE - 1,) * 2, colour, 3))

@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from wallwm_jax.models.attention import Attention, attend
+from wallwm_jax.models.flow_matching import implied_velocity
 from wallwm_jax.models.layer_stack import build
 from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
@@ -32,6 +33,7 @@ class VideoCondition(NamedTuple):
     """What every block reads beside the stream; computed once per forward.
 
     Attributes:
+      sigma: `[B, F]` noise level of the frame.
       time: `[B, F, D]` embedded timestep. modulation: `[B, F, 6, D]` its projection.
       angles: `[B, F, h*w, d/2]` of the within-view attention. camera_angles: `[B, F, N, d/2]` across views, or None.
       view_mask: `[B, F, N, N]` cells that may attend to each other across views, or None for all.
@@ -40,6 +42,7 @@ class VideoCondition(NamedTuple):
       text_bias: `[B, F, L]` logit bias per caption token of the frame's event.
     """
 
+    sigma: jax.Array
     time: jax.Array
     modulation: jax.Array
     angles: jax.Array
@@ -146,6 +149,7 @@ class VideoTower(nnx.Module):
         frame_angles = position_angles(batch["latent_pos"], axis_dims(head_dim)[0])
         text, bias = self._caption_tokens(features, length)
         return VideoCondition(
+            sigma=frame_sigma,
             time=time,
             modulation=modulation,
             angles=grid_angles(frame_angles, rows, columns, head_dim),
@@ -157,11 +161,18 @@ class VideoTower(nnx.Module):
             text_bias=jnp.where(event[..., None] > 0, jnp.take_along_axis(bias, slot[..., None], 1), -jnp.inf),
         )
 
-    def velocity(self, x: jax.Array, time: jax.Array, views: int) -> jax.Array:
-        """The head: stream `[B, F, N, D]`, embedded timestep `[B, F, D]` to velocity `[B, V, F, h, w, C]`, float32."""
-        modulation = self.head_modulation[...] + time[:, :, None]
+    def velocity(self, x: jax.Array, noisy_latents: jax.Array, condition: VideoCondition) -> jax.Array:
+        """The head: stream `[B, F, N, D]` to velocity `[B, V, F, h, w, C]`, float32.
+
+        With `video_prediction = "clean"` the head gives the clean latents, and the velocity is what they imply for
+        `noisy_latents`: a head narrower than a patch cannot pass the noise on, which a velocity holds.
+        """
+        modulation = self.head_modulation[...] + condition.time[:, :, None]
         patches = self.head(modulate(x, modulation[:, :, :1], modulation[:, :, 1:])).astype(jnp.float32)
-        return unpatchify(patches, views, self.config.latent_shape, self.config.patch)
+        output = unpatchify(patches, noisy_latents.shape[1], self.config.latent_shape, self.config.patch)
+        if self.config.video_prediction == "velocity":
+            return output
+        return implied_velocity(noisy_latents, output, condition.sigma[:, None, :, None, None, None])
 
     def _view_mask(self, geometry: jax.Array, rows: int, columns: int) -> jax.Array | None:
         """Sight-cone mask `[B, F, N, N]` from the cameras `[B, V, F, 21]` of each latent frame."""

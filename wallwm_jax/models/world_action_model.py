@@ -145,7 +145,7 @@ def forward(
 
     start = (video.embed(_with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
     (stream, actions), _ = layer_stack.run(step, start, (video.blocks, action.blocks))
-    video_velocity = video.velocity(stream, condition.time, noisy_latents.shape[1])
+    video_velocity = video.velocity(stream, noisy_latents, condition)
     return Outputs(video_velocity, action.velocity(batch, actions, noisy_actions, action_sigma, action_condition))
 
 
@@ -210,7 +210,7 @@ def _run_video(
     frames = action.frame_embeddings(batch["latent_pos"]) if keep else None
     blocks = (video.blocks, action.blocks) if keep else (video.blocks,)
     stream, keys = layer_stack.run(step, video.embed(_with_clean(batch, noisy_latents)), blocks)
-    velocity = video.velocity(stream, condition.time, noisy_latents.shape[1])
+    velocity = video.velocity(stream, noisy_latents, condition)
     return velocity, VideoContext(keys, condition.segments, sigma) if keep else None
 
 
@@ -247,8 +247,9 @@ def _checked(config: ConfigDict) -> FrozenConfigDict:
         raise UserError(f"model.text.kind = {config.text.kind!r}: bytes or features")
     if config.compute_dtype not in ("float32", "bfloat16"):
         raise UserError(f"model.compute_dtype = {config.compute_dtype!r}: float32 or bfloat16")
-    if config.action_prediction not in ("velocity", "clean"):
-        raise UserError(f"model.action_prediction = {config.action_prediction!r}: velocity or clean")
+    for name in ("video_prediction", "action_prediction"):
+        if config[name] not in ("velocity", "clean"):
+            raise UserError(f"model.{name} = {config[name]!r}: velocity or clean")
     if config.remat not in layer_stack.REMAT:
         raise UserError(f"model.remat = {config.remat!r}: one of {', '.join(layer_stack.REMAT)}")
     return FrozenConfigDict(config)

@@ -119,7 +119,9 @@ def compute_loss(
     )
     losses: dict[str, jax.Array] = {}
     if "video" in stage.losses:
-        losses["video"] = video_loss(outputs.video_velocity, batch, draws, channel_weight, objective.tube.weight)
+        losses["video"] = video_loss(
+            outputs.video_velocity, batch, draws, channel_weight, objective.tube.weight, objective.video_sigma_power
+        )
     if "action" in stage.losses:
         assert outputs.action_velocity is not None  # the stage runs actions
         losses["action"] = action_loss(outputs.action_velocity, batch, draws, objective.action_sigma_power)
@@ -164,15 +166,21 @@ def noise_actions(batch: Batch, draws: Draws) -> jax.Array:
 
 
 def video_loss(
-    velocity: jax.Array, batch: Batch, draws: Draws, channel_weight: jax.Array, tube_weight: float = 1.0
+    velocity: jax.Array,
+    batch: Batch,
+    draws: Draws,
+    channel_weight: jax.Array,
+    tube_weight: float = 1.0,
+    sigma_power: float = 0.0,
 ) -> jax.Array:
     """Mean of `channel_weight * (velocity - (noise - latents))^2` over valid latent cells (WALL-WM eq. 7), those in a
-    tube times `tube_weight` (eq. 8).
+    tube times `tube_weight` (eq. 8), each event times `sigma ** sigma_power` as in `action_loss`.
 
     Valid: a future latent of a real event, in a view that the event has, cell wholly inside the view's picture.
     """
     target = flow_matching.velocity_target(batch["latents"], draws.video_noise)
     error = jnp.square(velocity.astype(jnp.float32) - target) @ channel_weight / channel_weight.shape[0]
+    error *= (_per_token(draws.video_sigma, batch["latent_event"]) ** sigma_power)[:, None, :, None, None]
     if draws.tubes is not None:
         error = jnp.where(draws.tubes.hidden, tube_weight * error, error)
     return _mean(error, valid_cells(batch))
