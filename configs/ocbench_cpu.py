@@ -7,11 +7,11 @@ r"""The longer recipe: the quickstart's model with finer patches and three times
     python -m wallwm_jax.evaluate --workdir=runs/cpu/train --store=runs/cpu/store --level=action --episodes=48 \
         --windows=256 --max_seconds=900 --out=runs/cpu/evaluation
 
-Measured with these commands, open and closed loop in separate calls: 46 minutes of training (the demonstrations take ten
-at the quickstart's rate); open-loop action error 0.128, the better baseline (mean trajectory of the nearest cluster)
-0.188, ratio 0.68 (0.6 is the aim and not reached); subtasks achieved 37 % [27, 48] of 73, by the untrained network, whose
-arm sometimes runs into a button, 21 % [13, 31] of 78, by the replayed expert 95 % [91, 97] of 184. No episode of several
-subtasks is finished yet.
+Measured with these commands, open and closed loop in separate calls: 46 minutes of training (the demonstrations take
+ten at the quickstart's rate); open-loop action error 0.128, the better baseline (mean trajectory of the nearest
+cluster) 0.188, ratio 0.68 (0.6 is the aim and not reached); subtasks achieved 37 % [27, 48] of 73, by the untrained
+network, whose arm sometimes runs into a button, 21 % [13, 31] of 78, by the replayed expert 95 % [91, 97] of 184. No
+episode of several subtasks is finished yet.
 """
 
 from ml_collections import ConfigDict

@@ -154,7 +154,7 @@ class VideoTower(nnx.Module):
             modulation=modulation,
             angles=grid_angles(frame_angles, rows, columns, head_dim),
             camera_angles=None if self.cameras is None else self.cameras(view_id, rows, columns),
-            view_mask=self._view_mask(batch["view_geometry"], rows, columns),
+            view_mask=self._view_mask(batch, rows, columns),
             segments=jnp.where(view_id > 0, event[..., None], 0),
             text=text,
             frame_event=jax.nn.one_hot(event - 1, events, dtype=self.dtype),
@@ -174,12 +174,12 @@ class VideoTower(nnx.Module):
             return output
         return implied_velocity(noisy_latents, output, condition.sigma[:, None, :, None, None, None])
 
-    def _view_mask(self, geometry: jax.Array, rows: int, columns: int) -> jax.Array | None:
-        """Sight-cone mask `[B, F, N, N]` from the cameras `[B, V, F, 21]` of each latent frame."""
+    def _view_mask(self, batch: Batch, rows: int, columns: int) -> jax.Array | None:
+        """Sight-cone mask `[B, F, N, N]` from the cameras of each latent frame; None where all views see each other."""
         cone = self.config.sight_cone
-        if not (cone.on and self.config.view_attention) or geometry.shape[1] == 1:
+        if not (cone.on and self.config.view_attention) or batch["view_geometry"].shape[1] == 1:
             return None
-        cameras = jnp.swapaxes(geometry, 1, 2)
+        cameras = jnp.swapaxes(batch["view_geometry"], 1, 2)
         return sight_mask(cameras, rows, columns, near=cone.near, far=cone.far, widen=cone.widen)
 
     def _caption_tokens(self, features: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
