@@ -30,7 +30,7 @@ def batch():
 
 @pytest.fixture
 def draws(batch):
-    return draw(jax.random.key(0), batch, CONFIG.objective, JOINT)
+    return draw(jax.random.key(0), batch, CONFIG, JOINT)
 
 
 def video_targets(batch, draws):
@@ -198,16 +198,16 @@ def test_sigma_of_the_action_stage_stays_within_two_steps_of_the_anchor(batch):
 
 
 def test_symmetric_coupling_gives_every_draw_the_video_sigma(batch):
-    objective = CONFIG.objective.copy_and_resolve_references()
-    objective.action_sigma = "symmetric"
-    draws = draw(jax.random.key(0), batch, objective, JOINT)
+    config = CONFIG.copy_and_resolve_references()
+    config.objective.action_sigma = "symmetric"
+    draws = draw(jax.random.key(0), batch, config, JOINT)
     assert draws.action_sigma.shape[0] == 4
     np.testing.assert_array_equal(draws.action_sigma, np.broadcast_to(draws.video_sigma, draws.action_sigma.shape))
     assert float(jnp.abs(draws.action_noise[0] - draws.action_noise[1]).max()) > 1.0  # the noise itself differs
 
 
 def test_draws_follow_the_key_alone(batch):
-    one, same, other = (draw(jax.random.key(seed), batch, CONFIG.objective, JOINT) for seed in (5, 5, 6))
+    one, same, other = (draw(jax.random.key(seed), batch, CONFIG, JOINT) for seed in (5, 5, 6))
     for name in ("video_noise", "video_sigma", "action_noise", "action_sigma"):
         np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
         assert not np.array_equal(getattr(one, name), getattr(other, name))
@@ -216,4 +216,4 @@ def test_draws_follow_the_key_alone(batch):
 def draw_sigmas(batch, stage):
     """Draws for a batch whose rows only `window_index` counts; noise is kept small by cutting the other arrays."""
     small = batch | {"latents": jnp.zeros((1, 1, 1, 1, 1, 1)), "actions": jnp.zeros((1, 1, 1))}
-    return draw(jax.random.key(1), small, CONFIG.objective, stage)
+    return draw(jax.random.key(1), small, CONFIG, stage)

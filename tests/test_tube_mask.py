@@ -27,7 +27,7 @@ def example(prob=1.0, clean_prob=0.5, sides=(1, 2), patch=(1, 1)):
     batch = {name: jnp.asarray(value) for name, value in random_batch(config, seed=5).items()}
     batch["view_geometry"] = jnp.zeros_like(batch["view_geometry"])  # no calibration: every present view sees all
     key = jax.random.key(0)
-    draws = jax.jit(lambda key: objectives.draw(key, batch, config.objective, STAGES["joint"], config.model))(key)
+    draws = jax.jit(lambda key: objectives.draw(key, batch, config, STAGES["joint"]))(key)
     return batch, draws
 
 

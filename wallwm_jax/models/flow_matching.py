@@ -40,9 +40,9 @@ def clean_estimate(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> j
     return noisy - sigma * velocity
 
 
-def implied_velocity(noisy: jax.Array, clean: jax.Array, sigma: jax.Array, floor: float = 0.05) -> jax.Array:
-    """The velocity that a prediction of the data implies: `(noisy - clean) / sigma`; below `floor`, as at `floor`."""
-    return (noisy - clean) / jnp.maximum(sigma, floor)
+def implied_velocity(noisy: jax.Array, clean: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The velocity that a prediction of the data implies: `(noisy - clean) / sigma`; below sigma 0.05, as at 0.05."""
+    return (noisy - clean) / jnp.maximum(sigma, 0.05)
 
 
 def euler_step(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:

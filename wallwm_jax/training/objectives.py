@@ -44,8 +44,9 @@ class Draws:
     tubes: Tubes | None = None
 
 
-def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage, model: ConfigDict | None = None) -> Draws:
-    """Noise, sigmas and tubes of one step, a pure function of `key` and the batch; tubes need `model`."""
+def draw(key: jax.Array, batch: Batch, config: ConfigDict, stage: Stage) -> Draws:
+    """Noise, sigmas and tubes of one step, a pure function of `key` and the batch; reads `objective` and `model`."""
+    objective = config.objective
     video_key, sigma_key, action_key, action_sigma_key = jax.random.split(key, 4)
     rows, slots = batch["window_index"].shape
     draws = objective.action_draws
@@ -62,8 +63,8 @@ def draw(key: jax.Array, batch: Batch, objective: ConfigDict, stage: Stage, mode
         u = jax.random.uniform(action_sigma_key, (draws, rows, slots))
         action_sigma = flow_matching.sigma_from_uniform(u, objective.action_shift)
     tubes = None
-    if model is not None and objective.tube.prob:
-        tubes = draw_tubes(jax.random.fold_in(key, 1), batch, model, objective.tube)
+    if objective.tube.prob:
+        tubes = draw_tubes(jax.random.fold_in(key, 1), batch, config.model, objective.tube)
     return Draws(
         video_noise=jax.random.normal(video_key, batch["latents"].shape),
         video_sigma=video_sigma,
@@ -103,7 +104,7 @@ def compute_loss(
         **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen)),
     }
     objective = config.objective
-    draws = draw(key, batch, objective, stage, config.model)
+    draws = draw(key, batch, config, stage)
     text = world_action_model.encode_text(params, config.model, batch)
     outputs = world_action_model.forward(
         params,
