@@ -396,16 +396,23 @@ def test_typical_durations_are_medians_of_the_training_episodes(store):
 # ---------------------------------------------------------------- with the simulator
 
 
-def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_them():
+@pytest.fixture
+def simulator():
     pytest.importorskip("ocbench")
-    from wallwm_jax.sources.simulator import expert, rendering
-    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, controller_factory
-    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+    from wallwm_jax.sources.simulator import rendering
 
     try:
         rendering.check_rendering()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("simulator")
+def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_them():
+    from wallwm_jax.sources.simulator import expert
+    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, controller_factory
+    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+
     env_id = "block-cpu-lite-single-task1-v0"
     env = OCBenchEnv(env_id, ())
     trial = Trial(env_id, attempt_seed("block", 3, 0))
@@ -419,17 +426,12 @@ def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_th
     assert end.over and end.success and end.subtasks[0].success and end.subtasks[0].events == 1
 
 
+@pytest.mark.usefixtures("simulator")
 @pytest.mark.parametrize("family", ["chamber", "switch", "block"])
 def test_a_robot_that_holds_still_achieves_nothing(family):
-    pytest.importorskip("ocbench")
-    from wallwm_jax.sources.simulator import rendering
     from wallwm_jax.sources.simulator.ocbench_demos import FAMILIES, attempt_seed
     from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
 
-    try:
-        rendering.check_rendering()
-    except UserError as error:
-        pytest.skip(str(error))
     env_id = FAMILIES[family][0]
     env = OCBenchEnv(env_id, ())
     for level, number in itertools.product(("subtask", "action"), range(2)):
