@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
             sampler="anchored",  # anchored | symmetric
             steps=10,  # Euler steps of the action stream (symmetric: of both)
             video_steps=5,  # Euler steps of the video stream from noise to anchor_sigma (anchored)
+            action_draws=1,  # actions are the mean of this many draws on one video
             action_temperature=1.0,  # scale of the starting noise; 0 is near the mean of what the model expects
             guidance=1.0,
             buckets=(5, 9, 13, 17),  # latents per event, rounded up; one compilation each

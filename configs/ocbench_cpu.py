@@ -20,15 +20,12 @@ from configs import ocbench_quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart with 2 x 2 patches and more steps."""
+    """The quickstart with more steps."""
     config = ocbench_quickstart.get_config()
     config.unlock()
-    config.model.patch = (2, 2)
-    config.model.video_prediction = "velocity"  # as measured; the quickstart's x-prediction is untried here
-    config.objective.video_sigma_power = 0.0
     config.optim.warmup_steps = 100
-    config.train.steps = 5000
+    config.train.steps = 9000
     config.train.ema_decay = 0.998
-    config.train.save_every = 500
+    config.train.save_every = 1000
     config.train.log_every = 50
     return config.lock()

@@ -16,9 +16,8 @@ from wallwm_jax.data.packing import (
     drop_probability,
     pack_events,
     pack_row,
-    with_parent,
 )
-from wallwm_jax.events.caption import has_duration_clause
+from wallwm_jax.events.caption import has_duration_clause, with_parent
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.models.codecs import get_codec
 from wallwm_jax.models.text.byte_ids import EOS_ID, decode_bytes
@@ -104,7 +103,7 @@ def test_spec_is_the_batch_contract():
 
 def test_a_row_holds_its_windows_end_to_end(store):
     windows = windows_of(store, "subtask", 1) + windows_of(store, "action", 3)
-    row = pack_row(store, CODEC, plain(), windows, 0, VIEWS)
+    row = pack_row(store, plain(), windows, 0, VIEWS)
     spec = batch_spec(plain(), 1, num_views=2)
     assert set(row) == set(spec) | set(META_FIELDS)
     for name, (shape, dtype) in spec.items():
@@ -128,7 +127,7 @@ def test_a_row_holds_its_windows_end_to_end(store):
 
 def test_values_of_a_row_are_the_normalised_records(store):
     windows = windows_of(store, "action", 2)
-    row = pack_row(store, CODEC, plain(), windows, 0, VIEWS)
+    row = pack_row(store, plain(), windows, 0, VIEWS)
     second = store.read(windows[1])
     start, steps = int(store.index["length"][windows[0]]), second.num_actions
     latents = CODEC.encode(second.video("ur5e/wrist"))
@@ -153,8 +152,8 @@ def test_values_of_a_row_are_the_normalised_records(store):
 
 def test_a_view_can_be_left_out_or_put_first(store):
     windows = windows_of(store, "action", 2)
-    both = pack_row(store, CODEC, plain(), windows, 0, VIEWS)
-    wrist = pack_row(store, CODEC, plain(), windows, 0, VIEWS[1:])
+    both = pack_row(store, plain(), windows, 0, VIEWS)
+    wrist = pack_row(store, plain(), windows, 0, VIEWS[1:])
     np.testing.assert_array_equal(wrist["latents"][0], both["latents"][1])
     np.testing.assert_array_equal(wrist["view_geometry"][0], both["view_geometry"][1])
     assert wrist["view_id"][0].tolist() == [2]
@@ -194,7 +193,7 @@ def test_a_parent_stands_before_the_caption():
 
 def test_captions_follow_from_seed_row_and_slot(store):
     windows = windows_of(store, "action", 4)
-    rows = [pack_row(store, CODEC, configured(), windows, row, VIEWS[:1])["text_ids"] for row in (7, 7, 8)]
+    rows = [pack_row(store, configured(), windows, row, VIEWS[:1])["text_ids"] for row in (7, 7, 8)]
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
 
@@ -203,9 +202,9 @@ def test_a_bad_record_becomes_padding_in_place(small_store, tmp_path):
     copy = tmp_path / "store"
     shutil.copytree(small_store, copy)
     windows = windows_of(open_store(copy), "action", 3)
-    good = pack_row(open_store(copy), CODEC, plain(), windows, 0, VIEWS)
+    good = pack_row(open_store(copy), plain(), windows, 0, VIEWS)
     _damage_record(copy, windows[1])
-    row = pack_row(open_store(copy), CODEC, plain(), windows, 0, VIEWS)
+    row = pack_row(open_store(copy), plain(), windows, 0, VIEWS)
     assert row["bad_index"][:4].tolist() == [-1, windows[1], -1, -1]
     assert row["window_index"][:3].tolist() == [windows[0], -1, windows[2]]
     np.testing.assert_array_equal(row["latent_event"], np.where(good["latent_event"] == 2, 0, good["latent_event"]))

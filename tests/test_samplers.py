@@ -116,7 +116,8 @@ def model():
 def test_model_flow_anchored_equals_the_composition_it_claims(model):
     config, batch, params, text, _ = model
     mask = (batch["latent_role"] == 2)[:, None, :, None, None, None]
-    start = jnp.where(mask, noise(0, batch["latents"]), batch["latents"]), noise(1, batch["actions"])
+    draws = noise(1, jnp.stack([batch["actions"]] * 2))
+    start = jnp.where(mask, noise(0, batch["latents"]), batch["latents"]), draws
     video_sigmas, action_sigmas = flow_matching.sigmas(2, 5.0, end=0.357), flow_matching.sigmas(2, 1.0)
 
     @jax.jit
@@ -130,9 +131,9 @@ def test_model_flow_anchored_equals_the_composition_it_claims(model):
         events = batch["text_length"].shape
         out = wam.forward(
             params, config, batch, noisy_latents=latents, video_sigma=jnp.full(events, video_sigma), text=text,
-            noisy_actions=actions[None], action_sigma=jnp.full((1, *events), action_sigma),
+            noisy_actions=actions, action_sigma=jnp.full((2, *events), action_sigma),
         )  # fmt: skip
-        return jnp.where(mask, out.video_velocity, 0), out.action_velocity[0]
+        return jnp.where(mask, out.video_velocity, 0), out.action_velocity
 
     x, y = start
     for sigma, following in itertools.pairwise(video_sigmas):
@@ -148,7 +149,7 @@ def test_model_flow_anchored_equals_the_composition_it_claims(model):
 
 def test_guidance_moves_both_streams_along_the_difference_to_the_null_text(model):
     config, batch, params, text, null = model
-    start = noise(0, batch["latents"]), noise(1, batch["actions"])
+    start = noise(0, batch["latents"]), noise(1, batch["actions"][None])
 
     @jax.jit
     def velocities(params):

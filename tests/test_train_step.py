@@ -100,7 +100,7 @@ from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.train_step import build_train_step
 config = training_config(sys.argv[1], "video")
 mesh = make_mesh(config.mesh)
-built = build_train_step(config, mesh, open_store(sys.argv[1]).stats.channel_weights())
+built = build_train_step(config, mesh, open_store(sys.argv[1]).channel_weights())
 state, lines = random_state(config, built), []
 for seed in range(2):
     state, metrics = built.step(state, device_batch(config, built, seed))

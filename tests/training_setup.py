@@ -81,7 +81,7 @@ def built_step(store_path: Path, stage: str) -> TrainStep:
     """The train step of a stage on one device, not compiled."""
     config = training_config(store_path, stage)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    return build_train_step(config, mesh, open_store(store_path).stats.channel_weights())
+    return build_train_step(config, mesh, open_store(store_path).channel_weights())
 
 
 @functools.cache

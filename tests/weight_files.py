@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
-from wallwm_jax.models.convert import umt5, wan
+from wallwm_jax.models.convert import umt5, wan, wan_vae
 from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.convert.safetensors_files import Folder
 
@@ -37,6 +38,35 @@ def wan_shapes(layout: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
 def umt5_shapes(config: Mapping[str, Any] = TINY_UMT5) -> dict[str, tuple[int, ...]]:
     """Every tensor of a UMT5 encoder, without the tied copy of its embedding."""
     return _shapes(umt5.table({"shared.weight": ()}, config))
+
+
+def wan_vae_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Wan video autoencoder in the layout of diffusers; `sizes` as `WanVaeConfig` takes them."""
+    return _shapes(Table("diffusers", sizes, wan_vae._rules(sizes, "diffusers")))
+
+
+def write_wan22_vae(directory: Path) -> None:
+    """A Wan 2.2 autoencoder of a few channels, with unit norms: what it encodes depends on the pictures."""
+    sizes = dict(
+        encoder_width=4, decoder_width=4, latent_channels=48, averaging=True, patch=2, multipliers=(1, 2, 2, 2),
+        blocks=1, over_time=(False, True, True),
+    )  # fmt: skip
+    config = dict(dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    folder = write_weights(directory, wan_vae_shapes(sizes), config)
+    for name, place in folder.places.items():
+        if name.endswith("gamma"):
+            folder.write(name, np.ones(place.shape, place.dtype))
+
+
+def write_umt5(directory: Path, texts: Sequence[str], width: int = 16) -> None:
+    """A tiny UMT5 encoder with a SentencePiece model that was trained on `texts`."""
+    write_weights(directory, umt5_shapes({**TINY_UMT5, "vocab_size": 160, "d_model": width}),
+                  {**TINY_UMT5, "vocab_size": 160, "d_model": width})  # fmt: skip
+    (directory / "texts.txt").write_text("\n".join([*texts] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "texts.txt"), model_prefix=str(directory / "spiece"), vocab_size=120, pad_id=0, eos_id=1,
+        model_type="unigram", unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
 
 
 def _shapes(table: Table) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,12 @@ Only events, with the finest level too, and a quarter of the episodes held out f
     python -m wallwm_jax.build_events --source=ocbench:switch --episodes=40 --out=runs/switch \
         --windows=event --levels=subtask,action,segment --heldout_fraction=0.25
 
+With the frozen parts of a published model instead of wavelets and bytes: latents of Wan's autoencoder and features of
+its text encoder, computed here once, in batches on the local devices (weights: python -m wallwm_jax.convert --help):
+
+    python -m wallwm_jax.build_events --source=ocbench:chamber --episodes=20 --size=128 --out=runs/wan \
+        --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
+
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
 unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
 with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
@@ -121,7 +127,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]", required=True)
     flags.DEFINE_integer("episodes", 40, "Successful episodes to keep of each family")
     flags.DEFINE_string("out", None, "Directory of the new store", required=True)
-    flags.DEFINE_string("codec", "haar8", "Video codec of the latents")
+    flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
+    flags.DEFINE_string("codec_weights", "", "Folder of the codec's converted weights (wan21, wan22)")
+    flags.DEFINE_integer("codec_batch", 8, "Videos that the codec encodes together, over all local devices", 1)
+    flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of the codec; bfloat16 on accelerators")
+    flags.DEFINE_enum("text_encoder", "bytes", ["bytes", "umt5"], "bytes is learned by the model, umt5 frozen")
+    flags.DEFINE_string("text_weights", "", "Folder of the text encoder's converted weights (umt5)")
     flags.DEFINE_integer("size", 64, "Height and width of the frames, pixels")
     flags.DEFINE_list("windows", ["event", "fixed"], "Kinds of windows: event (one per span), fixed (tiles)")
     flags.DEFINE_list("levels", ["subtask", "action"], "Levels of event windows: task, subtask, action, segment")
@@ -140,6 +151,11 @@ def main(_: Sequence[str]) -> None:
     start = time.monotonic()
     options = StoreOptions(
         codec=values.codec,
+        codec_weights=values.codec_weights,
+        codec_batch=values.codec_batch,
+        compute_dtype=values.compute_dtype,
+        text_encoder=values.text_encoder,
+        text_weights=values.text_weights,
         kinds=tuple(values.windows),
         levels=tuple(values.levels),
         fixed_steps=values.fixed_steps,

@@ -64,6 +64,7 @@ class Options:
       processes: simulator processes.
       seed: of trials and sampling noise.
       sampling: entries of `config.sampling` to change, as "name=value": "steps=20", "action_temperature=0.0".
+      codec_weights, text_weights: folders of the frozen parts, where they are not where the store's build had them.
     """
 
     episodes: int = 8
@@ -77,6 +78,8 @@ class Options:
     processes: int = 2
     seed: int = 20_000
     sampling: Sequence[str] = ()
+    codec_weights: str = ""
+    text_weights: str = ""
 
 
 def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, options: Options) -> dict[str, Any]:
@@ -102,7 +105,12 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         store = open_store(store_path, "heldout")
         trials = _trials(store, options)
         policy = Policy.from_checkpoint(
-            run, batch_size=options.batch, sampling=_settings(options.sampling), seed=options.seed
+            run,
+            batch_size=options.batch,
+            sampling=_settings(options.sampling),
+            seed=options.seed,
+            codec_weights=options.codec_weights,
+            text_weights=options.text_weights,
         )
         mode = policy.event_mode
         print(f"    step {policy.step}, {policy.num_parameters / 1e6:.1f} M parameters, {len(trials)} trials")
@@ -282,6 +290,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer("processes", default.processes, "Simulator processes.", 1)
     flags.DEFINE_integer("seed", default.seed, "Of trials and sampling noise.")
     flags.DEFINE_multi_string("sampling", [], "Entry of config.sampling to change: name=value. May be repeated.")
+    flags.DEFINE_string(
+        "codec_weights", "", "Converted weights of the store's codec, if they have moved since its build."
+    )
+    flags.DEFINE_string("text_weights", "", "Converted weights of its text encoder, if they have moved.")
 
 
 def main(_: list[str]) -> int:

@@ -123,7 +123,7 @@ def run(
             f"data.rows={config.data.rows} does not divide among the {row_shards(mesh)} row shards of the mesh; "
             f"make it a multiple of {row_shards(mesh)}"
         )
-    built = build_train_step(config, mesh, store.stats.channel_weights())
+    built = build_train_step(config, mesh, store.channel_weights())
     workdir = prepare_workdir(workdir, resume=resume, overwrite=overwrite)
     if host.is_first:
         print(

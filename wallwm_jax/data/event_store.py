@@ -6,9 +6,11 @@ A store is a directory, made by `wallwm_jax.build_events`:
     index-<split>.npy    one row of `INDEX_DTYPE` per window, followed by the CRC-32 of the file's bytes before it
     tfds/events/1.0.0/   the records, ArrayRecord files that `tfds.data_source("events", data_dir=store / "tfds")` opens
     captions.npz         every distinct caption once
+    text_features.npy    of stores with a frozen text encoder: its bfloat16 features of every caption, end to end
     stats.json           `wallwm_jax.data.normalization.Stats`
     episodes.json        per episode: source, seed, success, split, spans of all levels
 
+A record holds the window's frames as JPEG where the codec is cheap (haar), else bfloat16 latents and only keyframes.
 Reading needs neither JAX nor TensorFlow, is safe from several threads, and a store can be pickled into processes.
 """
 
@@ -19,12 +21,13 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import ml_dtypes
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -33,10 +36,12 @@ from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import GROUP, KINDS
+from wallwm_jax.models.codecs import Codec, get_codec, to_uint8
 
 SCHEMA_VERSION = 1
 GEOMETRY_DIM = 21  # fx/W fy/H cx/W cy/H, k1 k2 p1 p2 k3, world-from-camera 3x4 row-major
 RECORDS = Path("tfds", "events", "1.0.0")
+TEXT_FEATURES = "text_features.npy"
 UNFINISHED = "UNFINISHED"  # a file in the directory of a build that has not ended, holding the builder's process id
 
 INDEX_DTYPE = np.dtype(
@@ -94,7 +99,9 @@ class WindowRecord:
       start: control step of the observation.
       span_start, span_end: the true stretch in control steps, neither snapped nor capped.
       duration_s: its true length in seconds, uncapped.
-      frames: view name → `n` JPEG frames, without the held padding; a view that the episode lacks is absent.
+      frames: view name → `n` JPEG frames, without the held padding; a view that the episode lacks is absent. In a
+        store of latents only the distinct keyframes.
+      latents: view name → `[1 + N, h, w, C]` bfloat16, of the codec and not normalised; None in a store of frames.
       num_latents: `1 + N`.
       actions: `[T, 32]` float32, canonical, not normalised. action_valid: `[32]` bool.
       state: `[32]` float32 at the observation, not normalised. state_valid: `[32]` bool.
@@ -116,6 +123,7 @@ class WindowRecord:
     span_end: int
     duration_s: float
     frames: dict[str, list[bytes]]
+    latents: dict[str, np.ndarray] | None
     num_latents: int
     actions: np.ndarray
     action_valid: np.ndarray
@@ -150,8 +158,11 @@ class WindowRecord:
 
         Raises:
           KeyError: the episode has no such view.
+          ValueError: the store holds latents; see `EventStore.video`.
           BadRecord: a frame is not a JPEG picture.
         """
+        if self.latents is not None:
+            raise ValueError("this record holds latents and keyframes, not its whole video")
         pictures = self.frames[view]
         first = self._decode(view, 0)
         video = np.empty((1 + GROUP * (self.num_latents - 1), *first.shape), np.uint8)
@@ -181,13 +192,15 @@ class EventStore:
       stats: normalisation statistics of the train split.
       index: memory-mapped array of `INDEX_DTYPE`, one row per window.
       captions: every distinct caption; caption ids are positions in it.
+      codec: of the latents; those of Wan know their layout here, but cannot encode or decode.
     """
 
     def __init__(self, path: Path, split: str, meta: dict[str, Any], index: np.ndarray) -> None:
         self.path, self.split, self.meta, self.index = path, split, meta, index
         self.stats = Stats.load(path / "stats.json")
         self.captions = load_captions(path / "captions.npz")
-        self._frame_keys = {view: f"frames/{key}" for view, key in meta["frame_keys"].items()}
+        self.codec = get_codec(meta["codec"])
+        self._layout = RecordLayout.of(meta)
         self._records = ArrayRecordDataSource(shard_instructions(path, meta["splits"][split]))
         example_type()  # now: its package replaces Python's importer while it loads, which must not meet other threads
 
@@ -213,7 +226,62 @@ class EventStore:
             raise BadRecord(index, int(row["episode"]), f"unreadable ({' '.join(str(error).split())})") from None
         if zlib.crc32(serialized) != row["checksum"]:
             raise BadRecord(index, int(row["episode"]), "the checksum differs from the index")
-        return parse_record(serialized, index, self._frame_keys)
+        return parse_record(serialized, index, self._layout)
+
+    def latents(self, record: WindowRecord, views: Sequence[str]) -> np.ndarray:
+        """Latents `[len(views), 1 + N, h, w, C]` of a record, not normalised: as stored, or of its frames.
+
+        Raises:
+          KeyError: the episode has no such view.
+          BadRecord: a frame is not a JPEG picture.
+        """
+        if record.latents is not None:
+            return np.stack([record.latents[view] for view in views])
+        return self.codec.encode(np.stack([record.video(view) for view in views]))
+
+    def video(self, record: WindowRecord, view: str, codec: Codec) -> np.ndarray:
+        """Frames `[1 + 4N, H, W, 3]` uint8 of a record: as stored, or what `codec` decodes of the stored latents."""
+        return record.video(view) if record.latents is None else to_uint8(codec.decode(record.latents[view]))
+
+    @property
+    def has_text_features(self) -> bool:
+        """Whether captions are stored as features of a frozen text encoder."""
+        return "text_width" in self.meta
+
+    def text_features(self, text: str) -> np.ndarray | None:
+        """Features `[n, Dt]` bfloat16 of a wording that the store has, else None; needs a frozen text encoder.
+
+        Raises:
+          UserError: the features are damaged.
+        """
+        row = self._wordings.get(text)
+        if row is None:
+            return None
+        start, end, checksum = self._text_places[row]
+        features = self._text_table[start:end]
+        if zlib.crc32(features.tobytes()) != checksum:
+            raise UserError(
+                f"text features of caption {row} ({text!r}) of event store {str(self.path)!r} are damaged; build again"
+            )
+        return features.view(ml_dtypes.bfloat16)
+
+    @functools.cached_property
+    def _wordings(self) -> dict[str, int]:
+        return {text: row for row, text in enumerate(self.captions)}
+
+    @functools.cached_property
+    def _text_places(self) -> np.ndarray:
+        """`[captions, 3]`: first row, end and CRC-32 of each caption's features."""
+        return np.load(self.path / "captions.npz")["features"]
+
+    @functools.cached_property
+    def _text_table(self) -> np.ndarray:
+        return np.load(self.path / TEXT_FEATURES, mmap_mode="r")
+
+    def channel_weights(self) -> np.ndarray:
+        """`[C]` float32: loss weight of each latent channel. Those of the Wan codecs count alike, as in their training;
+        of the others the deviation decides, or the model would learn the noise of the finest bands."""
+        return np.ones(self.codec.channels, np.float32) if self.codec.stored else self.stats.channel_weights()
 
     def caption(self, caption_id: int) -> str:
         """The text of a caption id; "" for -1."""
@@ -262,6 +330,8 @@ def open_store(path: str | Path, split: str = "train") -> EventStore:
     for shard in meta["splits"][split]["shards"]:
         if not (path / RECORDS / shard["file"]).is_file():
             raise UserError(f"event store {str(path)!r} lacks the records {shard['file']!r}; build it again")
+    if "text_width" in meta:
+        _check_text_features(path, meta)
     return EventStore(path, split, meta, index)
 
 
@@ -286,11 +356,28 @@ def write_index(path: Path, index: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def save_captions(path: Path, captions: list[str]) -> None:
-    """Writes captions as their UTF-8 bytes end to end; the byte ids of the `bytes` text encoder are these plus 3."""
+def save_captions(path: Path, captions: list[str], features: Sequence[np.ndarray] | None = None) -> None:
+    """Writes captions as their UTF-8 bytes end to end; the byte ids of the `bytes` text encoder are these plus 3.
+
+    `features`, `[n, Dt]` bfloat16 of each caption, go end to end into `TEXT_FEATURES` beside `path`.
+    """
     encoded = [caption.encode() for caption in captions]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    np.savez(path, utf8=np.frombuffer(b"".join(encoded), np.uint8), offsets=offsets)
+    arrays: dict[str, Any] = {
+        "utf8": np.frombuffer(b"".join(encoded), np.uint8),
+        "offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+    }
+    if features is not None:
+        rows = [np.ascontiguousarray(part).view(np.uint16) for part in features]
+        ends = np.cumsum([len(part) for part in rows], dtype=np.int64)
+        checksums = [zlib.crc32(part.tobytes()) for part in rows]
+        arrays["features"] = np.stack([np.concatenate([[0], ends[:-1]]), ends, checksums], 1)
+        table = np.lib.format.open_memmap(
+            path.with_name(TEXT_FEATURES), "w+", np.uint16, (int(ends[-1]), rows[0].shape[1])
+        )
+        for part, end in zip(rows, ends):
+            table[end - len(part) : end] = part
+        table.flush()
+    np.savez(path, **arrays)
 
 
 def load_captions(path: Path) -> list[str]:
@@ -308,7 +395,25 @@ def shard_instructions(path: Path, split: Mapping[str, Any]) -> list[str]:
     return [f"{path / RECORDS / shard['file']}[0:{shard['windows']}]" for shard in split["shards"]]
 
 
-def parse_record(serialized: bytes, index: int, frame_keys: Mapping[str, str]) -> WindowRecord:
+@dataclass(frozen=True)
+class RecordLayout:
+    """How the records of a store are read: view name → its key in them, and the `[h, w, C]` of stored latents."""
+
+    keys: Mapping[str, str]
+    cells: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> RecordLayout:
+        """That of the store which `meta` describes."""
+        return cls(meta["frame_keys"], latent_cells(get_codec(meta["codec"]), meta["size"]))
+
+
+def latent_cells(codec: Codec, size: Sequence[int]) -> tuple[int, int, int] | None:
+    """`[h, w, C]` of the latents that stores of this codec hold for frames of `size`; None where they hold frames."""
+    return (size[0] // codec.stride[1], size[1] // codec.stride[2], codec.channels) if codec.stored else None
+
+
+def parse_record(serialized: bytes, index: int, layout: RecordLayout) -> WindowRecord:
     """A serialised record as a `WindowRecord`; ten times faster than the general deserialiser of TFDS."""
     fields = example_type().FromString(serialized).features.feature
     arrays: dict[str, Any] = {
@@ -316,7 +421,14 @@ def parse_record(serialized: bytes, index: int, frame_keys: Mapping[str, str]) -
         for name, (dtype, shape) in RECORD_ARRAYS.items()
     }
     integers = {name: fields[name].int64_list.value[0] for name in RECORD_INTEGERS}
-    frames = {view: list(fields[key].bytes_list.value) for view, key in frame_keys.items()}
+    frames = {view: list(fields[f"frames/{key}"].bytes_list.value) for view, key in layout.keys.items()}
+    frames = {view: pictures for view, pictures in frames.items() if pictures}
+    latents = None
+    if layout.cells:
+        stored = {view: fields[f"latents/{layout.keys[view]}"].bytes_list.value[0] for view in frames}
+        latents = {
+            view: np.frombuffer(data, ml_dtypes.bfloat16).reshape(-1, *layout.cells) for view, data in stored.items()
+        }
     return WindowRecord(
         index=index,
         kind=KINDS[integers["kind"]],
@@ -327,13 +439,14 @@ def parse_record(serialized: bytes, index: int, frame_keys: Mapping[str, str]) -
         span_start=integers["span_start"],
         span_end=integers["span_end"],
         duration_s=fields["duration_s"].float_list.value[0],
-        frames={view: pictures for view, pictures in frames.items() if pictures},
+        frames=frames,
+        latents=latents,
         num_latents=integers["num_latents"],
         actions=arrays["actions"],
         action_valid=arrays["action_valid"].astype(bool),
         state=arrays["state"],
         state_valid=arrays["state_valid"].astype(bool),
-        geometry=arrays["geometry"].reshape(len(frame_keys), integers["num_latents"], GEOMETRY_DIM),
+        geometry=arrays["geometry"].reshape(len(layout.keys), integers["num_latents"], GEOMETRY_DIM),
         keyframes=arrays["keyframes"],
         level_caption_ids=arrays["level_caption_ids"],
         next_caption_ids=arrays["next_caption_ids"],
@@ -369,6 +482,22 @@ def _read_meta(path: Path) -> dict[str, Any]:
             "build it again with this version"
         )
     return meta
+
+
+def _check_text_features(path: Path, meta: Mapping[str, Any]) -> None:
+    try:
+        table = np.load(path / TEXT_FEATURES, mmap_mode="r")
+        with np.load(path / "captions.npz") as captions:
+            rows, width = int(captions["features"][-1, 1]), int(meta["text_width"])
+    except Exception as error:  # a damaged zip raises from several modules
+        raise UserError(
+            f"text features of event store {str(path)!r} are missing or damaged ({error}); build it again"
+        ) from None
+    if table.shape != (rows, width) or table.dtype != np.uint16:
+        raise UserError(
+            f"text features {str(path / TEXT_FEATURES)!r} are {table.dtype} {list(table.shape)}, the store has "
+            f"{rows} rows of {width} values; build it again"
+        )
 
 
 def _read_index(path: Path) -> np.ndarray:

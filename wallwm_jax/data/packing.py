@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import GEOMETRY_DIM, BadRecord, EventStore, WindowRecord
-from wallwm_jax.events.caption import duration_clause
-from wallwm_jax.models.codecs import Codec
+from wallwm_jax.events.caption import duration_clause, with_parent
 from wallwm_jax.models.text.byte_ids import encode_bytes
 
 CLEAN, DENOISE = 1, 2  # latent_role; 0 is padding
@@ -199,8 +198,8 @@ class Caption:
 def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng: np.random.Generator) -> Caption:
     """Draws how an event is worded: null text, paraphrase, prefix by its parent's caption, duration clause.
 
-    The probabilities are `config.data`'s; every draw takes the same five numbers from `rng`. A clause or prefix that
-    would not fit into `data.text_length` bytes is left out, so that no caption loses its end.
+    The probabilities are `config.data`'s; every draw takes the same five numbers from `rng`. A clause or prefix with
+    which the text would not fit into `data.text_length` tokens is left out, so that no caption loses its end.
     """
     drop, reword, which, prefix, clause = rng.random(5)
     length = record.duration_s * float(store.meta["action_hz"])
@@ -210,11 +209,11 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     if record.paraphrase_ids and reword < data.paraphrase_prob:
         text = store.caption(record.paraphrase_ids[int(which * len(record.paraphrase_ids))])
     longer = duration_clause(text, record.duration_s)
-    timed = clause < data.duration_clause_prob and _fits(longer, data.text_length)
+    timed = clause < data.duration_clause_prob and _fits(store, longer, data.text_length)
     if timed:
         text = longer
     longer = with_parent(store.caption(record.parent_caption_id), text)
-    if prefix < data.parent_caption_prob and _fits(longer, data.text_length):
+    if prefix < data.parent_caption_prob and _fits(store, longer, data.text_length):
         text = longer
     return Caption(text, timed)
 
@@ -229,23 +228,32 @@ def drop_probability(length: float, floor: float, ceiling: float, short: float, 
     return floor + (ceiling - floor) * 0.5 * (1.0 - math.cos(math.pi * share))
 
 
-def with_parent(parent: str, caption: str) -> str:
-    """The caption prefixed by its parent's: "open the drawer: grasp the handle"; unchanged without a parent."""
-    return f"{parent}: {caption}" if parent else caption
-
-
-def _fits(text: str, length: int) -> bool:
+def _fits(store: EventStore, text: str, length: int) -> bool:
+    if store.has_text_features:
+        features = store.text_features(text)
+        return features is not None and len(features) <= length
     return len(text.encode()) < length  # one id ends the text
 
 
+def _place_text(out: dict[str, np.ndarray], slots: Any, store: EventStore, text: str) -> None:
+    """Puts a caption into event slots: its byte ids, or the features that the store has of it."""
+    if not store.has_text_features:
+        out["text_ids"][slots], out["text_length"][slots] = encode_bytes(text, out["text_ids"].shape[-1])
+        return
+    features = store.text_features(text)
+    assert features is not None  # the store has every wording that can be drawn
+    features = features[: out["text_features"].shape[-2]]
+    out["text_features"][slots, : len(features)] = features
+    out["text_length"][slots] = len(features)
+
+
 def pack_row(
-    store: EventStore, codec: Codec, config: ConfigDict, windows: Sequence[int], row: int, views: Sequence[str]
+    store: EventStore, config: ConfigDict, windows: Sequence[int], row: int, views: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Reads the windows of one row and lays them out; a pure function of its arguments and the store.
 
     Args:
       store: where the windows are.
-      codec: what turns stored frames into latents.
       config: sizes, caption probabilities and seed.
       windows: index positions, in slot order; together they fit the row.
       row: global row number; with `config.seed` and the slot it decides how a caption is worded.
@@ -260,7 +268,7 @@ def pack_row(
     out["row"] = np.array(row, np.int64)
     out["bad_index"] = np.full(len(out["window_index"]), -1, np.int32)
     out["window_index"][:] = -1
-    out["text_ids"][:], out["text_length"][:] = encode_bytes("", config.data.text_length)
+    _place_text(out, np.arange(len(out["window_index"])), store, "")
     latent = action = 0
     for slot, window in enumerate(windows):
         entry = store.index[window]
@@ -269,14 +277,14 @@ def pack_row(
         try:
             record = store.read(window)
             present = [number for number, view in enumerate(views) if view in record.frames]
-            frames = np.stack([record.video(views[number]) for number in present])
+            latent_cells = store.latents(record, [views[number] for number in present])
         except BadRecord:
             out["bad_index"][slot] = window
             continue
-        _place_video(out, slot, latents, store, codec.encode(frames), present, record, views)
+        _place_video(out, slot, latents, store, latent_cells, present, record, views)
         _place_actions(out, slot, actions, store, record)
         caption = draw_caption(store, record, config.data, random_stream(config.seed, _CAPTIONS, row, slot))
-        out["text_ids"][slot], out["text_length"][slot] = encode_bytes(caption.text, config.data.text_length)
+        _place_text(out, slot, store, caption.text)
         out["duration_in_caption"][slot] = caption.has_duration
         out["duration_s"][slot] = record.duration_s
         out["window_index"][slot] = window

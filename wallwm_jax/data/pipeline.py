@@ -32,7 +32,6 @@ from wallwm_jax.data.packing import pack_row
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
-from wallwm_jax.models.codecs import get_codec
 
 Batch = dict[str, np.ndarray]
 
@@ -70,13 +69,15 @@ def check_store(store: EventStore, config: ConfigDict) -> None:
     Raises:
       UserError: they differ; the message names both values and the knob.
     """
-    codec = get_codec(store.meta["codec"])
-    model = config.model
+    codec, model = store.codec, config.model
+    text = "features" if store.has_text_features else "bytes"
+    text_width = store.meta.get("text_width", model.text.width)  # the bytes encoder has the model's
     cells = tuple(side // codec.stride[1] for side in store.meta["size"])
     expected: list[tuple[str, str, Any, Any]] = [
         ("latent cells per view", "model.latent_shape", cells, tuple(model.latent_shape)),
         (f"channels of codec {codec.name!r}", "model.latent_channels", codec.channels, model.latent_channels),
-        ("text", "model.text.kind", store.meta["text_encoder"], model.text.kind),
+        ("text", "model.text.kind", text, model.text.kind),
+        ("width of text features", "model.text.width", text_width, model.text.width),
         ("action dimensions", "model.action_dim", ACTION_DIM, model.action_dim),
         ("actions per latent", "model.actions_per_latent", store.meta["actions_per_latent"], model.actions_per_latent),
     ]
@@ -135,7 +136,7 @@ class RowSource:
         step, offset = divmod(int(number), self.share)
         row = self._first + step * self._rows + offset
         windows = self.sampler.row(row)
-        return pack_row(self._store, get_codec(self._store.meta["codec"]), self._config, windows, row, self._views)
+        return pack_row(self._store, self._config, windows, row, self._views)
 
     def __repr__(self) -> str:
         return f"RowSource({str(self._store.path)!r}, first={self._first}, share={self.share} of {self._rows})"

@@ -19,11 +19,13 @@ import shutil
 import socket
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import cv2
+import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -34,9 +36,17 @@ from wallwm_jax.console import UserError, progress
 from wallwm_jax.data import event_store
 from wallwm_jax.data.normalization import Stats, StatsAccumulator, StreamingMoments, floor_deviation
 from wallwm_jax.events.actions import ACTION_DIM, relative_actions, state_vector
-from wallwm_jax.events.schema import LEVELS, Episode
+from wallwm_jax.events.caption import duration_clause, with_parent
+from wallwm_jax.events.schema import LEVELS, Episode, Span
 from wallwm_jax.events.windows import GROUP, KINDS, Window, cut_windows
-from wallwm_jax.models.codecs import get_codec
+from wallwm_jax.models.codecs import Codec, get_codec
+from wallwm_jax.models.codecs.wan_codec import WanCodec
+from wallwm_jax.models.text import TEXT_ENCODERS
+
+if TYPE_CHECKING:
+    from wallwm_jax.models.text.umt5 import CaptionEncoder
+
+_BATCHES = 8  # of videos that wait for a codec: sorted by length, a batch holds little padding
 
 SHARD_BYTES = 256 << 20
 SPLITS = ("train", "heldout")
@@ -47,17 +57,28 @@ class StoreOptions:
     """What a store holds.
 
     Attributes:
-      codec: name for `get_codec`; the loader encodes, since invertible latents are ten times larger than JPEG frames.
+      codec: name for `get_codec`. Where it is one whose latents are stored, videos are encoded here and only keyframes
+        are kept as pictures.
+      codec_weights: folder of its converted weights, for the codecs that have some.
+      codec_batch: videos that the codec encodes together, over all local devices.
+      compute_dtype: of the codec, float32 or bfloat16.
+      text_encoder: "bytes" (the model learns to read) or "umt5": every wording of a caption is encoded here.
+      text_weights: folder of the text encoder's converted weights.
       kinds, levels, fixed_steps: as `cut_windows` takes them.
       heldout_fraction: share of the episodes that only evaluation sees; see `HeldoutChoice`.
       seed: of the sample for latent statistics.
       latent_sample: windows whose frames are decoded for `latent_mean` and `latent_std`.
 
     Raises:
-      UserError: an unknown codec, kind or level, or a fraction outside [0, 1).
+      UserError: an unknown codec, text encoder, kind or level, weights that are missing, or a fraction outside [0, 1).
     """
 
     codec: str = "haar8"
+    codec_weights: str = ""
+    codec_batch: int = 8
+    compute_dtype: str = "float32"
+    text_encoder: str = "bytes"
+    text_weights: str = ""
     kinds: tuple[str, ...] = ("event", "fixed")
     levels: tuple[str, ...] = ("subtask", "action")
     fixed_steps: int = 32
@@ -66,13 +87,31 @@ class StoreOptions:
     latent_sample: int = 256
 
     def __post_init__(self) -> None:
-        get_codec(self.codec)
+        self.open_codec()
+        if self.text_encoder not in TEXT_ENCODERS:
+            raise UserError(f"unknown text encoder {self.text_encoder!r}; choose of {', '.join(TEXT_ENCODERS)}")
+        described = (
+            ("codec", self.codec, "wan_vae", self.codec_weights, get_codec(self.codec).stored),
+            ("text encoder", self.text_encoder, "umt5", self.text_weights, self.text_encoder != "bytes"),
+        )
+        for what, name, kind, weights, needed in described:
+            if needed and not weights:
+                flag = "--codec_weights" if what == "codec" else "--text_weights"
+                raise UserError(
+                    f"{what} {name!r} needs its weights: {flag}=DIR, made by `python -m wallwm_jax.convert {kind}`"
+                )
+            if weights and not needed:
+                raise UserError(f"{what} {name!r} has no weights, but {weights!r} was given")
         for what, chosen, known in (("window kind", self.kinds, KINDS), ("level", self.levels, LEVELS)):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
                 raise UserError(f"unknown {what} {unknown[0] if chosen else ''!r}; choose of {', '.join(known)}")
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise UserError(f"heldout_fraction is {self.heldout_fraction}, must be at least 0 and below 1")
+
+    def open_codec(self) -> Codec:
+        """The codec, with its weights where it has some."""
+        return get_codec(self.codec, self.codec_weights, compute_dtype=self.compute_dtype, batch=self.codec_batch)
 
 
 @dataclass
@@ -175,6 +214,9 @@ class _Writer:
     def __init__(self, directory: Path, options: StoreOptions) -> None:
         self.summary = StoreSummary()
         self._directory, self._options = directory, options
+        self._codec, self._text = options.open_codec(), _open_text_encoder(options)
+        self._cells: tuple[int, int, int] | None = None  # [h, w, C] where latents are stored
+        self._waiting: list[_Waiting] = []
         self._choice = HeldoutChoice(options.heldout_fraction)
         self._first: Episode | None = None
         self._frame_keys: dict[str, str] = {}
@@ -197,19 +239,51 @@ class _Writer:
             self.summary.too_short += 1
             return
         split = self._choice.split_of(episode.source)
-        number = len(self._episodes)
-        for window in windows:
-            self._add_window(episode, number, window, split)
-        self._episodes.append(_episode_entry(episode, number, split))
+        self._waiting.append(_Waiting(episode, len(self._episodes), windows, split))
+        self._episodes.append(_episode_entry(episode, len(self._episodes), split))
         self.summary.episodes[episode.source, split] += 1
+        videos = sum(len(entry.windows) * len(entry.episode.frames) for entry in self._waiting)
+        if not self._codec.stored or videos >= _BATCHES * self._options.codec_batch:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Writes the windows of the episodes that wait, after encoding their videos together."""
+        latents = self._encode_waiting() if self._codec.stored else {}
+        for entry in self._waiting:
+            for number, window in enumerate(entry.windows):
+                self._add_window(
+                    entry.episode, entry.number, window, entry.split, latents.get((entry.number, number), {})
+                )
+        self._waiting = []
+
+    def _encode_waiting(self) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+        """(episode, window) → view → bfloat16 latents `[1 + N, h, w, C]`; similar lengths run together."""
+        assert isinstance(self._codec, WanCodec)
+        jobs = [
+            (window.num_latents, entry, number, view)
+            for entry in self._waiting
+            for number, window in enumerate(entry.windows)
+            for view in entry.episode.frames
+        ]
+        jobs.sort(key=lambda job: job[0])
+        videos = (_video(entry.episode, entry.windows[number], view) for _, entry, number, view in jobs)
+        encoded = progress(self._codec.encode_videos(videos), total=len(jobs), unit="video", label="encode videos")
+        latents: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        for video, (_, entry, number, view) in zip(encoded, jobs):
+            latents.setdefault((entry.number, number), {})[view] = video.astype(ml_dtypes.bfloat16)
+        return latents
 
     def _begin(self, episode: Episode) -> None:
         self._first = episode
         self._frame_keys = {view: re.sub(r"\W", "_", view) for view in episode.frames}
         if len(set(self._frame_keys.values())) < len(self._frame_keys):
             raise UserError(f"view names {list(self._frame_keys)} differ only in punctuation; rename one")
+        self._cells = event_store.latent_cells(self._codec, episode.size)
         self._records = _RecordFiles(
-            self._directory / event_store.RECORDS, _features(list(self._frame_keys.values()), episode.size)
+            self._directory / event_store.RECORDS,
+            _features(
+                list(self._frame_keys.values()), episode.size, event_store.latent_cells(self._codec, episode.size)
+            ),
         )
 
     def _check_fits(self, episode: Episode) -> None:
@@ -225,7 +299,9 @@ class _Writer:
         if extra:
             raise UserError(f"{name} has views {extra} that the first episode lacks ({sorted(first.frames)})")
 
-    def _add_window(self, episode: Episode, number: int, window: Window, split: str) -> None:
+    def _add_window(
+        self, episode: Episode, number: int, window: Window, split: str, latents: Mapping[str, np.ndarray]
+    ) -> None:
         assert self._records is not None
         steps = slice(window.start, window.start + window.num_actions)
         actions, action_valid = relative_actions(
@@ -241,16 +317,24 @@ class _Writer:
             "state": state,
             "state_valid": state_valid,
             "geometry": _geometry(episode, window, list(self._frame_keys)),
-            "keyframes": window.keyframes,
             **self._caption_ids(episode, window),
         }
+        kept, arrays["keyframes"] = np.arange(len(window.frame_indices)), window.keyframes
+        pictures: dict[str, Any] = {}
+        if self._cells:
+            kept, arrays["keyframes"] = np.unique(window.keyframes, return_inverse=True)
+            nothing = np.zeros((0, *self._cells), ml_dtypes.bfloat16)
+            pictures["latents"] = {
+                key: latents.get(view, nothing).view(np.uint16) for view, key in self._frame_keys.items()
+            }
+        pictures["frames"] = {
+            key: [io.BytesIO(episode.frames[view][window.frame_indices[place]]) for place in kept]
+            if view in episode.frames
+            else []
+            for view, key in self._frame_keys.items()
+        }
         example: dict[str, Any] = {
-            "frames": {
-                key: [io.BytesIO(episode.frames[view][frame]) for frame in window.frame_indices]
-                if view in episode.frames
-                else []
-                for view, key in self._frame_keys.items()
-            },
+            **pictures,
             "kind": KINDS.index(window.kind),
             "level": LEVELS.index(window.level),
             "episode": number,
@@ -292,6 +376,8 @@ class _Writer:
         spans = episode.spans[window.level]
         is_event = window.kind == "event"
         paraphrases = spans[window.event_index if is_event else 0].paraphrases
+        if self._text:
+            self._add_wordings(episode, window, spans[window.event_index if is_event else 0])
         return {
             "level_caption_ids": around,
             "next_caption_ids": after,
@@ -301,11 +387,23 @@ class _Writer:
             ],
         }
 
+    def _add_wordings(self, episode: Episode, window: Window, span: Span) -> None:
+        """Every wording that a loader may draw for this window besides the captions themselves: with the parent's
+        caption, with its duration, with both."""
+        coarser = LEVELS[: LEVELS.index(window.level)]
+        around = [s for level in coarser for s in episode.spans.get(level, ()) if s.start <= window.span_start < s.end]
+        parent = around[-1].caption if around else ""
+        for text in (span.caption, *span.paraphrases):
+            for wording in (text, duration_clause(text, window.duration_s)):
+                self._caption(wording)
+                self._caption(with_parent(parent, wording))
+
     def _caption(self, text: str) -> int:
         return self._captions.setdefault(text, len(self._captions))
 
     def finish(self) -> None:
         """Closes the records and writes everything beside them."""
+        self._write_waiting()
         if self._records is None or "train" not in self._index or self._first is None:
             raise UserError("no episode gave a window for the train split; nothing to build a store from")
         splits: dict[str, Any] = {}
@@ -318,7 +416,10 @@ class _Writer:
                 "shards": shards,
                 "fingerprint": f"{zlib.crc32(index.tobytes()):08x}",
             }
-        event_store.save_captions(self._directory / "captions.npz", list(self._captions))
+        self._caption("")
+        captions = list(self._captions)
+        features = self._text.encode(captions) if self._text else None
+        event_store.save_captions(self._directory / "captions.npz", captions, features)
         (self._directory / "episodes.json").write_text(json.dumps(self._episodes))
         mean, std, sampled = self._latent_stats(splits["train"])
         counts = {f"{kind}_{level}": count for (kind, level), count in sorted(self.summary.windows.items())}
@@ -332,18 +433,20 @@ class _Writer:
     def _latent_stats(self, train: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean and deviation `[C]` of the future latents of a random sample of train windows.
 
-        Latent 0 is left out: it is given, never predicted, and its temporal details are zero by construction.
+        Latent 0 is left out: it is given, never predicted, and its temporal details are zero by construction. Codecs
+        with published statistics keep those: Wan's transformers expect them.
         """
+        if isinstance(self._codec, WanCodec):
+            return self._codec.latent_mean, self._codec.latent_std, 0
         rng = np.random.default_rng([self._options.seed, 1])
         chosen = np.sort(rng.permutation(train["windows"])[: self._options.latent_sample])
         records = ArrayRecordDataSource(event_store.shard_instructions(self._directory, train))
-        keys = {view: f"frames/{key}" for view, key in self._frame_keys.items()}
-        codec = get_codec(self._options.codec)
-        moments = StreamingMoments(codec.channels)
+        layout = event_store.RecordLayout(self._frame_keys, None)
+        moments = StreamingMoments(self._codec.channels)
         for number in progress(chosen.tolist(), unit="window", label="latent statistics"):
-            record = event_store.parse_record(records[number], number, keys)
+            record = event_store.parse_record(records[number], number, layout)
             for view in record.frames:
-                moments.add(codec.encode(record.video(view))[1:])
+                moments.add(self._codec.encode(record.video(view))[1:])
         return moments.mean.astype(np.float32), floor_deviation(moments.std), len(chosen)
 
     def _meta(self, splits: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +456,10 @@ class _Writer:
         return {
             "schema_version": event_store.SCHEMA_VERSION,
             "codec": options.codec,
-            "text_encoder": "bytes",
+            **_describe_weights("codec_weights", "wan_vae", options.codec_weights),
+            "text_encoder": options.text_encoder,
+            **_describe_weights("text_weights", "umt5", options.text_weights),
+            **({"text_width": self._text.config.width} if self._text else {}),
             "clock_hz": first.clock_hz,
             "video_fps": first.clock_hz / first.video_stride,
             "action_hz": first.clock_hz,
@@ -372,6 +478,16 @@ class _Writer:
             "seed": options.seed,
             "splits": splits,
         }
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An episode whose windows are not written yet."""
+
+    episode: Episode
+    number: int
+    windows: Sequence[Window]
+    split: str
 
 
 class _RecordFiles:
@@ -428,11 +544,45 @@ class _RecordFiles:
             writer.close()
 
 
-def _features(frame_keys: list[str], size: tuple[int, int]) -> tfds.features.FeaturesDict:
+def _open_text_encoder(options: StoreOptions) -> CaptionEncoder | None:
+    if options.text_encoder == "bytes":
+        return None
+    from wallwm_jax.models.text.umt5 import CaptionEncoder
+
+    return CaptionEncoder.from_directory(options.text_weights)
+
+
+def _describe_weights(name: str, kind: str, folder: str) -> dict[str, dict[str, str]]:
+    """What `store.json` says of a build's weights: where they were, and their fingerprint."""
+    if not folder:
+        return {}
+    from wallwm_jax.models.convert.stream import weights_fingerprint
+
+    path = str(Path(folder).expanduser().absolute())
+    return {name: {"folder": path, "fingerprint": weights_fingerprint(folder, kind)}}
+
+
+def _video(episode: Episode, window: Window, view: str) -> np.ndarray:
+    """Frames `[1 + 4N, H, W, 3]` uint8 of a window, the last one held to the end."""
+    frames = []
+    for position in window.frame_indices:
+        picture = cv2.imdecode(np.frombuffer(episode.frames[view][position], np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise UserError(f"frame {position} of view {view!r} of episode {episode.episode_id!r} is no JPEG picture")
+        frames.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+    count = 1 + GROUP * (window.num_latents - 1)
+    return np.stack(frames + [frames[-1]] * (count - len(frames)))
+
+
+def _features(
+    frame_keys: list[str], size: tuple[int, int], cells: tuple[int, int, int] | None
+) -> tfds.features.FeaturesDict:
     picture = tfds.features.Image(shape=(*size, 3), encoding_format="jpeg")
     as_bytes = tfds.features.Encoding.BYTES
+    latents = tfds.features.Tensor(shape=(None, *(cells or ())), dtype=np.uint16, encoding=as_bytes)  # bits of bfloat16
     return tfds.features.FeaturesDict(
         {
+            **({"latents": tfds.features.FeaturesDict({key: latents for key in frame_keys})} if cells else {}),
             "frames": tfds.features.FeaturesDict({key: tfds.features.Sequence(picture) for key in frame_keys}),
             **{name: tfds.features.Scalar(np.int32) for name in event_store.RECORD_INTEGERS},
             "duration_s": tfds.features.Scalar(np.float32),

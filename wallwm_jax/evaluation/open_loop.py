@@ -187,7 +187,10 @@ def _measure(
             "gripper": error.gripper,
         }
     count = 1 + len(plan.actions) // int(store.meta["video_stride"])  # frames beyond only hold the last one
-    views = {view: (record.video(view)[:count], predicted[:count]) for view, predicted in mode.decode(plan).items()}
+    views = {
+        view: (store.video(record, view, mode.codec)[:count], predicted[:count])
+        for view, predicted in mode.decode(plan).items()
+    }
     row["psnr"] = float(np.mean([psnr(predicted[-1], recorded[-1]) for recorded, predicted in views.values()]))
     row["psnr_copy"] = float(np.mean([psnr(recorded[0], recorded[-1]) for recorded, _ in views.values()]))
     return row, Strip(store.caption(record.caption_id), record.duration_s, views)

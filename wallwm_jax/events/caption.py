@@ -180,6 +180,11 @@ def duration_clause(caption: str, seconds: float) -> str:
     return f"{caption}, takes {max(round(2 * seconds) / 2, 0.5):.1f} s"
 
 
+def with_parent(parent: str, caption: str) -> str:
+    """The caption prefixed by its parent's: "open the drawer: grasp the handle"; unchanged without a parent."""
+    return f"{parent}: {caption}" if parent else caption
+
+
 def has_duration_clause(caption: str) -> bool:
     """Whether the caption ends in a duration clause."""
     return _DURATION.search(caption) is not None

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import jax
@@ -27,8 +27,12 @@ from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.inference import samplers
 from wallwm_jax.models import flow_matching
 from wallwm_jax.models import world_action_model as wam
-from wallwm_jax.models.codecs import get_codec
+from wallwm_jax.models.codecs import open_codec, to_uint8
+from wallwm_jax.models.text import open_text_encoder
 from wallwm_jax.models.text.byte_ids import encode_bytes
+
+if TYPE_CHECKING:
+    from wallwm_jax.models.text.umt5 import CaptionEncoder
 
 SAMPLERS = ("anchored", "symmetric")
 _GEOMETRY = 21
@@ -83,21 +87,27 @@ class EventMode:
       store: the store's description (`store.json`): views, camera table, codec, clock.
       stats: normalisation of actions, states and latents.
       batch_size: rows of every program; fewer requests are padded, more are run in several batches.
+      codec_weights, text_weights: folders of the frozen parts that the store was built with, where they have moved.
 
     Raises:
-      UserError: the config's text encoder is not `bytes`, an unknown sampler, or buckets that do not fit the model.
+      UserError: an unknown sampler, buckets that do not fit the model, or weights that are not the store's.
     """
 
     def __init__(
-        self, params: Any, config: ConfigDict, store: Mapping[str, Any], stats: Stats, *, batch_size: int = 1
+        self,
+        params: Any,
+        config: ConfigDict,
+        store: Mapping[str, Any],
+        stats: Stats,
+        *,
+        batch_size: int = 1,
+        codec_weights: str = "",
+        text_weights: str = "",
     ) -> None:
-        if config.model.text.kind != "bytes":
-            raise UserError(
-                f"text kind {config.model.text.kind!r} needs the frozen text encoder at inference, which this version "
-                "does not run; train with config.model.text.kind='bytes'"
-            )
         if config.sampling.sampler not in SAMPLERS:
             raise UserError(f"config.sampling.sampler={config.sampling.sampler!r}: one of {', '.join(SAMPLERS)}")
+        if config.sampling.action_draws < 1:
+            raise UserError(f"config.sampling.action_draws={config.sampling.action_draws} must be at least 1")
         self.buckets = tuple(sorted(int(bucket) for bucket in config.sampling.buckets))
         if not self.buckets or self.buckets[0] < 2 or self.buckets[-1] - 1 > config.model.max_latents:
             raise UserError(
@@ -110,7 +120,11 @@ class EventMode:
         self.stats = stats
         self.batch_size = batch_size
         self.views = tuple(config.data.views) or tuple(store["views"])
-        self.codec = get_codec(store["codec"])
+        self.codec = open_codec(store, codec_weights)
+        features = config.model.text.kind == "features"
+        self._texts: _ByteTexts | _FeatureTexts = (
+            _FeatureTexts(open_text_encoder(store, text_weights), config) if features else _ByteTexts(config)
+        )
         self._sample: Any = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
         self._finish: Any = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
         self._durations: Any = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
@@ -182,7 +196,7 @@ class EventMode:
         """The predicted video, view name → `[1 + 4N, H, W, 3]` uint8. Raises ValueError for a plan without latents."""
         if plan.latents is None:
             raise ValueError("this plan has no video: ask plan(..., video=True)")
-        return {view: _to_uint8(self.codec.decode(latents[None])[0]) for view, latents in plan.latents.items()}
+        return {view: to_uint8(self.codec.decode(latents[None])[0]) for view, latents in plan.latents.items()}
 
     @property
     def _stride(self) -> int:
@@ -238,21 +252,20 @@ class EventMode:
         self, requests: Sequence[EventRequest], futures: Sequence[int], steps: Sequence[int]
     ) -> dict[str, np.ndarray]:
         """Arrays with leading axis `batch_size`; rows beyond the requests repeat the first one's content."""
-        length = int(self.config.data.text_length)
-        texts = [encode_bytes(request.caption, length) for request in requests]
+        texts = self._texts.encode([request.caption for request in requests])
+        if self.config.sampling.guidance != 1.0:
+            texts |= {f"null_{name}": value for name, value in self._texts.encode([""] * len(requests)).items()}
         first = np.stack([self._encode(request) for request in requests])
         states = np.stack([self.stats.normalize_state(request.state) for request in requests])
         valid = np.stack([request.state_valid for request in requests])
         table = self.store["cameras"]
         view_id = [[table.get(view, 0) if view in r.frames else 0 for view in self.views] for r in requests]
-        return {
+        return {name: self._padded(value) for name, value in texts.items()} | {
             name: self._padded(np.asarray(value, dtype))
             for name, value, dtype in (
                 ("first", first, np.float32),
                 ("state", np.where(valid, states, 0.0), np.float32),
                 ("state_valid", valid, bool),
-                ("text_ids", [ids for ids, _ in texts], np.int32),
-                ("text_length", [count for _, count in texts], np.int32),
                 ("view_id", view_id, np.int32),
                 ("futures", futures, np.int32),
                 ("steps", steps, np.int32),
@@ -276,48 +289,79 @@ class EventMode:
         return np.concatenate([rows, np.repeat(rows[:1], self.batch_size - len(rows), axis=0)])
 
 
+class _ByteTexts:
+    """Captions as byte ids."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        self._length = int(config.data.text_length)
+
+    def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """`text_ids [N, L]`, `text_length [N]`."""
+        ids, lengths = zip(*(encode_bytes(caption, self._length) for caption in captions))
+        return {"text_ids": np.stack(ids), "text_length": np.array(lengths, np.int32)}
+
+
+class _FeatureTexts:
+    """Captions as features of the frozen encoder, each encoded once."""
+
+    def __init__(self, encoder: CaptionEncoder, config: ConfigDict) -> None:
+        self._encoder, self._length = encoder, int(config.data.text_length)
+        self._known: dict[str, np.ndarray] = {}
+
+    def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """`text_features [N, L, Dt]`, `text_length [N]`."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        self._known |= dict(zip(new, self._encoder.encode(new)))
+        rows = [self._known[caption][: self._length] for caption in captions]
+        features = np.zeros((len(rows), self._length, rows[0].shape[1]), np.float32)
+        for place, row in zip(features, rows):
+            place[: len(row)] = row
+        return {"text_features": features, "text_length": np.array([len(row) for row in rows], np.int32)}
+
+
 def _sample(
     config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], *, bucket: int
 ) -> tuple[jax.Array, jax.Array]:
     """Normalised latents `[B, V, bucket, h, w, C]`, left at the anchor by the anchored sampler, and actions
-    `[B, A, 32]` of one event per row."""
+    `[B, A, 32]` of one event per row: the mean of `sampling.action_draws` draws."""
     batch = _batch(config, inputs, bucket)
-    flow = _flow(config, params, batch)
-    latents, actions = _noise(inputs["seed"], batch)
+    flow = _flow(config, params, inputs, batch)
+    latents, actions = _noise(inputs["seed"], batch, config.sampling.action_draws)
     actions = config.sampling.action_temperature * actions
     denoise = batch["latent_role"][:, None, :, None, None, None] == samplers.DENOISE_ROLE
     latents = jnp.where(denoise, latents, batch["latents"])
     sampling, objective = config.sampling, config.objective
     if sampling.sampler == "symmetric":
         sigmas = flow_matching.sigmas(sampling.steps, objective.video_shift)
-        return samplers.symmetric(flow, latents, actions, sigmas=sigmas)
-    return samplers.anchored(
-        flow,
-        latents,
-        actions,
-        video_sigmas=flow_matching.sigmas(sampling.video_steps, objective.video_shift, end=objective.anchor_sigma),
-        action_sigmas=flow_matching.sigmas(sampling.steps, objective.action_shift),
-    )
+        latents, actions = samplers.symmetric(flow, latents, actions, sigmas=sigmas)
+    else:
+        latents, actions = samplers.anchored(
+            flow,
+            latents,
+            actions,
+            video_sigmas=flow_matching.sigmas(sampling.video_steps, objective.video_shift, end=objective.anchor_sigma),
+            action_sigmas=flow_matching.sigmas(sampling.steps, objective.action_shift),
+        )
+    return latents, jnp.mean(actions, 0)
 
 
 def _finish(
     config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], latents: jax.Array, *, bucket: int
 ) -> jax.Array:
     """Denoises the video from the anchor to the end; `latents` as `_sample` returned them."""
-    flow = _flow(config, params, _batch(config, inputs, bucket))
+    flow = _flow(config, params, inputs, _batch(config, inputs, bucket))
     objective = config.objective
     sigmas = samplers.remaining_sigmas(config.sampling.video_steps, objective.video_shift, objective.anchor_sigma)
     return samplers.euler(flow.video, latents, sigmas)
 
 
-def _flow(config: ConfigDict, params: Any, batch: dict[str, jax.Array]) -> samplers.ModelFlow:
+def _flow(
+    config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], batch: dict[str, jax.Array]
+) -> samplers.ModelFlow:
     """The model on `batch`, with the null text encoded beside its captions where guidance needs it."""
     text, null_text, guidance = wam.encode_text(params, config.model, batch), None, float(config.sampling.guidance)
     if guidance != 1.0:
-        ids, length = encode_bytes("", batch["text_ids"].shape[-1])
-        null = {**batch, "text_ids": jnp.broadcast_to(ids, batch["text_ids"].shape)}
-        null["text_length"] = jnp.full_like(batch["text_length"], length)
-        null_text = wam.encode_text(params, config.model, null)
+        null_text = wam.encode_text(params, config.model, {**batch, **_texts_of(inputs, "null_")})
     return samplers.ModelFlow(params, config.model, batch, text, null_text, guidance)
 
 
@@ -349,8 +393,7 @@ def _batch(config: ConfigDict, inputs: Mapping[str, jax.Array], bucket: int) -> 
         "action_valid": acts[..., None] & inputs["state_valid"][:, None],
         "state": inputs["state"][:, None],
         "state_valid": inputs["state_valid"][:, None],
-        "text_ids": inputs["text_ids"][:, None],
-        "text_length": inputs["text_length"][:, None],
+        **_texts_of(inputs),
         "view_id": view_id,
         "valid_rect": jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows, 1, views, 4)),
         "view_geometry": jnp.zeros((rows, views, bucket, _GEOMETRY)),
@@ -361,8 +404,15 @@ def _batch(config: ConfigDict, inputs: Mapping[str, jax.Array], bucket: int) -> 
     }
 
 
-def _noise(seeds: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Unit noise like the latents and actions; a function of seed and position, the same in every bucket."""
+def _texts_of(inputs: Mapping[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
+    """The text arrays of a packed batch `[B, 1, ...]` that begin with `prefix` in the inputs."""
+    names = ("text_ids", "text_features", "text_length")
+    return {name: inputs[prefix + name][:, None] for name in names if prefix + name in inputs}
+
+
+def _noise(seeds: jax.Array, batch: Mapping[str, jax.Array], draws: int) -> tuple[jax.Array, jax.Array]:
+    """Unit noise like the latents and `[draws, ...]` like the actions; a function of seed and position, the same in
+    every bucket."""
     _, views, bucket, *cell = batch["latents"].shape
     _, length, width = batch["actions"].shape
 
@@ -370,10 +420,10 @@ def _noise(seeds: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array,
         video, action = jax.random.split(jax.random.key(seed))
         at = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         latents = jax.vmap(lambda key: jax.random.normal(key, (views, *cell)))(at(video, jnp.arange(bucket)))
-        actions = jax.vmap(lambda key: jax.random.normal(key, (width,)))(at(action, jnp.arange(length)))
-        return jnp.moveaxis(latents, 0, 1), actions
+        actions = jax.vmap(lambda key: jax.random.normal(key, (draws, width)))(at(action, jnp.arange(length)))
+        return jnp.moveaxis(latents, 0, 1), jnp.moveaxis(actions, 0, 1)
 
-    return jax.vmap(one_row)(seeds)
+    return jax.vmap(one_row, out_axes=(0, 1))(seeds)
 
 
 def _picture(frame: np.ndarray, size: tuple[int, int], view: str) -> np.ndarray:
@@ -382,10 +432,6 @@ def _picture(frame: np.ndarray, size: tuple[int, int], view: str) -> np.ndarray:
     if frame.shape[:2] == size:
         return frame
     return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_AREA)
-
-
-def _to_uint8(frames: np.ndarray) -> np.ndarray:
-    return np.clip(np.round((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -24,6 +24,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import absolute_commands, state_vector
 from wallwm_jax.inference.event_mode import EventMode, EventRequest
+from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.training.checkpoint import load_params
 
 MODES = ("event",)
@@ -86,6 +87,8 @@ class Policy:
         batch_size: int = 1,
         sampling: Mapping[str, Any] | None = None,
         seed: int = 0,
+        codec_weights: str = "",
+        text_weights: str = "",
     ) -> Policy:
         """Loads the newest checkpoint of a run, or that of `step`.
 
@@ -95,6 +98,7 @@ class Policy:
           batch_size: requests that `event_mode` runs at once.
           sampling: entries of `config.sampling` to change, for example `{"steps": 20}`.
           seed: of the sampling noise; `reset` starts it again.
+          codec_weights, text_weights: folders of the frozen parts, where they are not where the store's build had them.
 
         Raises:
           UserError: no run there, no such checkpoint, a run that has not learned to act, or an unknown sampling entry.
@@ -110,7 +114,7 @@ class Policy:
                 raise UserError(
                     f"sampling entry {name}={value!r} is not of the kind of {config.sampling[name]!r}"
                 ) from None
-        missing = {"video", "action", "duration", "text"} - set(loaded.params)
+        missing = set(wam.abstract_params(config.model)) - set(loaded.params)
         if missing:
             raise UserError(
                 f"{str(workdir)!r} was trained in stage {config.train.stage!r} and has no parameters of "
@@ -118,7 +122,15 @@ class Policy:
             )
         params = jax.tree.map(jnp.asarray, loaded.params)
         stats = Stats.from_dict(loaded.assets["stats"])
-        event_mode = EventMode(params, config, loaded.assets["store"], stats, batch_size=batch_size)
+        event_mode = EventMode(
+            params,
+            config,
+            loaded.assets["store"],
+            stats,
+            batch_size=batch_size,
+            codec_weights=codec_weights,
+            text_weights=text_weights,
+        )
         return cls(event_mode, step=loaded.step, seed=seed)
 
     @property

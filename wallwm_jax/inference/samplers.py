@@ -10,7 +10,7 @@ Two samplers (section 2.7 of the report, arXiv 2606.01955):
   layer) on which all action steps run. The video stays there, unless somebody wants to see it.
 
 The integrators know no model: they take functions. `ModelFlow` is the model as such functions, with guidance by the
-null text.
+null text; the draws of its actions, `K`, share every forward of the video.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class ModelFlow:
     Attributes:
       params: parameter tree of `models.world_action_model`.
       model: `config.model`.
-      batch: packed batch; actions are `[B, A, Da]`.
+      batch: packed batch; the actions that are sampled are `[K, B, A, Da]`.
       text: encoded captions; `null_text` the encoded null caption, needed only when guidance is not 1.
     """
 
@@ -131,12 +131,12 @@ class ModelFlow:
                 self.batch,
                 noisy_latents=latents,
                 video_sigma=self._per_event(sigma),
-                noisy_actions=actions[None],
-                action_sigma=self._per_event(sigma)[None],
+                noisy_actions=actions,
+                action_sigma=self._per_draw(actions, sigma),
                 text=text,
             )
             assert out.action_velocity is not None
-            return self._masked(out.video_velocity), out.action_velocity[0]
+            return self._masked(out.video_velocity), out.action_velocity
 
         return self._guided(*(forward(text) for text in self._texts()))
 
@@ -167,9 +167,8 @@ class ModelFlow:
 
     def action(self, context: tuple[Any, ...], actions: Array, sigma: Array) -> Array:
         def forward(one: Any) -> Array:
-            return wam.action_velocity(
-                self.params, self.model, self.batch, one, actions[None], self._per_event(sigma)[None]
-            )[0]
+            sigmas = self._per_draw(actions, sigma)
+            return wam.action_velocity(self.params, self.model, self.batch, one, actions, sigmas)
 
         return self._guided(*(forward(one) for one in context))
 
@@ -183,6 +182,9 @@ class ModelFlow:
 
     def _per_event(self, sigma: Array) -> Array:
         return jnp.full(self.batch["text_length"].shape, sigma, jnp.float32)
+
+    def _per_draw(self, actions: Array, sigma: Array) -> Array:
+        return jnp.full((len(actions), *self.batch["text_length"].shape), sigma, jnp.float32)
 
     def _masked(self, velocity: Array) -> Array:
         denoise = self.batch["latent_role"][:, None, :, None, None, None] == DENOISE_ROLE

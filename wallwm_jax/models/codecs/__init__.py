@@ -8,6 +8,7 @@ package does not import JAX; data loader workers use it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,11 +25,13 @@ class Codec(Protocol):
       name: as given to `get_codec` and written into stores.
       stride: pixels per latent cell over (time, height, width); the first frame is a group of its own.
       channels: `C`, numbers per latent cell.
+      stored: whether event stores hold latents of this codec, rather than frames that the loader encodes.
     """
 
     name: str
     stride: tuple[int, int, int]
     channels: int
+    stored: bool
 
     def encode(self, frames: Any) -> np.ndarray:
         """Frames `[..., 1+4N, H, W, 3]`, uint8 or float in [-1, 1], to latents `[..., 1+N, H/s, W/s, C]` float32."""
@@ -56,3 +59,26 @@ def get_codec(name: str, weights: str = "", *, compute_dtype: str = "float32", b
     if name not in strides:
         raise UserError(f"unknown codec {name!r}; choose one of {', '.join([*strides, *LAYOUTS])}")
     return HaarCodec(strides[name])
+
+
+def open_codec(store: Mapping[str, Any], weights: str = "") -> Codec:
+    """The codec of an event store, ready to encode and decode.
+
+    Args:
+      store: the store's description, `store.json`.
+      weights: folder with its converted weights; by default the one that the store was built with.
+
+    Raises:
+      UserError: no weights there, or others than the store was built with.
+    """
+    built_with = store.get("codec_weights")
+    if built_with is None:
+        return get_codec(store["codec"])
+    from wallwm_jax.models.convert.stream import same_weights
+
+    return get_codec(store["codec"], same_weights(built_with, weights, "wan_vae", "--codec_weights"))
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames in [-1, 1] as uint8."""
+    return np.clip(np.round((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)

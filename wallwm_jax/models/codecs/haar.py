@@ -31,6 +31,7 @@ class HaarCodec:
         self.name = f"haar{spatial_stride}"
         self.stride = (GROUP, spatial_stride, spatial_stride)
         self.channels = COLOURS * GROUP * spatial_stride**2
+        self.stored = False  # ten times the size of JPEG frames, and quick to compute
         self._time = _haar_matrix(GROUP).astype(np.float32)
         self._space = np.kron(space, space).astype(np.float32)  # [s*s, s*s]: height and width in one product
         self._space_t = np.ascontiguousarray(self._space.T)

@@ -63,7 +63,7 @@ class WanCodec:
     """Wan's video autoencoder behind the `Codec` interface.
 
     Attributes:
-      name, stride, channels: as every codec.
+      name, stride, channels, stored: as every codec.
       latent_mean, latent_std: `[C]` float32; Wan's transformers expect latents normalised with them.
     """
 
@@ -78,7 +78,7 @@ class WanCodec:
         if compute_dtype not in ("float32", "bfloat16"):
             raise UserError(f"codec {name!r} computes in float32 or bfloat16, not {compute_dtype!r}")
         layout = LAYOUTS[name]
-        self.name, self.stride, self.channels = name, layout.stride, layout.channels
+        self.name, self.stride, self.channels, self.stored = name, layout.stride, layout.channels, True
         self.latent_mean = np.array(layout.latent_mean, np.float32)
         self.latent_std = np.array(layout.latent_std, np.float32)
         self._weights, self._compute_dtype, self._batch = weights, compute_dtype, batch

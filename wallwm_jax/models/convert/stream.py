@@ -178,6 +178,35 @@ def read_conversion(directory: str | Path, kind: str) -> dict[str, Any]:
     return conversion
 
 
+def weights_fingerprint(directory: str | Path, kind: str) -> str:
+    """Twelve hex digits that change with any tensor of a conversion of this kind.
+
+    Raises:
+      UserError: no conversion there, or one of another kind.
+    """
+    read_conversion(directory, kind)
+    return hashlib.sha256((Path(directory).expanduser() / TENSORS).read_bytes()).hexdigest()[:12]
+
+
+def same_weights(built_with: Mapping[str, str], weights: str, kind: str, flag: str) -> str:
+    """`weights`, or the folder that a store was built with, after checking that it holds what the store was built with.
+
+    Raises:
+      UserError: no converted weights of this kind there, or others; it names `flag`.
+    """
+    folder = weights or built_with["folder"]
+    try:
+        found = weights_fingerprint(folder, kind)
+    except UserError as error:
+        raise UserError(f"{error}; or say where they are now with {flag}=DIR") from None
+    if found != built_with["fingerprint"]:
+        raise UserError(
+            f"{folder!r} holds weights {found}, but the event store was built with {built_with['fingerprint']} "
+            f"({built_with['folder']}); give those with {flag}=DIR"
+        )
+    return folder
+
+
 def read_table(directory: str | Path) -> list[dict[str, str]]:
     """The per-tensor table: one dict per tensor of the source with name, dtype, shape, checksum, parameter, layer."""
     with open(Path(directory) / TENSORS, newline="") as stream:
