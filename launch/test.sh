@@ -11,4 +11,5 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 ensure_environment sim,dev
 ensure_rendering
-exec python -m pytest -m "not parity and not fault and not slow" "$@"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # meshes are simulated on the CPU
+exec python -m pytest -m "not parity and not tpu and not fault and not slow" "$@"

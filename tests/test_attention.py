@@ -1,11 +1,15 @@
 """Attention: segments, biases, masks, rows without keys, Wan's text padding as one biased key, and skipped tiles."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallwm_jax.models import event_attention
+from wallwm_jax.models import event_attention, splash_attention
 from wallwm_jax.models.attention import attend
 
 B, S, T, H, D = 2, 7, 9, 3, 8
@@ -146,3 +150,70 @@ def test_many_events_on_one_cpu_take_the_tiles(tiles, monkeypatch):
     short = {name: array[:, :60] for name, array in segments.items()}
     attend(query[:, :60], key[:, :60], value[:, :60], num_segments=EVENTS, **short)
     assert taken == [EVENTS]
+
+
+# ---------------------------------------------------------------- splash
+
+
+def packed_segments(rng, rows, length, events, end):
+    """`[rows, length]`: contiguous events 1..events, padding from `end` on."""
+    cuts = np.sort(rng.integers(1, end, (rows, events - 1)), axis=1)
+    segments = 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1)
+    return np.where(np.arange(length) < end, segments, 0)
+
+
+@pytest.mark.parametrize("queries, keys", [(300, 300), (150, 520)])
+def test_splash_equals_dense_attention_forward_and_backward(queries, keys):
+    """The kernel's program, interpreted; lengths that no block divides, padding, and events without any key."""
+    rng = np.random.default_rng(queries)
+    q_segments = packed_segments(rng, B, queries, 5, queries - 17)
+    kv_segments = packed_segments(rng, B, keys, 5, keys - 40)
+    kv_segments[0] = np.where(kv_segments[0] == 3, 0, kv_segments[0])  # event 3 of the first row has no key
+    allowed = (q_segments[:, :, None] == kv_segments[:, None]) & (kv_segments != 0)[:, None]
+    q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
+    query, key, value, weight = (
+        jnp.asarray(rng.normal(size=(B, length, H, 64)), jnp.float32) for length in (queries, keys, keys, queries)
+    )
+
+    def dense_loss(*qkv):
+        return (weight * attend(*qkv, q_segments=q_segments, kv_segments=kv_segments)).sum()
+
+    def splash_loss(*qkv):
+        mixed = splash_attention.attend_splash(*qkv, q_segments, kv_segments, 5, interpret=True)
+        return (weight * mixed).sum(), mixed
+
+    (_, mixed), gradients = jax.value_and_grad(splash_loss, (0, 1, 2), has_aux=True)(query, key, value)
+    expected = attend(query, key, value, q_segments=q_segments, kv_segments=kv_segments)
+    np.testing.assert_allclose(mixed, expected, atol=2e-6)
+    assert (np.asarray(mixed)[~allowed.any(-1)] == 0).all() and (~allowed.any(-1)).sum() > 2 * 17
+    for ours, theirs in zip(gradients, jax.grad(dense_loss, (0, 1, 2))(query, key, value)):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_splash_on_a_mesh_equals_one_device():
+    """Rows, heads and queries split over eight devices by shard_map."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from wallwm_jax.models.splash_attention import attend_splash
+from wallwm_jax.parallel.mesh import make_mesh
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.normal(size=(4, n, 2, 32)), jnp.float32) for n in (256, 130, 130))
+s, t = (jnp.asarray(rng.integers(0, 3, (4, n))) for n in (256, 130))
+def run(*args): return attend_splash(*args, 2, interpret=True)
+mesh = make_mesh(dict(slice=1, data=1, fsdp=2, context=2, tensor=2))
+def on_mesh(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return run(*args)
+rows = jax.NamedSharding(mesh, jax.P(("slice", "data", "fsdp")))
+split = jax.jit(on_mesh, in_shardings=rows)(q, k, v, s, t)
+np.testing.assert_allclose(split, run(q, k, v, s, t), atol=1e-6)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("length, block", [(1, 128), (128, 128), (1428, 512), (4284, 512), (513, 128), (272, 384)])
+def test_blocks_pad_little(length, block):
+    assert splash_attention.block_size(length) == block

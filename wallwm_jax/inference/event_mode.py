@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from wallwm_jax.models.text.umt5 import CaptionEncoder
 
 SAMPLERS = ("anchored", "symmetric")
-_GEOMETRY = 21
 _LOG_SECONDS = 7.0  # predicted durations stay within 1 ms and 18 minutes, whatever an untrained head says
 
 
@@ -125,6 +124,9 @@ class EventMode:
         self._texts: _ByteTexts | _FeatureTexts = (
             _FeatureTexts(open_text_encoder(store, text_weights), config) if features else _ByteTexts(config)
         )
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.sight_cone.on = False  # for training only: at inference all views see each other
         self._sample: Any = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
         self._finish: Any = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
         self._durations: Any = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
@@ -396,7 +398,6 @@ def _batch(config: ConfigDict, inputs: Mapping[str, jax.Array], bucket: int) -> 
         **_texts_of(inputs),
         "view_id": view_id,
         "valid_rect": jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows, 1, views, 4)),
-        "view_geometry": jnp.zeros((rows, views, bucket, _GEOMETRY)),
         "window_index": jnp.zeros((rows, 1), jnp.int32),
         "duration_s": jnp.zeros((rows, 1)),
         "duration_in_caption": jnp.zeros((rows, 1), bool),

@@ -105,11 +105,12 @@ class ActionBlock(nnx.Module):
             attention.keys(x, angles=condition.angles),
             attention.values(x),
         )
-        query, key, value = (part.reshape(k * b, s, *part.shape[3:]) for part in parts)
-        segments = jnp.tile(condition.segments, (k, 1))
+        # Rows before draws: the merged axis is split over devices as rows are.
+        query, key, value = (jnp.swapaxes(part, 0, 1).reshape(b * k, s, *part.shape[3:]) for part in parts)
+        segments = jnp.repeat(condition.segments, k, axis=0)
         events = condition.token_event.shape[-1]
         mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
-        return attention.merge(mixed.reshape(k, b, s, *mixed.shape[2:]))
+        return attention.merge(jnp.swapaxes(mixed.reshape(b, k, s, *mixed.shape[2:]), 0, 1))
 
     def _state(self, x: jax.Array, modulation: jax.Array, condition: ActionCondition) -> jax.Array:
         """Cross-attention to the event's one state token: softmax over one key is 1, so its value is the result."""

@@ -1,5 +1,8 @@
 """Attention: `attend`, the one door to it, and the projections around it.
 
+Attention inside packed events runs on TPU in the splash kernel, on one CPU device tile by tile; all else is dense, in
+XLA.
+
 Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
 bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
 """
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallwm_jax.models import event_attention
+from wallwm_jax.models import event_attention, splash_attention
 from wallwm_jax.models.layers import Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
 
@@ -45,8 +48,10 @@ def attend(
       `[B, S, H, D]` in the dtype of `value`; exactly zero where no key is open.
     """
     if q_segments is not None and kv_segments is not None and num_segments and key_bias is None and mask is None:
-        skips = event_attention.worthwhile(query.shape[1], key.shape[1], num_segments)
-        if skips and _on_one_cpu():
+        sizes, (platform, devices) = (query.shape[1], key.shape[1]), _target()
+        if platform == "tpu" and splash_attention.worthwhile(*sizes):
+            return splash_attention.attend_splash(query, key, value, q_segments, kv_segments, num_segments)
+        if platform == "cpu" and devices == 1 and event_attention.worthwhile(*sizes, num_segments):
             return event_attention.attend_events(query, key, value, q_segments, kv_segments, num_segments)
     scale = 1.0 / math.sqrt(query.shape[-1])
     logits = scale * jnp.einsum("bshd,bthd->bhst", query, key, preferred_element_type=jnp.float32)
@@ -70,12 +75,12 @@ def attend(
     return (mixed / jnp.swapaxes(total, 1, 2)[..., None]).astype(value.dtype)
 
 
-def _on_one_cpu() -> bool:
-    """Whether this trace is for a single CPU device: of the mesh in context, else of the default backend."""
+def _target() -> tuple[str, int]:
+    """(platform, number of devices) that this trace is for: of the mesh in context, else the default ones."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.abstract_device is None:
-        return jax.default_backend() == "cpu" and jax.device_count() == 1
-    return mesh.abstract_device.platform == "cpu" and mesh.size == 1
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size
 
 
 class Attention(nnx.Module):

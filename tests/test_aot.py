@@ -1,0 +1,139 @@
+"""Statistics of compiled programs: counted from text, and from what the real TPU compiler makes of known functions."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from random_batch import tiny_config
+
+from configs import wan5b
+from wallwm_jax.console import UserError
+from wallwm_jax.data.packing import batch_spec
+from wallwm_jax.parallel.aot import count_instructions, statistics, topology_devices
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.train_step import build_train_step
+
+MODULE = """
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %sum = f32[]{:T(128)} add(%a, %a), backend_config={"window_config":{"estimated_cycles":"999"}}
+}
+
+%fused (p: f32[8,16], q: f32[16,4]) -> f32[8,4] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %q = f32[16,4]{1,0:T(8,128)} parameter(1)
+  ROOT %dot = f32[8,4]{1,0:T(8,128)} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%condition (state: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(30)
+  %state.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  ROOT %less = pred[]{:T(512)} compare(%state.1, %limit), direction=LT
+}
+
+%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %state.2 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%state.2), index=1
+  %y = f32[16,4]{1,0:T(8,128)} get-tuple-element(%state.2), index=1
+  %product = f32[8,4]{1,0:T(8,128)} fusion(%x, %y), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %a2 = f32[5,8,128]{2,1,0:T(8,128)} parameter(1)
+  %b2 = f32[5,128,8]{2,1,0:T(8,128)} parameter(2)
+  %batched = f32[5,8,8]{2,1,0:T(8,128)} convolution(%a2, %b2), window={size=5 stride=4 lhs_dilate=5}, dim_labels=0bf_0io->0bf
+  %gathered = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[4,32]<=[128], dimensions={0}
+  %kernel = (f32[8]{0}, f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"kernel_name": "splash"}}, metadata={op_name="x"}
+  ROOT %next = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%limit, %product)
+}
+
+ENTRY %main (start: (s32[], f32[8,4])) -> f32[] {
+  %start = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %loop = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, metadata={op_name="scan"}
+  %reduced = f32[100]{0:T(128)} all-reduce(%loop), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %again = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+  ROOT %total = f32[]{:T(128)} reduce(%reduced), dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_loops_fusions_collectives_and_kernels_are_counted():
+    found = count_instructions(MODULE)
+    trips = 30 + 2
+    product, batched = 2 * 8 * 4 * 16, 2 * 5 * 8 * 8 * 128
+    assert found.flops == trips * (product + batched)
+    assert found.cycles == trips * 100
+    assert found.collectives == {"all-gather": trips, "all-reduce": 1}
+    assert found.received["all-gather"] == pytest.approx(trips * 64 * 128 * 2 * 31 / 32)
+    assert found.received["all-reduce"] == pytest.approx(2 * 100 * 4 * 3 / 4)
+    assert found.kernels == {"kernel": trips}
+    assert "kernel" in found.table() and "all-gather" in found.table()
+
+
+@pytest.fixture(scope="module")
+def devices():
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    return topology_devices("v5p:2x2x1")
+
+
+@pytest.mark.tpu
+def test_products_of_a_scan_over_layers_are_exact(devices):
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.einsum("bsd,de->bse", jnp.tanh(x), w), None), x, weights)[0]
+
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((4, 256, 512), jnp.bfloat16, sharding=where)
+    weights = jax.ShapeDtypeStruct((7, 512, 512), jnp.bfloat16, sharding=where)
+    found = statistics(jax.jit(layers).lower(x, weights).compile())
+    assert found.flops == 7 * 2 * 4 * 256 * 512 * 512
+    assert found.arguments >= (4 * 256 * 512 + 7 * 512 * 512) * 2 and found.cycles > 0
+
+
+@pytest.mark.tpu
+def test_the_train_step_compiles_for_tpu_with_the_splash_kernel(devices):
+    """The 5B layout's kinds of layers at small sizes, on four chips: parameters over fsdp, rows over data and fsdp."""
+    config = tiny_config()
+    with config.unlocked():
+        config.model.update(width=256, heads=2, depth=3, ffn=512, action_width=128, action_heads=2, action_ffn=256)
+        config.model.update(compute_dtype="bfloat16", remat="full", latent_shape=(12, 14), latent_channels=48)
+        config.model.update(patch=(2, 2), max_latents=16)
+        config.data.update(rows=4, latents_per_row=17, actions_per_row=128, events_per_row=8, views=("a", "b"))
+        config.mesh.update(data=2, fsdp=2)
+    built = build_train_step(config, make_mesh(config.mesh, devices))
+    lowered = built.step.lower(built.abstract_state, built.abstract_batch(batch_spec(config, 4)))
+    found = statistics(lowered.compile())
+    runs = {name: count for name, count in found.kernels.items() if "splash" in name}
+    assert set(runs.values()) == {config.model.depth}, found.table()
+    assert len(runs) >= 6, found.table()  # forward, recomputed and backward, of the video's cells and of the actions'
+    assert found.received["all-reduce"] > 0 and found.memory < 2 << 30
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_the_5b_train_step_compiles_for_128_chips(stage):
+    """WALL-WM's size at event shapes on v5p:4x4x8: the kernel once per layer and pass, most of the memory free."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    config = wan5b.get_config(stage)
+    with config.unlocked():
+        config.data.update(rows=128, views=("left", "right", "wrist"))
+        config.mesh.update(data=4, fsdp=32)
+    built = build_train_step(config, make_mesh(config.mesh, topology_devices("v5p:4x4x8")))
+    compiled = built.step.lower(built.abstract_state, built.abstract_batch(batch_spec(config, 128))).compile()
+    found = statistics(compiled)
+    print(found.table())
+    assert {count for name, count in found.kernels.items() if "splash" in name} == {config.model.depth}
+    assert found.memory < 0.9 * 95 * 2**30
+
+
+def test_an_unknown_topology_is_named(monkeypatch):
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", functools.partial(_fail, "no such chip"))
+    with pytest.raises(UserError, match=r"topology 'v5p-128' \(no such chip\); write it as v5p:4x4x8"):
+        topology_devices("v5p-128")
+
+
+def _fail(message, *_, **__):
+    raise RuntimeError(message)

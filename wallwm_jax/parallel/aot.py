@@ -1,0 +1,288 @@
+r"""Compiling for TPUs that are not there, and reading what the compiler says.
+
+    mesh = make_mesh(config.mesh, topology_devices("v5p:4x4x8"))       # 128 chips that only exist for the compiler
+    compiled = build_train_step(config, mesh).step.lower(...).compile()
+    print(statistics(compiled).table())
+
+The real TPU compiler runs on a machine without TPUs (`pip install "jax[tpu]"`). XLA counts the body of a scan once;
+here every instruction is counted as often as its loops run. Pallas kernels are opaque to the compiler's own estimate
+and are listed by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from wallwm_jax.console import UserError
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_KERNEL = "tpu_custom_call"
+_GIB = 2**30
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others say their bits
+_PART = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^\s*(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|called_computations?|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
+
+Shape = tuple[str, tuple[int, ...]]
+
+
+def topology_devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a TPU slice that exists for the compiler alone, for `make_mesh` and `jax.jit(...).lower`.
+
+    Args:
+      topology: generation and extents of the torus, "v5p:4x4x8" (128 chips), "v6e:16x16".
+
+    Raises:
+      UserError: no TPU compiler is installed, or it does not know the topology.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the metadata server of a cloud machine
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except Exception as error:  # the plug-in raises whatever its C++ side reports
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot compile for TPU topology {topology!r} ({reason}); write it as v5p:4x4x8, and install the compiler "
+            'with pip install "jax[tpu]"'
+        ) from None
+
+
+@dataclass
+class Statistics:
+    """What one chip does in one call of a compiled program.
+
+    Attributes:
+      flops: of all matrix products and convolutions, outside Pallas kernels.
+      cycles: the compiler's own estimate for everything outside Pallas kernels; 0 where it gives none.
+      received: kind of collective → bytes that a chip receives.
+      collectives: kind of collective → number of executions.
+      kernels: name of Pallas kernel → number of executions.
+      arguments, temporaries, outputs: bytes of device memory; outputs that reuse an argument's memory not counted.
+    """
+
+    flops: float = 0.0
+    cycles: float = 0.0
+    received: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    collectives: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes a chip needs: arguments, temporaries and outputs."""
+        return self.arguments + self.temporaries + self.outputs
+
+    def table(self) -> str:
+        """Some lines for people."""
+        lines = [
+            f"memory       {self.memory / _GIB:8.2f} GiB (arguments {self.arguments / _GIB:.2f}, temporaries "
+            f"{self.temporaries / _GIB:.2f}, outputs {self.outputs / _GIB:.2f})",
+            f"products     {self.flops / 1e12:8.2f} TFLOP outside kernels",
+            f"cycles       {self.cycles / 1e6:8.1f} M outside kernels, as the compiler estimates",
+        ]
+        lines += [
+            f"{kind:<20} {self.collectives[kind]:>6} times, {self.received[kind] / 1e9:8.2f} GB received"
+            for kind in sorted(self.collectives)
+        ]
+        lines += [f"kernel {name:<40} {count:>6} times" for name, count in sorted(self.kernels.items())]
+        return "\n".join(lines)
+
+
+def statistics(compiled: Any) -> Statistics:
+    """The statistics of a compiled program (`jax.stages.Compiled`), per chip and call."""
+    result = count_instructions(compiled.as_text())
+    memory = compiled.memory_analysis()
+    result.arguments, result.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    result.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return result
+
+
+def count_instructions(hlo: str) -> Statistics:
+    """`Statistics` of the text of an optimised HLO module; memory stays 0."""
+    computations, entry = _parse(hlo)
+    result = Statistics()
+    _count(computations, entry, 1, result, fused=False)
+    return result
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    parts: tuple[Shape, ...]  # of its result; a tuple has several
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str  # what stands between the parentheses
+    attributes: str
+
+    @property
+    def called(self) -> list[str]:
+        return [name for found in _CALLED.findall(self.attributes) for name in _NAME.findall(found)]
+
+    def number(self, name: str, default: int) -> int:
+        """A number that the compiler notes on this instruction, as `"name":"12"`, or inside braces after the name."""
+        found = re.search(rf'"{name}":(?:\{{"n":)?"(\d+)"', self.attributes)
+        return int(found[1]) if found else default
+
+
+def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Computation → instruction by name, and the name of the entry computation."""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    current: dict[str, _Instruction] = {}
+    entry = ""
+    for line in hlo.splitlines():
+        body = line.strip()
+        if " = " in body and (body.startswith(("%", "ROOT"))):
+            instruction = _instruction(body)
+            current[instruction.name] = instruction
+        elif header := _HEADER.match(line):
+            current = computations.setdefault(header[1], {})
+            entry = header[1] if body.startswith("ENTRY") else entry
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction:
+    name, rest = line.removeprefix("ROOT ").split(" = ", 1)
+    type_end = _end(rest, " ")
+    opcode, rest_of = rest[type_end + 1 :].split("(", 1)
+    operands_end = _end(rest_of, ")")
+    return _Instruction(
+        name=name.lstrip("%"),
+        parts=tuple(
+            (kind, tuple(int(size) for size in sizes.split(",") if size))
+            for kind, sizes in _PART.findall(re.sub(r"\{[^}]*\}", "", rest[:type_end]))
+        ),
+        opcode=opcode,
+        operands=tuple(_NAME.findall(rest_of[:operands_end])),
+        literal=rest_of[:operands_end],
+        attributes=rest_of[operands_end:],
+    )
+
+
+def _end(text: str, stop: str) -> int:
+    """Position of the first `stop` outside any bracket."""
+    depth = 0
+    for position, character in enumerate(text):
+        if depth == 0 and character == stop:
+            return position
+        depth += (character in "([{") - (character in ")]}")
+    return len(text)
+
+
+def _count(
+    computations: dict[str, dict[str, _Instruction]], name: str, times: int, result: Statistics, *, fused: bool
+) -> None:
+    """Adds a computation that runs `times` times; inside a fusion the cycles are already counted."""
+    for instruction in computations[name].values():
+        opcode, inner = instruction.opcode, times
+        if opcode == "while":
+            inner *= instruction.number("known_trip_count", _trips(instruction, computations))
+        elif opcode in ("dot", "convolution"):
+            result.flops += times * _product_flops(instruction, computations[name])
+        elif opcode == "custom-call" and f'"{_KERNEL}"' in instruction.attributes:
+            result.kernels[_kernel_name(instruction)] += times
+        kind = opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            result.collectives[kind] += times
+            result.received[kind] += times * _received(kind, instruction)
+        if not fused and opcode != "while":
+            result.cycles += times * instruction.number("estimated_cycles", 0)
+        if opcode in ("reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map") or kind in COLLECTIVES:
+            continue  # what they call runs per element
+        for called in instruction.called:
+            if called in computations:
+                _count(computations, called, inner, result, fused=fused or opcode == "fusion")
+
+
+def _trips(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int:
+    """How often a scan's loop runs: the constant that its condition compares the counter with; 1 without one."""
+    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
+    instructions = computations[condition[1]].values() if condition else ()
+    limits = [int(i.literal) for i in instructions if i.opcode == "constant" and i.literal.isdigit()]
+    return limits[0] if len(limits) == 1 else 1
+
+
+def _product_flops(instruction: _Instruction, computation: dict[str, _Instruction]) -> float:
+    """Two per multiply-add of a `dot` or `convolution`."""
+    _, output = instruction.parts[0]
+    left, right = (computation[name].parts[0][1] for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        sizes = [left[int(axis)] for axis in contracted[1].split(",") if axis] if contracted else []
+        return 2.0 * math.prod(output) * math.prod(sizes)
+    return 2.0 * math.prod(output) * _taps(instruction, left, right, output)
+
+
+def _taps(instruction: _Instruction, left: tuple[int, ...], right: tuple[int, ...], output: tuple[int, ...]) -> float:
+    """Multiply-adds per element of a convolution's output.
+
+    The compiler writes batched products as convolutions over the batch axes, dilated so that each position sees one
+    real tap. Taps between the elements or in the padding are free and left out.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None  # every convolution names its dimensions
+    taps = float(right[labels[2].index("i")])
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    if window is None:
+        return taps
+    fields = dict(part.split("=", 1) for part in window[1].split())
+    sizes = [int(size) for size in fields["size"].split("x")]
+
+    def per_axis(name: str, default: str) -> list[int]:
+        values = fields.get(name, "x".join([default] * len(sizes)))
+        return [int(value.split("_")[0]) for value in values.split("x")]
+
+    windows = zip(
+        sizes, per_axis("stride", "1"), per_axis("rhs_dilate", "1"), per_axis("lhs_dilate", "1"), per_axis("pad", "0_0")
+    )
+    for axis, (size, stride, dilation, base, pad) in enumerate(windows):
+        extent, positions = left[labels[1].index(str(axis))], output[labels[3].index(str(axis))]
+        places = (p * stride + tap * dilation - pad for p in range(positions) for tap in range(size))
+        taps *= sum(0 <= place <= (extent - 1) * base and place % base == 0 for place in places) / positions
+    return taps
+
+
+def _kernel_name(instruction: _Instruction) -> str:
+    for pattern in (r'kernel_name\\?":\s*\\?"([^"\\]+)', r'op_name="[^"]*?([\w.\-]+)"'):
+        if found := re.search(pattern, instruction.attributes):
+            return found[1]
+    return instruction.name
+
+
+def _received(kind: str, instruction: _Instruction) -> float:
+    """Bytes that a chip receives in one execution, by the ring algorithm."""
+    sizes = list(_sizes(instruction.parts))
+    group = _group_size(instruction.attributes)
+    if kind == "collective-permute":
+        return sizes[-1] if not instruction.opcode.endswith("-start") else sizes[min(1, len(sizes) - 1)]
+    if instruction.opcode.endswith("-start") and kind == "all-gather":
+        sizes = sizes[len(sizes) // 2 :]  # the first half are the operands
+    total, others = sum(sizes), (group - 1) / group
+    return {"all-reduce": 2 * total * others, "reduce-scatter": total * (group - 1)}.get(kind, total * others)
+
+
+def _sizes(parts: Sequence[Shape]) -> Iterator[float]:
+    for kind, shape in parts:
+        bits = re.search(r"\d+", kind)
+        yield math.prod(shape) * (_BYTES[kind] if kind in _BYTES else int(bits[0]) / 8 if bits else 0)
+
+
+def _group_size(attributes: str) -> int:
+    """Chips of one replica group, in either notation; `[4,32]<=[128]` is four groups of 32."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(found[1].split(","))
+    return 1
