@@ -13,7 +13,7 @@ import pytest
 from wallwm_jax.console import UserError
 from wallwm_jax.data.clusters import cluster_store, load_clusters
 from wallwm_jax.data.event_store import BadRecord, open_store
-from wallwm_jax.evaluation import closed_loop, environments, statistics
+from wallwm_jax.evaluation import closed_loop, environments, expert_spread, statistics
 from wallwm_jax.evaluation.closed_loop import EpisodeResult, Film
 from wallwm_jax.evaluation.environments import Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.open_loop import evaluate_open_loop
@@ -408,7 +408,7 @@ def simulator():
 
 
 @pytest.mark.usefixtures("simulator")
-def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_them():
+def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_them(monkeypatch):
     from wallwm_jax.sources.simulator import expert
     from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, controller_factory
     from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
@@ -420,10 +420,29 @@ def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_th
         end = environments.replay_expert(env, trial, level)
         assert end.over and end.success and [subtask.success for subtask in end.subtasks] == [True]
     rollout = expert.roll_out(env, controller_factory(env_id), trial.seed, 1)
+    with monkeypatch.context() as patched:  # where the expert itself fails there is nothing to replay
+        patched.setattr(expert, "roll_out", lambda *_: dataclasses.replace(rollout, success=False))
+        assert environments.replay_expert(env, trial, "subtask") is None
     episode = environments.Episode(env, trial, Rules(), video_stride=2)
     assert episode.situation().caption == expert.spans(rollout)["subtask"][0].caption
     end = episode.play(rollout.command_poses, rollout.command_grippers)
     assert end.over and end.success and end.subtasks[0].success and end.subtasks[0].events == 1
+
+
+def test_the_spread_of_equal_trajectories_is_zero_and_of_a_stray_one_its_distance():
+    still, moved = np.zeros((5, 3)), np.ones((8, 3))
+    assert expert_spread.spread([still, np.zeros((9, 3)), np.zeros((2, 3))]) == [(0.0, 0.0)] * 3
+    assert expert_spread.spread([still, still, moved, still])[2] == (1.0, 1.0)
+    others, everything = expert_spread.spread([still, still, moved])[0]
+    assert (others, everything) == (0.5, 0.0)  # the median of one still and one moved lies between
+
+
+@pytest.mark.usefixtures("simulator")
+def test_experts_spread_in_a_scene_although_nothing_but_their_chance_differs(store):
+    errors = expert_spread.measure(["block-cpu-lite-single-task1-v0"], store.stats, scenes=1, runs=4, seed=1)
+    assert {("subtask", "place"), ("action", "reach"), ("action", "carry")} <= errors.keys()
+    assert all((rows[:, 0] >= rows[:, 1]).mean() > 0.7 for rows in errors.values())
+    assert errors["action", "carry"][:, 0].mean() > 0.01
 
 
 @pytest.mark.usefixtures("simulator")

@@ -206,7 +206,8 @@ def _closed_loop(
         processes=options.processes,
     ) as pool:
         with phase("expert replay", seconds):
-            success["expert_replay"] = closed_loop.summarize(closed_loop.replay_experts(pool, trials))
+            replays = closed_loop.replay_experts(pool, trials)
+            success["expert_replay"] = closed_loop.summarize(replays) | {"expert_failed": len(trials) - len(replays)}
         with phase("closed loop, trained", seconds):
             results, films = closed_loop.run_model(
                 pool,

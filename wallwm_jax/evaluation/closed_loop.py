@@ -101,8 +101,12 @@ def run_model(
 
 
 def replay_experts(pool: EnvironmentPool, trials: Sequence[Trial]) -> list[EpisodeResult]:
-    """Expert commands through the canonical actions, on the same trials: what the action representation allows."""
-    return [_result(trial, situation) for trial, situation in zip(trials, pool.replay_experts(trials))]
+    """Expert commands through the canonical actions, on the same trials: what the action representation allows.
+
+    Trials on which the expert itself fails are left out.
+    """
+    played = zip(trials, pool.replay_experts(trials))
+    return [_result(trial, situation) for trial, situation in played if situation is not None]
 
 
 def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:

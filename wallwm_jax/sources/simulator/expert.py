@@ -87,10 +87,13 @@ class Rollout:
     held: bool  # the last command was repeated once, so that the final state is a stored frame
 
 
-def roll_out(env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, stride: int) -> Rollout:
-    """Lets the expert act until the episode is over. Deterministic from `seed`, also on a used environment."""
+def roll_out(
+    env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, stride: int, *, expert_seed: int | None = None
+) -> Rollout:
+    """Lets the expert act until the episode is over. Deterministic, also on a used environment, from the scene's `seed`
+    and the expert's own, by default the same."""
     observation = env.reset(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (OCBench's experts draw from numpy's global generator)
+    np.random.seed((seed if expert_seed is None else expert_seed) % 2**32)  # noqa: NPY002  (OCBench's experts draw from numpy's global generator)
     scene = Scene(env.env)
     controller = make_controller(env.env)
     observations = [observation]
