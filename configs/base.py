@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
             video_prediction="velocity",  # velocity | clean (x-prediction): what the video head's output means
             action_prediction="velocity",  # the same for the action head
             max_latents=17,  # future positions of the E_tau table: -max..max
+            max_windows=64,  # rows of the E_abs table: windows along an episode, in windows with history
             text=ConfigDict(
                 dict(
                     kind="bytes",  # bytes (trained with the model) | features (cached, frozen encoder)

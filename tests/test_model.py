@@ -14,7 +14,7 @@ from random_batch import random_batch, tiny_config
 from wallwm_jax.console import UserError
 from wallwm_jax.models import flow_matching as fm
 from wallwm_jax.models import world_action_model as wam
-from wallwm_jax.models.action_tower import token_order
+from wallwm_jax.models.action_tower import is_given, token_order
 
 CONFIG = tiny_config()
 MODEL = CONFIG.model
@@ -198,6 +198,65 @@ def test_an_action_shares_its_latents_place_in_time(batch):
     np.testing.assert_array_equal(rows[:, events:][real], np.asarray(batch["action_pos"])[real] // 8 + 1)
     latest = int(rows[0, events:][np.asarray(batch["action_event"])[0] == 1].max())
     assert latest == int(np.asarray(batch["latent_pos"])[0][np.asarray(batch["latent_event"])[0] == 1].max())
+
+
+# --- windows with history (scheme B) --------------------------------------------------------------------------------
+
+
+def with_history(batch, latents=1):
+    """The batch as windows observed `latents` later: what lies before is given, numbers of the windows vary."""
+    shifted = {**batch, "latent_pos": batch["latent_pos"] - latents * (batch["latent_event"] > 0)}
+    shifted["latent_role"] = jnp.where(
+        (shifted["latent_pos"] <= 0) & (batch["latent_event"] > 0), 1, batch["latent_role"]
+    )
+    shifted["action_pos"] = batch["action_pos"] - 8 * latents * (batch["action_event"] > 0)
+    shifted["window_number"] = 1 + jnp.arange(batch["text_length"].size).reshape(batch["text_length"].shape)
+    return shifted
+
+
+def test_history_and_anchor_stand_before_the_future(batch):
+    """tau of M = 2: history -1 (its latent -2 has no actions here), anchor 0, future 1, 2, ...; eight actions each."""
+    batch = with_history(batch, 2)
+    tower = wam.WorldActionModel(FrozenConfigDict(MODEL), rngs=nnx.Rngs(0)).action
+    sigma = jnp.zeros((1, *batch["text_length"].shape))
+    condition = tower.condition(batch, sigma, sigma[0], jnp.zeros((*batch["latent_event"].shape, 2), int))
+    order = np.argsort(np.asarray(token_order(batch)), axis=1)
+    events = batch["text_length"].shape[1]
+    rows = np.take_along_axis(np.asarray(condition.frame[0].argmax(-1)), order, 1)[:, events:] - MODEL.max_latents
+    position = np.asarray(batch["action_pos"])
+    real, seen = np.asarray(batch["action_event"]) > 0, set()
+    for low, tau in ((-16, -1), (-8, 0), (0, 1), (8, 2)):
+        there = real & (position >= low) & (position < low + 8)
+        assert (rows[there] == tau).all()
+        seen |= {tau} if there.any() else set()
+    assert seen >= {-1, 0, 1}
+
+
+def test_what_is_given_conditions_and_is_not_denoised(params, batch):
+    batch, noise = with_history(batch), draw_noise(batch)
+    base = run(params, batch, noise)[0]
+    given = np.asarray(is_given(batch))
+    assert given.any()
+    other = {**noise, "noisy_actions": jnp.where(given[..., None], 9.0, noise["noisy_actions"])}
+    np.testing.assert_array_equal(run(params, batch, other)[0].action_velocity, base.action_velocity)
+    changed = {**batch, "actions": jnp.where(given[..., None], 0.5 + batch["actions"], batch["actions"])}
+    moved = np.abs(run(params, changed, noise)[0].action_velocity - base.action_velocity).max((0, 3))
+    future = (np.asarray(batch["action_event"]) > 0) & ~given
+    assert moved[future].max() > 1e-3
+    np.testing.assert_array_equal(run(params, changed, noise)[0].video_velocity, base.video_velocity)
+
+
+def test_the_window_number_adds_its_embedding_to_its_event_alone(params, batch):
+    batch, noise = with_history(batch), draw_noise(batch)
+    numbers = batch.pop("window_number")
+    absent = run(params, batch, noise)[0].action_velocity
+    off = run(params, {**batch, "window_number": 0 * numbers}, noise)[0].action_velocity
+    np.testing.assert_array_equal(off, absent)
+    one = run(params, {**batch, "window_number": (0 * numbers).at[0, 0].set(3)}, noise)[0].action_velocity
+    event = np.asarray(batch["action_event"])
+    moved = np.abs(one - absent).max((0, 3))
+    assert moved[0][event[0] == 1].max() > 1e-3
+    assert moved[0][event[0] != 1].max() == moved[1:].max() == 0
 
 
 # --- one-way coupling ----------------------------------------------------------------------------------------------

@@ -98,6 +98,17 @@ def test_action_loss_averages_draws_and_valid_elements(batch, draws):
     np.testing.assert_allclose(action_loss(jnp.asarray(spoilt), batch, draws), expected, rtol=1e-5)
 
 
+def test_given_actions_are_in_no_loss(batch, draws):
+    """Scheme B: what lies before the observation conditions only."""
+    observed = {**batch, "action_pos": batch["action_pos"] - 4 * (batch["action_event"] > 0)}
+    given = np.asarray(observed["action_pos"] < 0)[..., None]
+    predicted = jnp.asarray(np.random.default_rng(1).normal(size=draws.action_noise.shape), jnp.float32)
+    for loss in (action_loss, objectives.dct_loss):
+        gradient = np.asarray(jax.grad(loss)(predicted, observed, draws))
+        assert (np.where(given, gradient, 0) == 0).all() and np.abs(gradient).max() > 0
+    assert (np.where(given, objectives.noise_actions(observed, draws), 0) == 0).all()
+
+
 def test_weighed_by_sigma_squared_the_action_loss_is_the_error_of_the_clean_actions(batch, draws):
     predicted = np.random.default_rng(1).normal(size=draws.action_noise.shape).astype(np.float32)
     noisy, event = objectives.noise_actions(batch, draws), np.asarray(batch["action_event"])

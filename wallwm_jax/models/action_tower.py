@@ -3,6 +3,10 @@
 It is as deep as the video tower. Block i attends to what leaves video block i; nothing flows back. A token is the
 state of an event or one of its actions; the stream is `[K, B, S, D]`: K noise draws that share the video, rows,
 S = E states and A actions, event by event. WALL-WM sections 2.5, 2.6.
+
+Two window schemes (2.6). A, event-centric: an event is its observation and its future. B, observation-centred: history
+and anchor come before, with negative `latent_pos` and `action_pos`; what lies at a negative `action_pos` is given, not
+denoised, and `window_number [B, E]` (1, 2, ... along an episode; absent or 0 in scheme A) adds E_abs.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ class ActionCondition(NamedTuple):
       segments: `[B, S]` event of a token. token_event: `[K, B, S, E]` the same, one-hot; state_event: of state tokens.
       frame: `[K, B, S, R]` row of a token in the table of E_tau, one-hot.
       frame_embedding: `[R, D]` E_tau.
+      window_offset: `[B, S, D]` E_abs of a token's event, zero in scheme A.
       video_segments: `[B, F*N]` event of a cell.
     """
 
@@ -54,6 +59,7 @@ class ActionCondition(NamedTuple):
     state_event: jax.Array
     frame: jax.Array
     frame_embedding: jax.Array
+    window_offset: jax.Array
     video_segments: jax.Array
 
     def per_token(self, values: jax.Array) -> jax.Array:
@@ -79,7 +85,7 @@ class ActionBlock(nnx.Module):
     def video_keys(self, video: jax.Array, frame_embedding: jax.Array) -> VideoKeys:
         """Keys and values of the stream leaving the video block, `[B, F, N, Dv]`, layer-normed and projected.
 
-        `frame_embedding [B, F, D]`, E_tau of the latent frames, is added to both.
+        `frame_embedding [B, F, D]`, E_tau and E_abs of the latent frames, is added to both.
         """
         normed = layer_norm(video).astype(self.video_attention.dtype)
         offset = frame_embedding[:, :, None]
@@ -123,7 +129,8 @@ class ActionBlock(nnx.Module):
         """Cross-attention to all cells, frames and views of the event; the draws share keys and values."""
         k, b, s, _ = x.shape
         attention = self.video_attention
-        query = attention.queries(x, offset=condition.frame @ condition.frame_embedding)
+        place = condition.frame @ condition.frame_embedding + condition.window_offset
+        query = attention.queries(x, offset=place)
         query = jnp.moveaxis(query, 0, 2).reshape(b, s * k, *query.shape[3:])
         mixed = attend(
             query,
@@ -149,16 +156,21 @@ class ActionTower(nnx.Module):
         self.video_time_embedding = TimeEmbedding(config.freq_dim, width, modulations, rngs=rngs, std=0.0)
         rows = 2 * config.max_latents + 1
         self.frame_embedding = nnx.Param(0.5 * _sinusoids(rows, width))
+        self.window_embedding = nnx.Param(jnp.zeros((config.max_windows, width), jnp.float32))
         self.blocks = build(lambda rngs: ActionBlock(config, rngs=rngs), config.depth, rngs)
         self.head_modulation = nnx.Param(jnp.zeros((2, width), jnp.float32))
         self.head_up = Linear(width, width, rngs=rngs, dtype=dtype)
         self.head_down = Linear(width, config.action_dim, rngs=rngs, dtype=dtype, std=0.0)
 
     def embed(self, batch: Batch, noisy_actions: jax.Array) -> jax.Array:
-        """States of the batch and `noisy_actions [K, B, A, Da]` to the stream `[K, B, S, D]`; one encoder for both."""
+        """States of the batch and `noisy_actions [K, B, A, Da]` to the stream `[K, B, S, D]`; one encoder for both.
+
+        Given actions are read from the batch.
+        """
         state = jnp.where(batch["state_valid"], batch["state"], 0.0)
         state = jnp.broadcast_to(state, (noisy_actions.shape[0], *state.shape))
-        actions = jnp.where(batch["action_valid"], noisy_actions, 0.0)
+        actions = jnp.where(is_given(batch)[..., None], batch["actions"], noisy_actions)
+        actions = jnp.where(batch["action_valid"], actions, 0.0)
         tokens = jnp.concatenate([state, actions], 2)
         tokens = jnp.take_along_axis(tokens, token_order(batch)[None, :, :, None], 2)
         return self.encoder_down(jax.nn.silu(self.encoder_up(tokens)))
@@ -185,7 +197,7 @@ class ActionTower(nnx.Module):
         nothing, ones = jnp.zeros_like(states), jnp.ones_like(states)
         segments = per_token(states, batch["action_event"])
         is_state = per_token(ones, jnp.zeros_like(batch["action_event"]))
-        position = per_token(nothing, batch["action_pos"] + 1)
+        position = per_token(nothing, batch["action_pos"] + ~is_given(batch))  # the state stands at the observation
         frame = per_token(nothing, batch["action_pos"] // config.actions_per_latent + 1)
         draws = sigma.shape[0]
         token_event = jax.nn.one_hot(jnp.tile(segments[None] - 1, (draws, 1, 1)), events, dtype=self.dtype)
@@ -204,6 +216,7 @@ class ActionTower(nnx.Module):
             state_event=token_event * is_state[..., None].astype(self.dtype),
             frame=self._frame_rows(jnp.tile(frame[None], (draws, 1, 1))),
             frame_embedding=self.frame_embedding[...],
+            window_offset=self._window_offsets(batch, segments),
             video_segments=jnp.repeat(video_segments.reshape(b, -1), cells, axis=1),
         )
 
@@ -225,13 +238,27 @@ class ActionTower(nnx.Module):
         slot = jnp.broadcast_to(jnp.maximum(batch["action_event"] - 1, 0), noisy_actions.shape[:3])
         return implied_velocity(noisy_actions, output, jnp.take_along_axis(sigma, slot, 2)[..., None])
 
-    def frame_embeddings(self, frame: jax.Array) -> jax.Array:
-        """E_tau `[..., D]` of signed latent positions; beyond the table, its last row."""
-        return self._frame_rows(frame) @ self.frame_embedding[...]
+    def frame_embeddings(self, batch: Batch) -> jax.Array:
+        """E_tau plus E_abs of the latent frames, `[B, F, D]`; beyond a table, its last row."""
+        own = self._frame_rows(batch["latent_pos"]) @ self.frame_embedding[...]
+        return own + self._window_offsets(batch, batch["latent_event"])
+
+    def _window_offsets(self, batch: Batch, event: jax.Array) -> jax.Array:
+        """E_abs `[B, n, D]` of the tokens of `event [B, n]`; zero for windows numbered 0."""
+        if "window_number" not in batch:
+            return jnp.zeros((1, 1, self.config.action_width))
+        number = jnp.take_along_axis(batch["window_number"], jnp.maximum(event - 1, 0), 1)
+        row = jnp.where(event > 0, jnp.minimum(number, self.config.max_windows) - 1, -1)
+        return jax.nn.one_hot(row, self.config.max_windows, dtype=jnp.float32) @ self.window_embedding[...]
 
     def _frame_rows(self, frame: jax.Array) -> jax.Array:
         reach = self.config.max_latents
         return jax.nn.one_hot(jnp.clip(frame, -reach, reach) + reach, 2 * reach + 1, dtype=jnp.float32)
+
+
+def is_given(batch: Batch) -> jax.Array:
+    """`[B, A]`: action tokens of the history and the anchor, which condition and are never denoised (scheme B)."""
+    return batch["action_pos"] < 0
 
 
 def token_order(batch: Batch) -> jax.Array:

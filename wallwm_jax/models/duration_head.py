@@ -49,7 +49,7 @@ class DurationHead(nnx.Module):
         The embedding is linear: the embedded mean is the mean of the embeddings.
         """
         events = batch["view_id"].shape[1]
-        clean = (batch["latent_role"] == CLEAN) & (batch["latent_event"] > 0)
+        clean = (batch["latent_role"] == CLEAN) & (batch["latent_event"] > 0) & (batch["latent_pos"] == 0)
         slot = jnp.where(clean, batch["latent_event"] - 1, -1)
         event_frame = jax.nn.one_hot(slot, events, dtype=jnp.float32, axis=1)
         present = (batch["view_id"] > 0).astype(jnp.float32)

@@ -75,7 +75,7 @@ RULES = (
     Rule(r"action/head_down/kernel", ("embed", "action"), TABLE),
     Rule(r"action/head_down/bias", ("action",), VECTOR),
     Rule(r"action/(encoder_up|encoder_down|head_up)/bias", ("embed",), VECTOR),
-    Rule(r"action/frame_embedding", ("frame", "embed"), VECTOR),
+    Rule(r"action/(frame|window)_embedding", ("frame", "embed"), VECTOR),
     Rule(r"text/embedding", ("vocabulary", "features"), TABLE),
     Rule(r"text/ngram_embedding", ("ngram", "vocabulary", "features"), TABLE),
     Rule(r"text/merge/kernel", ("features", "embed"), TABLE),

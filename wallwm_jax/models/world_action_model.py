@@ -131,7 +131,7 @@ def forward(
     video, action = model.video, model.action
     condition = video.condition(batch, video_sigma, *text)
     action_condition = action.condition(batch, action_sigma, video_sigma, condition.segments)
-    frames = action.frame_embeddings(batch["latent_pos"])
+    frames = action.frame_embeddings(batch)
 
     def step(carry: Any, blocks: tuple[VideoBlock, ActionBlock], _: None) -> tuple[Any, None]:
         stream, actions = carry
@@ -207,7 +207,7 @@ def _run_video(
         stream = layer_stack.remat(blocks[0].__call__, model.config.remat)(stream, condition)
         return stream, blocks[1].video_keys(stream, frames) if keep else None
 
-    frames = action.frame_embeddings(batch["latent_pos"]) if keep else None
+    frames = action.frame_embeddings(batch) if keep else None
     blocks = (video.blocks, action.blocks) if keep else (video.blocks,)
     stream, keys = layer_stack.run(step, video.embed(_with_clean(batch, noisy_latents)), blocks)
     velocity = video.velocity(stream, noisy_latents, condition)

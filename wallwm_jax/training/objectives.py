@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from wallwm_jax.models import flow_matching, world_action_model
+from wallwm_jax.models.action_tower import is_given
 from wallwm_jax.models.video_tower import DENOISE
 from wallwm_jax.training.stages import Stage
 from wallwm_jax.training.tube_mask import Tubes, draw_tubes
@@ -206,7 +207,8 @@ def dct_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
     mean over draws, events and valid action dimensions.
     """
     event, events = batch["action_event"], batch["window_index"].shape[1]
-    member = jax.nn.one_hot(event - 1, events, dtype=jnp.float32)  # [B, A, E]
+    denoised = jnp.where(is_given(batch), 0, event)
+    member = jax.nn.one_hot(denoised - 1, events, dtype=jnp.float32)  # [B, A, E]
     length = jnp.sum(member, 1)  # [B, E]
     own = jnp.maximum(jnp.einsum("bae,be->ba", member, length), 1.0)
     order = jnp.arange(event.shape[1], dtype=jnp.float32)
@@ -264,7 +266,8 @@ def _per_token(values: jax.Array, event: jax.Array) -> jax.Array:
 
 
 def _valid_actions(batch: Batch) -> jax.Array:
-    return batch["action_valid"] & (batch["action_event"] > 0)[..., None]
+    """`[B, A, Da]`: what is denoised; given actions (scheme B) are not."""
+    return batch["action_valid"] & ((batch["action_event"] > 0) & ~is_given(batch))[..., None]
 
 
 def _mean(values: jax.Array, valid: jax.Array) -> jax.Array:
