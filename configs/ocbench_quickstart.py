@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.optim.muon_lr = 1e-2
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
-    config.train.steps = 1400
+    config.train.steps = 1700
     config.train.ema_decay = 0.99
     config.train.log_every = 25
     config.train.save_every = 250

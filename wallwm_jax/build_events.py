@@ -12,7 +12,7 @@ Only events, with the finest level too, and a quarter of the episodes held out f
 With the frozen parts of a published model instead of wavelets and bytes: latents of Wan's autoencoder and features of
 its text encoder, computed here once, in batches on the local devices (weights: python -m wallwm_jax.convert --help):
 
-    python -m wallwm_jax.build_events --source=ocbench:chamber --episodes=20 --size=128 --out=runs/wan \
+    python -m wallwm_jax.build_events --source=ocbench:chamber --episodes=20 --size=192 --out=runs/wan \
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
