@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.views = ("front_pixels", "ur5e/wrist")
     config.data.levels = ConfigDict({"subtask": 0.25, "action": 0.75})
     config.data.rows = 1  # many small steps learn more in six minutes than few large ones
-    config.data.actions_per_row = 160
+    config.data.actions_per_row = 192
     config.data.text_length = 64
     config.data.caption_drop = 0.0  # no guidance
     config.data.workers = 0  # on two cores, loading in threads costs less than a process
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.optim.muon_lr = 1e-2
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
-    config.train.steps = 1700
+    config.train.steps = 1600
     config.train.ema_decay = 0.99
     config.train.log_every = 25
     config.train.save_every = 250

@@ -20,7 +20,7 @@ from synthetic import synthetic_episode
 
 from wallwm_jax import build_events
 from wallwm_jax.console import UserError
-from wallwm_jax.data import event_store, store_writer
+from wallwm_jax.data import event_store, record_files
 from wallwm_jax.data.event_store import BadRecord, open_store, write_clusters
 from wallwm_jax.data.store_writer import HeldoutChoice, StoreOptions, atomic_directory, write_store
 from wallwm_jax.events.actions import relative_actions, state_vector
@@ -221,7 +221,7 @@ def test_an_episode_may_lack_a_view_and_its_calibration(tmp_path):
 
 
 def test_shards_are_read_in_the_order_of_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_writer, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(record_files, "SHARD_BYTES", 40_000)
     build(tmp_path / "store", [synthetic_episode(0, steps=64, size=16)], heldout_fraction=0.0)
     store = open_store(tmp_path / "store")
     shards = store.meta["splits"]["train"]["shards"]

@@ -191,6 +191,7 @@ def test_weights_that_are_not_the_stores_are_refused(frozen, weights, tmp_path):
     [
         ({"codec_weights": ""}, "codec 'wan22' needs its weights: --codec_weights=DIR"),
         ({"text_weights": ""}, "text encoder 'umt5' needs its weights: --text_weights=DIR"),
+        ({"codec_weights": "/nowhere"}, "'/nowhere' holds no converted weights"),
         ({"codec": "haar8"}, "codec 'haar8' has no weights, but .* was given"),
         ({"text_encoder": "t5"}, "unknown text encoder 't5'; choose of bytes, umt5"),
         ({"compute_dtype": "float16"}, "float32 or bfloat16, not 'float16'"),
@@ -199,6 +200,11 @@ def test_weights_that_are_not_the_stores_are_refused(frozen, weights, tmp_path):
 def test_builds_that_cannot_work_are_refused_before_anything_is_recorded(weights, changes, message):
     with pytest.raises(UserError, match=message):
         options(weights, **changes)
+
+
+def test_frames_that_do_not_divide_into_cells_are_refused_at_the_first_episode(tmp_path):
+    with pytest.raises(UserError, match="frames of 36x36 pixels do not divide into cells of codec 'haar8', 8x8"):
+        write_store(tmp_path, iter([synthetic_episode(0, steps=20, size=36)]), StoreOptions())
 
 
 def test_a_model_that_does_not_fit_is_refused(frozen):

@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import ml_dtypes
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from wallwm_jax.config import fingerprint
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.data import event_store
 from wallwm_jax.data.normalization import Stats, StatsAccumulator, StreamingMoments, floor_deviation
+from wallwm_jax.data.record_files import RecordFiles, record_features
 from wallwm_jax.events.actions import ACTION_DIM, relative_actions, state_vector
 from wallwm_jax.events.caption import duration_clause, with_parent
 from wallwm_jax.events.schema import LEVELS, Episode, Span
@@ -47,9 +46,6 @@ if TYPE_CHECKING:
     from wallwm_jax.models.text.umt5 import CaptionEncoder
 
 _BATCHES = 8  # of videos that wait for a codec: sorted by length, a batch holds little padding
-
-SHARD_BYTES = 256 << 20
-SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,10 @@ class StoreOptions:
                 )
             if weights and not needed:
                 raise UserError(f"{what} {name!r} has no weights, but {weights!r} was given")
+            if weights:
+                from wallwm_jax.models.convert.stream import read_conversion
+
+                read_conversion(weights, kind)
         for what, chosen, known in (("window kind", self.kinds, KINDS), ("level", self.levels, LEVELS)):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
@@ -220,7 +220,7 @@ class _Writer:
         self._choice = HeldoutChoice(options.heldout_fraction)
         self._first: Episode | None = None
         self._frame_keys: dict[str, str] = {}
-        self._records: _RecordFiles | None = None
+        self._records: RecordFiles | None = None
         self._index: dict[str, bytearray] = {}  # rows of INDEX_DTYPE end to end
         self._captions: dict[str, int] = {}
         self._embodiments: dict[str, int] = {}
@@ -278,13 +278,14 @@ class _Writer:
         self._frame_keys = {view: re.sub(r"\W", "_", view) for view in episode.frames}
         if len(set(self._frame_keys.values())) < len(self._frame_keys):
             raise UserError(f"view names {list(self._frame_keys)} differ only in punctuation; rename one")
+        if any(side % stride for side, stride in zip(episode.size, self._codec.stride[1:])):
+            raise UserError(
+                f"frames of {episode.size[0]}x{episode.size[1]} pixels do not divide into cells of codec "
+                f"{self._codec.name!r}, {self._codec.stride[1]}x{self._codec.stride[2]}; choose another size"
+            )
         self._cells = event_store.latent_cells(self._codec, episode.size)
-        self._records = _RecordFiles(
-            self._directory / event_store.RECORDS,
-            _features(
-                list(self._frame_keys.values()), episode.size, event_store.latent_cells(self._codec, episode.size)
-            ),
-        )
+        features = record_features(list(self._frame_keys.values()), episode.size, self._cells)
+        self._records = RecordFiles(self._directory / event_store.RECORDS, features)
 
     def _check_fits(self, episode: Episode) -> None:
         assert self._first is not None
@@ -416,10 +417,11 @@ class _Writer:
                 "shards": shards,
                 "fingerprint": f"{zlib.crc32(index.tobytes()):08x}",
             }
-        self._caption("")
-        captions = list(self._captions)
-        features = self._text.encode(captions) if self._text else None
-        event_store.save_captions(self._directory / "captions.npz", captions, features)
+        features = None
+        if self._text:
+            self._caption("")
+            features = self._text.encode(list(self._captions))
+        event_store.save_captions(self._directory / "captions.npz", list(self._captions), features)
         (self._directory / "episodes.json").write_text(json.dumps(self._episodes))
         mean, std, sampled = self._latent_stats(splits["train"])
         counts = {f"{kind}_{level}": count for (kind, level), count in sorted(self.summary.windows.items())}
@@ -490,60 +492,6 @@ class _Waiting:
     split: str
 
 
-class _RecordFiles:
-    """The ArrayRecord files of a build and the TFDS metadata beside them; records keep the order of writing."""
-
-    def __init__(self, root: Path, features: tfds.features.FeaturesDict) -> None:
-        root.mkdir(parents=True)
-        self._root, self._features = root, features
-        self._writers: dict[str, ArrayRecordWriter] = {}
-        self._shards: dict[str, list[dict[str, Any]]] = {}
-        self._example_type = event_store.example_type()
-
-    def write(self, split: str, example: dict[str, Any]) -> int:
-        """Appends a record and returns its CRC-32."""
-        message = self._example_type.FromString(self._features.serialize_example(example))
-        serialized = message.SerializeToString(deterministic=True)  # the order of a map differs from run to run
-        shards = self._shards.setdefault(split, [])
-        if not shards or shards[-1]["bytes"] >= SHARD_BYTES:
-            self._finish_shard(split)
-            shards.append({"file": f"events-{split}.array_record-{len(shards):05d}", "windows": 0, "bytes": 0})
-            self._writers[split] = ArrayRecordWriter(str(self._root / shards[-1]["file"]), "group_size:1")
-        self._writers[split].write(serialized)
-        shards[-1]["windows"] += 1
-        shards[-1]["bytes"] += len(serialized)
-        return zlib.crc32(serialized)
-
-    def close(self) -> dict[str, list[dict[str, Any]]]:
-        """Closes the files, names them as TFDS does, writes its metadata; returns split → files with their sizes."""
-        infos = []
-        for split in sorted(self._shards, key=SPLITS.index):
-            shards = self._shards[split]
-            self._finish_shard(split)
-            for shard in shards:
-                name = f"{shard['file']}-of-{len(shards):05d}"
-                os.rename(self._root / shard["file"], self._root / name)
-                shard["file"] = name
-            lengths, size = [shard["windows"] for shard in shards], sum(shard["bytes"] for shard in shards)
-            template = tfds.core.ShardedFileTemplate(
-                dataset_name="events", data_dir=self._root, split=split, filetype_suffix="array_record"
-            )
-            infos.append(tfds.core.SplitInfo(split, lengths, size, filename_template=template))
-        tfds.folder_dataset.write_metadata(
-            data_dir=self._root,
-            features=self._features,
-            split_infos=infos,
-            check_data=False,
-            description="Windows of robot episodes; one record per event or fixed stretch.",
-        )
-        return {info.name: self._shards[info.name] for info in infos}
-
-    def _finish_shard(self, split: str) -> None:
-        writer = self._writers.pop(split, None)
-        if writer is not None:
-            writer.close()
-
-
 def _open_text_encoder(options: StoreOptions) -> CaptionEncoder | None:
     if options.text_encoder == "bytes":
         return None
@@ -572,26 +520,6 @@ def _video(episode: Episode, window: Window, view: str) -> np.ndarray:
         frames.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
     count = 1 + GROUP * (window.num_latents - 1)
     return np.stack(frames + [frames[-1]] * (count - len(frames)))
-
-
-def _features(
-    frame_keys: list[str], size: tuple[int, int], cells: tuple[int, int, int] | None
-) -> tfds.features.FeaturesDict:
-    picture = tfds.features.Image(shape=(*size, 3), encoding_format="jpeg")
-    as_bytes = tfds.features.Encoding.BYTES
-    latents = tfds.features.Tensor(shape=(None, *(cells or ())), dtype=np.uint16, encoding=as_bytes)  # bits of bfloat16
-    return tfds.features.FeaturesDict(
-        {
-            **({"latents": tfds.features.FeaturesDict({key: latents for key in frame_keys})} if cells else {}),
-            "frames": tfds.features.FeaturesDict({key: tfds.features.Sequence(picture) for key in frame_keys}),
-            **{name: tfds.features.Scalar(np.int32) for name in event_store.RECORD_INTEGERS},
-            "duration_s": tfds.features.Scalar(np.float32),
-            **{
-                name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=as_bytes)
-                for name, (dtype, shape) in event_store.RECORD_ARRAYS.items()
-            },
-        }
-    )
 
 
 def _geometry(episode: Episode, window: Window, views: list[str]) -> np.ndarray:
