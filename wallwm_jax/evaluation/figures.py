@@ -11,6 +11,7 @@ import cv2
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 INK = "#1f2933"
@@ -69,6 +70,7 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         axes.axhline(100 / max(1, len(order)), color=INK, linewidth=0.8, linestyle=":", label="uniform")
         axes.set_title(title)
         axes.set_xlabel("cluster, largest first")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("% of events")
         axes.set_xlim(-0.7, len(order) - 0.3)
         axes.grid(axis="x", visible=False)
