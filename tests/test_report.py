@@ -127,7 +127,7 @@ def test_captions_are_escaped_and_the_timeline_has_four_levels(made, page):
     assert "lift <b>" not in text and "lift &lt;b&gt;it&lt;/b&gt;: achieved" in text
     episode = store.episodes[int(store.index["episode"][0])]
     for level in ("task", "subtask", "action", "segment"):
-        bars = re.findall(rf"<span>{level}</span><div class=\"bars\">(.*?)</div>\s*</div>", text, re.S)
+        bars = re.findall(rf"<span>{level}</span><div class=\"bars {level}\">(.*?)</div>\s*</div>", text, re.S)
         titles = [html.unescape(title) for title in re.findall(r'title="(.*?) \(', bars[0])]
         assert titles == [span["caption"] for span in episode["spans"][level]]
 
