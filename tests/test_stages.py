@@ -41,7 +41,10 @@ def test_an_unknown_stage_is_an_error():
 
 @pytest.mark.parametrize("stage", ["joint", "video", "action"])
 def test_two_steps_move_exactly_what_the_stage_trains(clustered_store, stage):
-    """Every trained array moves, every frozen bit stays, nothing else is in the state."""
+    """Every trained array moves, every frozen bit stays, nothing else is in the state.
+
+    E_abs is off where windows have no history (WALL-WM section 2.6, scheme A).
+    """
     built, step = built_step(clustered_store, stage), compiled_step(clustered_store, stage)
     config = training_config(clustered_store, stage)
     state = random_state(config, built)
@@ -54,7 +57,7 @@ def test_two_steps_move_exactly_what_the_stage_trains(clustered_store, stage):
     assert {path.split("/")[0] for path in after["trainable"]} == set(row.trains)
     assert {path.split("/")[0] for path in after["frozen"]} == set(row.freezes)
     still = [path for path, leaf in after["trainable"].items() if np.array_equal(leaf, before["trainable"][path])]
-    assert still == []
+    assert still == (["action/window_embedding"] if "action" in row.trains else [])
     for path, leaf in after["frozen"].items():
         assert leaf.dtype == "bfloat16"
         np.testing.assert_array_equal(leaf, before["frozen"][path])
