@@ -19,6 +19,7 @@ from wallwm_jax.data.event_store import TEXT_FEATURES, EventStore, open_store
 from wallwm_jax.data.packing import draw_caption, pack_row, random_stream
 from wallwm_jax.data.pipeline import check_store
 from wallwm_jax.data.store_writer import StoreOptions, write_store
+from wallwm_jax.evaluation import sight_cones
 from wallwm_jax.evaluation.open_loop import evaluate_open_loop
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.models.codecs import get_codec, open_codec
@@ -146,12 +147,12 @@ def test_every_wording_that_can_be_drawn_has_the_encoders_features(frozen, weigh
         for row in range(24):
             text = draw_caption(store, store.read(index), config.data, random_stream(0, 3, row, index)).text
             drawn.add(text)
-            assert store.text_features(text) is not None, text
+            assert store.text_tokens(text) == len(store.text_features(text)), text
     assert "" in drawn and any(": " in text and "takes" in text for text in drawn)
     some = sorted(drawn)[::7]
     for text, expected in zip(some, encoder.encode(some)):
         np.testing.assert_array_equal(store.text_features(text), expected)
-    assert store.text_features("no such wording") is None
+    assert store.text_tokens("no such wording") is None
     row = pack_row(store, config, [0, 1], 0, store.meta["views"])
     assert row["text_features"].shape == (4, 32, WIDTH) and "text_ids" not in row
     null = encoder.encode([""])[0]
@@ -217,6 +218,11 @@ def test_a_model_that_does_not_fit_is_refused(frozen):
     config.model.text.width = 32
     with pytest.raises(UserError, match=r"width of text features 16, but model\.text\.width is 32"):
         check_store(store, config)
+
+
+def test_the_picture_of_sight_cones_asks_for_frames(frozen):
+    with pytest.raises(UserError, match="holds latents, not pictures"):
+        sight_cones.draw(open_store(frozen), 0, ("ur5e/wrist", "front_pixels"), 4, 0.1, 3.0)
 
 
 def test_damaged_features_are_named(frozen, tmp_path):

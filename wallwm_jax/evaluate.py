@@ -166,12 +166,12 @@ def _trials(store: EventStore, options: Options) -> list[Trial]:
     if not options.episodes:
         return []
     from wallwm_jax.evaluation.closed_loop import held_out_trials
-    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments
+    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
     from wallwm_jax.sources.simulator.rendering import check_rendering
 
     check_rendering()
-    recorded = [source.removeprefix("ocbench/") for source in store.meta["sources"] if source.startswith("ocbench/")]
-    env_ids = [env_id for family in options.families for env_id in environments(family)] or recorded
+    asked = [env_id for family in options.families for env_id in environments(family)]
+    env_ids = asked or recorded_environments(store.meta["sources"])
     if not env_ids:
         raise UserError(
             f"event store {str(store.path)!r} was not recorded in OCBench ({store.meta['sources']}); "

@@ -248,15 +248,19 @@ class EventStore:
         """Whether captions are stored as features of a frozen text encoder."""
         return "text_width" in self.meta
 
-    def text_features(self, text: str) -> np.ndarray | None:
-        """Features `[n, Dt]` bfloat16 of a wording that the store has, else None; needs a frozen text encoder.
+    def text_tokens(self, text: str) -> int | None:
+        """How many features a wording has; None where the store does not have it. Needs a frozen text encoder."""
+        row = self._wordings.get(text)
+        return None if row is None else int(self._text_places[row, 1] - self._text_places[row, 0])
+
+    def text_features(self, text: str) -> np.ndarray:
+        """Features `[n, Dt]` bfloat16 of a wording that the store has; needs a frozen text encoder.
 
         Raises:
+          KeyError: the store does not have it; see `text_tokens`.
           UserError: the features are damaged.
         """
-        row = self._wordings.get(text)
-        if row is None:
-            return None
+        row = self._wordings[text]
         start, end, checksum = self._text_places[row]
         features = self._text_table[start:end]
         if zlib.crc32(features.tobytes()) != checksum:
@@ -272,7 +276,8 @@ class EventStore:
     @functools.cached_property
     def _text_places(self) -> np.ndarray:
         """`[captions, 3]`: first row, end and CRC-32 of each caption's features."""
-        return np.load(self.path / "captions.npz")["features"]
+        with np.load(self.path / "captions.npz") as captions:
+            return captions["features"]
 
     @functools.cached_property
     def _text_table(self) -> np.ndarray:

@@ -230,8 +230,8 @@ def drop_probability(length: float, floor: float, ceiling: float, short: float, 
 
 def _fits(store: EventStore, text: str, length: int) -> bool:
     if store.has_text_features:
-        features = store.text_features(text)
-        return features is not None and len(features) <= length
+        tokens = store.text_tokens(text)
+        return tokens is not None and tokens <= length
     return len(text.encode()) < length  # one id ends the text
 
 
@@ -240,9 +240,7 @@ def _place_text(out: dict[str, np.ndarray], slots: Any, store: EventStore, text:
     if not store.has_text_features:
         out["text_ids"][slots], out["text_length"][slots] = encode_bytes(text, out["text_ids"].shape[-1])
         return
-    features = store.text_features(text)
-    assert features is not None  # the store has every wording that can be drawn
-    features = features[: out["text_features"].shape[-2]]
+    features = store.text_features(text)[: out["text_features"].shape[-2]]
     out["text_features"][slots, : len(features)] = features
     out["text_length"][slots] = len(features)
 

@@ -367,18 +367,19 @@ class _Writer:
 
     def _caption_ids(self, episode: Episode, window: Window) -> dict[str, list[int]]:
         own = LEVELS.index(window.level)
-        around, after = [-1] * len(LEVELS), [-1] * len(LEVELS)
+        around, after, parent = [-1] * len(LEVELS), [-1] * len(LEVELS), ""
         for depth, level in enumerate(LEVELS):
             for span in episode.spans.get(level, ()):
                 if depth <= own and span.start <= window.span_start < span.end:
                     around[depth] = self._caption(span.caption)
+                    parent = span.caption if depth < own else parent
                 if after[depth] < 0 and span.start >= window.span_end:
                     after[depth] = self._caption(span.caption)
         spans = episode.spans[window.level]
         is_event = window.kind == "event"
         paraphrases = spans[window.event_index if is_event else 0].paraphrases
         if self._text:
-            self._add_wordings(episode, window, spans[window.event_index if is_event else 0])
+            self._add_wordings(spans[window.event_index if is_event else 0], parent, window.duration_s)
         return {
             "level_caption_ids": around,
             "next_caption_ids": after,
@@ -388,14 +389,11 @@ class _Writer:
             ],
         }
 
-    def _add_wordings(self, episode: Episode, window: Window, span: Span) -> None:
-        """Every wording that a loader may draw for this window besides the captions themselves: with the parent's
+    def _add_wordings(self, span: Span, parent: str, duration_s: float) -> None:
+        """Every wording that a loader may draw for a window besides the captions themselves: with its parent's
         caption, with its duration, with both."""
-        coarser = LEVELS[: LEVELS.index(window.level)]
-        around = [s for level in coarser for s in episode.spans.get(level, ()) if s.start <= window.span_start < s.end]
-        parent = around[-1].caption if around else ""
         for text in (span.caption, *span.paraphrases):
-            for wording in (text, duration_clause(text, window.duration_s)):
+            for wording in (text, duration_clause(text, duration_s)):
                 self._caption(wording)
                 self._caption(with_parent(parent, wording))
 

@@ -13,7 +13,8 @@ of an episode is looked at, since later ones begin where earlier chance has led.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -26,6 +27,9 @@ from wallwm_jax.evaluation.statistics import normalized_error
 from wallwm_jax.events.actions import relative_actions
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import KINDS
+
+if TYPE_CHECKING:
+    from wallwm_jax.sources.simulator.expert import Rollout
 
 Kind = tuple[str, str]  # level and verb of an event
 
@@ -43,7 +47,10 @@ def spread(trajectories: Sequence[np.ndarray]) -> list[tuple[float, float]]:
 
 
 def measure(env_ids: Sequence[str], stats: Stats, *, scenes: int, runs: int, seed: int) -> dict[Kind, np.ndarray]:
-    """(level, verb) → `[n, 2]` errors as of `spread`, of `runs` expert runs in each of `scenes` per environment."""
+    """(level, verb) → `[n, 2]` errors as of `spread`, of `runs` expert runs in each of `scenes` per environment.
+
+    Runs that do not succeed are left out, as they are from a store.
+    """
     from wallwm_jax.sources.simulator import expert
     from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, controller_factory
     from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
@@ -52,26 +59,35 @@ def measure(env_ids: Sequence[str], stats: Stats, *, scenes: int, runs: int, see
     environments = {env_id: OCBenchEnv(env_id, ()) for env_id in env_ids}
     jobs = [(env_id, scene) for env_id in env_ids for scene in range(scenes)]
     for env_id, scene in progress(jobs, total=len(jobs), unit="scene", label="experts"):
-        same: dict[tuple[str, str, int, str], list[np.ndarray]] = defaultdict(list)
+        factory, scene_seed = controller_factory(env_id), attempt_seed(env_id, seed, scene)
+        same: dict[tuple[Kind, int, str], list[np.ndarray]] = defaultdict(list)
         for run in range(runs):
-            scene_seed = attempt_seed(env_id, seed, scene)
-            factory = controller_factory(env_id)
             rollout = expert.roll_out(environments[env_id], factory, scene_seed, 1, expert_seed=seed + run)
-            spans = expert.spans(rollout)
-            first = spans["subtask"][0]
-            for level in ("subtask", "action"):
-                inside = [span for span in spans[level] if span.start >= first.start and span.end <= first.end]
-                for number, span in enumerate(inside):
-                    stretch, pose = slice(span.start, span.end), rollout.observations[span.start].pose
-                    actions, valid = relative_actions(
-                        rollout.command_poses[stretch], rollout.command_grippers[stretch], pose
-                    )
-                    turn = sum(earlier.verb == span.verb for earlier in inside[:number])
-                    same[level, span.verb, turn, first.caption].append(stats.normalize_actions(actions)[:, valid])
-        for (level, verb, _, _), trajectories in same.items():
+            if rollout.success:
+                for event, actions in _first_events(rollout, stats):
+                    same[event].append(actions)
+        for (kind, _, _), trajectories in same.items():
             if len(trajectories) > 2:
-                errors[level, verb] += spread(trajectories)
+                errors[kind] += spread(trajectories)
     return {kind: np.array(rows) for kind, rows in errors.items()}
+
+
+def _first_events(rollout: Rollout, stats: Stats) -> Iterator[tuple[tuple[Kind, int, str], np.ndarray]]:
+    """The first subtask and its actions: (kind, how many of this kind came before, the subtask's caption), and the
+    normalised trajectory."""
+    from wallwm_jax.sources.simulator import expert
+
+    spans = expert.spans(rollout)
+    first, seen = spans["subtask"][0], Counter[Kind]()
+    for level in ("subtask", "action"):
+        for span in spans[level]:
+            if span.end > first.end:
+                break
+            stretch, pose = slice(span.start, span.end), rollout.observations[span.start].pose
+            actions, valid = relative_actions(rollout.command_poses[stretch], rollout.command_grippers[stretch], pose)
+            kind = level, span.verb
+            yield (kind, seen[kind], first.caption), stats.normalize_actions(actions)[:, valid]
+            seen[kind] += 1
 
 
 def _occurrences(store: EventStore) -> Counter[Kind]:
@@ -97,8 +113,10 @@ def _define_flags() -> None:
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
     values = flags.FLAGS
+    from wallwm_jax.sources.simulator.ocbench_demos import recorded_environments
+
     store = open_store(values.store, "heldout")
-    env_ids = [source.removeprefix("ocbench/") for source in store.meta["sources"] if source.startswith("ocbench/")]
+    env_ids = recorded_environments(store.meta["sources"])
     if not env_ids:
         raise UserError(f"event store {values.store!r} was not recorded in OCBench ({store.meta['sources']})")
     errors = measure(env_ids, store.stats, scenes=values.scenes, runs=values.runs, seed=values.seed)

@@ -264,7 +264,7 @@ def _frames_along(store: EventStore, episode: int) -> list[np.ndarray]:
             record = store.read(int(window))
         except BadRecord:
             continue
-        if view not in record.frames:
+        if view not in record.frames or record.latents is not None:  # keyframes alone do not say when they were
             continue
         for moment, step in enumerate(wanted):
             position = round((step - record.start) / stride)

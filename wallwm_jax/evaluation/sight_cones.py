@@ -29,9 +29,13 @@ def draw(store: EventStore, index: int, views: Sequence[str], patches: int, near
     """The picture of window `index`: `views[0]`'s patches on `views[1]`, `patches` per side.
 
     Raises:
-      UserError: a view that the window does not have, or one without calibration.
+      UserError: a view that the window does not have, or one without calibration; a store of latents.
     """
     record = store.read(index)
+    if record.latents is not None:
+        raise UserError(
+            f"event store {str(store.path)!r} holds latents, not pictures; give one built with a haar codec"
+        )
     stored = list(store.meta["views"])
     for view in views:
         if view not in record.frames or not record.geometry[stored.index(view)].any():

@@ -93,7 +93,8 @@ def roll_out(
     """Lets the expert act until the episode is over. Deterministic, also on a used environment, from the scene's `seed`
     and the expert's own, by default the same."""
     observation = env.reset(seed)
-    np.random.seed((seed if expert_seed is None else expert_seed) % 2**32)  # noqa: NPY002  (OCBench's experts draw from numpy's global generator)
+    # OCBench's experts draw from numpy's global generator.
+    np.random.seed((seed if expert_seed is None else expert_seed) % 2**32)  # noqa: NPY002
     scene = Scene(env.env)
     controller = make_controller(env.env)
     observations = [observation]

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
 }
 _MAX_ATTEMPTS_PER_EPISODE = 5
+_SOURCE = "ocbench/"  # an episode's source is this and its environment id
 
 
 @dataclass
@@ -110,7 +111,7 @@ def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tu
     rendered = rollout.observations[::VIDEO_STRIDE]
     return Episode(
         episode_id=f"{env_id}/{seed}/{number}",
-        source=f"ocbench/{env_id}",
+        source=_SOURCE + env_id,
         embodiment=EMBODIMENT,
         clock_hz=CLOCK_HZ,
         video_stride=VIDEO_STRIDE,
@@ -164,6 +165,11 @@ def environments(family: str) -> tuple[str, ...]:
     raise UserError(
         f"unknown OCBench family {family!r}; give one of {', '.join(FAMILIES)} or an id like {FAMILIES['block'][0]}"
     )
+
+
+def recorded_environments(sources: Sequence[str]) -> list[str]:
+    """Environment ids among the sources that a store names."""
+    return [source.removeprefix(_SOURCE) for source in sources if source.startswith(_SOURCE)]
 
 
 def _generate(
