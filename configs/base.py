@@ -122,6 +122,10 @@ def get_config() -> ConfigDict:
             b2=0.95,
             eps=1e-8,
             muon_momentum=0.95,
+            muon_dtype="float32",  # of Muon's iteration and of what its chips exchange; bfloat16 on TPU
+            coefficients="polar_express",  # polar_express | jordan | you: the polynomials of the iteration
+            neuron_decay=0.0,  # decay of NorMuon's mean squares, such as 0.95; 0 leaves NorMuon out
+            cautious_decay=False,  # decay only what the update makes smaller, too
             clip_norm=1.0,  # global, before momentum
         )
     )

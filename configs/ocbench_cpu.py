@@ -24,19 +24,13 @@ from configs import ocbench_quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart with 2 x 2 patches and more steps."""
+    """The quickstart with 2 x 2 patches, two rows and more steps."""
     config = ocbench_quickstart.get_config()
     config.unlock()
-    config.data.actions_per_row = 256
-    config.data.text_length = 96
-    config.model.patch = (2, 2)  # with the quickstart's patches the arm misses more buttons, see above
-    config.objective.action_draws = 4
-    config.sampling.action_draws = 1
-    config.sampling.action_temperature = 0.0
-    config.model.video_prediction = "velocity"  # as measured; the quickstart's x-prediction is untried here
-    config.objective.video_sigma_power = 0.0
+    config.data.rows = 2
+    config.model.patch = (2, 2)
     config.optim.warmup_steps = 100
-    config.train.steps = 5000
+    config.train.steps = 4500
     config.train.ema_decay = 0.998
     config.train.save_every = 500
     config.train.log_every = 50

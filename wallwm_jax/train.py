@@ -33,6 +33,7 @@ import contextlib
 import json
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -156,6 +157,8 @@ def run(
                 print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
             groups = ", ".join(f"{name} {count(tree):,}" for name, tree in state.trainable.items())
             print(f"    training {count(state.trainable):,} parameters ({groups}); {count(state.frozen):,} frozen")
+            if built.muon_cost is not None and mesh.size > 1:
+                print(textwrap.indent(built.muon_cost.table(), "    "))
 
         # Compile, ahead of time: a batch of another shape would be an error, never a second compilation.
         batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from wallwm_jax.optim.ownership import ADAMW, MatrixSpec
+
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
 
 
@@ -29,14 +31,6 @@ class Rule:
     pattern: str
     axes: tuple[str, ...]
     kind: str
-
-
-@dataclass(frozen=True)
-class MatrixAxes:
-    """Which axes of a leaf form the matrix that Muon orthogonalises; all others are stacked."""
-
-    reduction: int
-    output: int
 
 
 _BLOCK = r"(video|action|text)/blocks/"
@@ -119,8 +113,8 @@ def map_params(function: Callable[[str, Rule, Any], Any], params: Any) -> Any:
 
 
 def muon_matrices(params: Any) -> Any:
-    """Per leaf `MatrixAxes` where Muon applies, None elsewhere: the linear maps of the blocks, `[L, in, out]`."""
-    return map_params(lambda path, rule, leaf: MatrixAxes(1, 2) if rule.kind == MATRIX else None, params)
+    """Per leaf a `MatrixSpec` where Muon applies, the linear maps of the blocks, `[L, in, out]`; `ADAMW` elsewhere."""
+    return map_params(lambda path, rule, leaf: MatrixSpec(1, 2) if rule.kind == MATRIX else ADAMW, params)
 
 
 def decay_mask(params: Any) -> Any:

@@ -5,8 +5,8 @@ r"""Compiling for TPUs that are not there, and reading what the compiler says.
     print(statistics(compiled).table())
 
 The real TPU compiler runs on a machine without TPUs (`pip install "jax[tpu]"`). XLA counts the body of a scan once;
-here every instruction is counted as often as its loops run. Pallas kernels are opaque to the compiler's own estimate
-and are listed by name.
+here every instruction is counted as often as its loops run, and of a conditional the branch with most products. Pallas
+kernels are opaque to the compiler's own estimate and are listed by name.
 """
 
 from __future__ import annotations
@@ -84,6 +84,15 @@ class Statistics:
     def memory(self) -> int:
         """Bytes a chip needs: arguments, temporaries and outputs."""
         return self.arguments + self.temporaries + self.outputs
+
+    def add(self, other: Statistics) -> None:
+        """Adds what another part of the program does; memory apart."""
+        self.flops += other.flops
+        self.cycles += other.cycles
+        self.collectives += other.collectives
+        self.kernels += other.kernels
+        for kind, received in other.received.items():
+            self.received[kind] += received
 
     def table(self) -> str:
         """Some lines for people."""
@@ -182,15 +191,15 @@ def _end(text: str, stop: str) -> int:
 
 
 def _count(
-    computations: dict[str, dict[str, _Instruction]], name: str, times: int, result: Statistics, *, fused: bool
+    computations: dict[str, dict[str, _Instruction]], computation: str, times: int, result: Statistics, *, fused: bool
 ) -> None:
     """Adds a computation that runs `times` times; inside a fusion the cycles are already counted."""
-    for instruction in computations[name].values():
+    for instruction in computations[computation].values():
         opcode, inner = instruction.opcode, times
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif opcode in ("dot", "convolution"):
-            result.flops += times * _product_flops(instruction, computations[name])
+            result.flops += times * _product_flops(instruction, computations[computation])
         elif opcode == "custom-call" and f'"{_KERNEL}"' in instruction.attributes:
             result.kernels[_kernel_name(instruction)] += times
         kind = opcode.removesuffix("-start")
@@ -201,9 +210,15 @@ def _count(
             result.cycles += times * instruction.number("estimated_cycles", 0)
         if opcode in ("reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map") or kind in COLLECTIVES:
             continue  # what they call runs per element
-        for called in instruction.called:
-            if called in computations:
-                _count(computations, called, inner, result, fused=fused or opcode == "fusion")
+        called = [name for name in instruction.called if name in computations]
+        if opcode == "conditional":
+            branches = [Statistics() for _ in called]
+            for name, branch in zip(called, branches):
+                _count(computations, name, inner, branch, fused=fused)
+            result.add(max(branches, key=lambda branch: branch.flops))
+            continue
+        for name in called:
+            _count(computations, name, inner, result, fused=fused or opcode == "fusion")
 
 
 def _trips(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int:

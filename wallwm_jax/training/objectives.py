@@ -61,7 +61,8 @@ def draw(key: jax.Array, batch: Batch, config: ConfigDict, stage: Stage) -> Draw
     if objective.action_sigma == "symmetric":
         action_sigma = jnp.broadcast_to(video_sigma, (draws, rows, slots))
     else:
-        u = jax.random.uniform(action_sigma_key, (draws, rows, slots))
+        offset = jnp.arange(draws)[:, None, None] / draws  # an event's draws lie evenly over the noise levels
+        u = (jax.random.uniform(action_sigma_key, (rows, slots)) + offset) % 1.0
         action_sigma = flow_matching.sigma_from_uniform(u, objective.action_shift)
     tubes = None
     if objective.tube.prob:

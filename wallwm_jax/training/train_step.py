@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from wallwm_jax.models import param_axes, world_action_model
+from wallwm_jax.optim.muon import MuonSharding
+from wallwm_jax.optim.muon_cost import MuonCost, muon_cost_report
 from wallwm_jax.optim.optimizer import build_optimizer, learning_rate
 from wallwm_jax.parallel import sharding
 from wallwm_jax.training.objectives import Batch, compute_loss
@@ -44,6 +46,7 @@ class TrainStep:
       rows: sharding of every array of a batch.
       stage: what trains.
       optimizer: the gradient transformation inside `step`.
+      muon_cost: what Muon's part of a step costs a chip; None where nothing is Muon's.
     """
 
     step: jax.stages.Wrapped
@@ -52,6 +55,7 @@ class TrainStep:
     rows: NamedSharding
     stage: Stage
     optimizer: optax.GradientTransformation
+    muon_cost: MuonCost | None
 
     def abstract_batch(self, spec: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch as shapes with shardings, from `packing.batch_spec`."""
@@ -72,9 +76,8 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
     """
     stage = get_stage(config.train.stage)
     shapes, _ = stage.split(world_action_model.abstract_params(config.model))
-    optimizer = build_optimizer(
-        config.optim, config.train.steps, param_axes.muon_matrices(shapes), param_axes.decay_mask(shapes)
-    )
+    matrices, placement = param_axes.muon_matrices(shapes), muon_sharding(shapes, mesh)
+    optimizer = build_optimizer(config.optim, config.train.steps, matrices, param_axes.decay_mask(shapes), placement)
     channels = config.model.latent_channels
     weight = np.ones(channels, np.float32) if channel_weight is None else np.asarray(channel_weight, np.float32)
     if weight.shape != (channels,):
@@ -125,7 +128,20 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
         rows=rows,
         stage=stage,
         optimizer=optimizer,
+        muon_cost=(
+            muon_cost_report(matrices, shapes, placement, dtype=config.optim.muon_dtype)
+            if config.optim.name == "muon"
+            else None
+        ),
     )
+
+
+def muon_sharding(params: PyTree, mesh: Mesh) -> MuonSharding | None:
+    """Where parameters live on `mesh`, for Muon; None on one device."""
+    if mesh.size == 1:
+        return None
+    specs = param_axes.map_params(lambda path, rule, leaf: sharding.spec_for(rule.axes, leaf.shape, mesh), params)
+    return MuonSharding(mesh.abstract_mesh, specs)
 
 
 def _quick_compilation(mesh: Mesh) -> dict[str, Any]:
@@ -134,17 +150,20 @@ def _quick_compilation(mesh: Mesh) -> dict[str, Any]:
 
 
 def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """NamedSharding of every array of a state: parameters by `param_axes`, moments and average as their parameter."""
+    """NamedSharding of every array of a state: parameters, their moments and average by `param_axes`."""
     trainable, frozen = (
         param_axes.map_params(lambda path, rule, leaf: sharding.named(rule.axes, leaf.shape, mesh), params)
         for params in (abstract.trainable, abstract.frozen)
     )
     whole = sharding.replicated(mesh)
+    rules = param_axes.map_params(lambda path, rule, leaf: rule, abstract.trainable)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda moment, where: moment if isinstance(moment, optax.MaskedNode) else where,
+        lambda moment, rule: (
+            moment if isinstance(moment, optax.MaskedNode) else sharding.named(rule.axes, moment.shape, mesh)
+        ),
         abstract.opt_state,
-        trainable,
+        rules,
         transform_non_params=lambda _: whole,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )

@@ -1,0 +1,55 @@
+"""Muon compiled by the TPU compiler: the bars of the update, and that the static plan says what the program does."""
+
+import pytest
+
+from wallwm_jax.benchmarks import muon
+from wallwm_jax.console import UserError
+
+
+def check_plan(row):
+    assert set(row["collectives"]) <= {"all-to-all", "all-gather"}  # nothing reduced, nothing gathered but updates
+    assert row["collectives"] == row["plan"]["collectives"]
+    assert row["flops_per_chip"] == pytest.approx(row["plan"]["flops_per_chip"], rel=0.05)
+    assert row["bytes_received_per_chip"] == pytest.approx(row["plan"]["bytes_received_per_chip"], rel=0.05)
+
+
+@pytest.mark.tpu
+def test_the_compiled_update_of_a_small_tower_is_the_plan():
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    result = muon.measure("wan1b3", "v5p:2x2x2", ["ours_fsdp"])
+    row = result["ours_fsdp"]
+    check_plan(row)
+    assert row["flops_per_chip"] <= 1.1 * row["ideal_flops_per_chip"]
+    assert row["collectives"] == {"all-to-all": 4}
+    assert "ours_fsdp" in muon.table(result)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_the_14b_update_keeps_its_bars_on_256_chips():
+    """Work, traffic and memory per chip of the published single-view layout and its multi-view twin."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    ours = ["ours_fsdp", "ours_fsdp_views", "ours_data_fsdp", "ours_fsdp_tp"]
+    result = muon.measure("wan14b", "v5p:4x8x8", ours)
+    for name in ours:
+        check_plan(result[name])
+    fsdp, views, both, tensor = (result[name] for name in ours)
+    assert (fsdp["matrices"], views["matrices"]) == (400, 560)
+    assert fsdp["flops_per_chip"] <= 1.15 * fsdp["ideal_flops_per_chip"]
+    assert fsdp["bytes_received_per_chip"] <= 0.8e9 and fsdp["temp_bytes_per_chip"] <= 1.6e9
+    assert fsdp["share_of_step"] <= 0.012
+    assert views["flops_per_chip"] <= 1.25 * views["ideal_flops_per_chip"]
+    assert both["temp_bytes_per_chip"] <= 1.6e9
+    assert tensor["bytes_received_per_chip"] <= 1.8e9 and tensor["temp_bytes_per_chip"] <= 2e9
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("wan14b", "v5p:2x2x1", ["ours"]), "--rows=ours: one of ours_fsdp"),
+        (("wan3", "v5p:2x2x1"), "no configs/wan3.py"),
+    ],
+)
+def test_unknown_names_are_errors(arguments, message):
+    with pytest.raises(UserError, match=message):
+        muon.measure(*arguments)

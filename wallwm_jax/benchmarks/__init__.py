@@ -1,0 +1,1 @@
+"""What `python -m wallwm_jax.benchmark` measures, one module per part."""
