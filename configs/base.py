@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         dict(
             store="",  # event store directory, made by wallwm_jax.build_events
             split="train",  # train | heldout
-            window_kind="event",  # event | fixed
+            window_kind="event",  # event | fixed | history
             levels={"subtask": 0.5, "action": 0.5},  # share of drawn events per level (event windows)
             views=(),  # view names in order; () takes the store's
             rows=4,  # B: global rows per step

@@ -54,6 +54,7 @@ ENTRY %main (start: (s32[], f32[8,4])) -> f32[] {
   %start = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
   %loop = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, metadata={op_name="scan"}
   %reduced = f32[100]{0:T(128)} all-reduce(%loop), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %spread = f32[50]{0:T(128)} all-reduce(%loop), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
   %again = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"2"}}
   ROOT %total = f32[]{:T(128)} reduce(%reduced), dimensions={0}, to_apply=%add
 }
@@ -66,9 +67,9 @@ def test_loops_fusions_collectives_and_kernels_are_counted():
     product, batched = 2 * 8 * 4 * 16, 2 * 5 * 8 * 8 * 128
     assert found.flops == trips * (product + batched)
     assert found.cycles == trips * 100
-    assert found.collectives == {"all-gather": trips, "all-reduce": 1}
+    assert found.collectives == {"all-gather": trips, "all-reduce": 2}
     assert found.received["all-gather"] == pytest.approx(trips * 64 * 128 * 2 * 31 / 32)
-    assert found.received["all-reduce"] == pytest.approx(2 * 100 * 4 * 3 / 4)
+    assert found.received["all-reduce"] == pytest.approx(2 * (100 + 50) * 4 * 3 / 4)
     assert found.kernels == {"kernel": trips}
     assert "kernel" in found.table() and "all-gather" in found.table()
 

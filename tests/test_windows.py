@@ -129,8 +129,8 @@ def test_an_episode_shorter_than_a_video_stride_has_no_windows():
 
 def test_wrong_requests_are_errors():
     episode = synthetic_episode(0, steps=16, size=16)
-    with pytest.raises(UserError, match="unknown window kind or level 'history'"):
-        cut_windows(episode, ["history"])
+    with pytest.raises(UserError, match="unknown window kind or level 'random'"):
+        cut_windows(episode, ["random"])
     with pytest.raises(
         UserError, match="fixed windows of 33 steps do not fit the video: give a multiple of 2 up to 128"
     ):

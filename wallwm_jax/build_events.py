@@ -134,9 +134,14 @@ def _define_flags() -> None:
     flags.DEFINE_enum("text_encoder", "bytes", ["bytes", "umt5"], "bytes is learned by the model, umt5 frozen")
     flags.DEFINE_string("text_weights", "", "Folder of the text encoder's converted weights (umt5)")
     flags.DEFINE_integer("size", 64, "Height and width of the frames, pixels")
-    flags.DEFINE_list("windows", ["event", "fixed"], "Kinds of windows: event (one per span), fixed (tiles)")
+    flags.DEFINE_list(
+        "windows",
+        ["event", "fixed"],
+        "Kinds of windows: event (one per span), fixed (tiles), history (tiles and their past)",
+    )
     flags.DEFINE_list("levels", ["subtask", "action"], "Levels of event windows: task, subtask, action, segment")
-    flags.DEFINE_integer("fixed_steps", 32, "Control steps of a fixed window")
+    flags.DEFINE_integer("fixed_steps", 32, "Control steps of a fixed window, or of the future of one with history")
+    flags.DEFINE_integer("history", 1, "Latents of four frames before the observation of a window with history", 0)
     flags.DEFINE_float("heldout_fraction", 0.15, "Share of the episodes kept from training", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record; 0 records in this one", 0)
@@ -159,6 +164,7 @@ def main(_: Sequence[str]) -> None:
         kinds=tuple(values.windows),
         levels=tuple(values.levels),
         fixed_steps=values.fixed_steps,
+        history=values.history,
         heldout_fraction=values.heldout_fraction,
         seed=values.seed,
     )

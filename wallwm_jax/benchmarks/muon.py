@@ -21,7 +21,6 @@ from wallwm_jax.console import UserError, phase
 from wallwm_jax.models import param_axes, world_action_model
 from wallwm_jax.optim.muon import MatrixSpec, MuonSharding, scale_by_muon
 from wallwm_jax.optim.muon_cost import muon_cost_report
-from wallwm_jax.optim.newton_schulz import COEFFICIENTS
 from wallwm_jax.optim.ownership import flatten, matrix_paths
 from wallwm_jax.parallel import sharding
 from wallwm_jax.parallel.aot import statistics, topology_devices
@@ -148,7 +147,7 @@ def _measure(config: ConfigDict, row: Row, devices: Sequence[jax.Device], topolo
 
 def _optax(specs: dict[str, MatrixSpec]) -> optax.GradientTransformation:
     numbers = {path: MuonDimensionNumbers(spec.reduction, spec.output) for path, spec in specs.items()}
-    return optax_scale_by_muon(COEFFICIENTS["jordan"], weight_dimension_numbers=numbers)
+    return optax_scale_by_muon(weight_dimension_numbers=numbers)
 
 
 def _shape(mesh: dict[str, int]) -> str:

@@ -268,7 +268,7 @@ def _describe(store: EventStore, windows: np.ndarray) -> _Described:
             thumbnails = np.zeros((len(views), side, side), np.uint8)
             for number, view in enumerate(views):
                 if view in record.frames:
-                    grey = cv2.cvtColor(record.picture(view, 0), cv2.COLOR_RGB2GRAY)
+                    grey = cv2.cvtColor(record.picture(view, int(record.keyframes[0])), cv2.COLOR_RGB2GRAY)
                     thumbnails[number] = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
         except BadRecord:
             continue

@@ -48,8 +48,8 @@ INDEX_DTYPE = np.dtype(
     [
         ("kind", np.int8),  # index into KINDS
         ("level", np.int8),  # index into LEVELS
-        ("length", np.int16),  # latents, 1 + N
-        ("num_actions", np.int16),  # T
+        ("length", np.int16),  # latents, M + 1 + N
+        ("num_actions", np.int16),  # those of the history and T
         ("duration_s", np.float32),  # true seconds of the span, uncapped
         ("episode", np.int32),
         ("event_index", np.int32),  # in its level of its episode
@@ -102,15 +102,17 @@ class WindowRecord:
       frames: view name → `n` JPEG frames, without the held padding; a view that the episode lacks is absent. In a
         store of latents only the distinct keyframes.
       latents: view name → `[1 + N, h, w, C]` bfloat16, of the codec and not normalised; None in a store of frames.
-      num_latents: `1 + N`.
-      actions: `[T, 32]` float32, canonical, not normalised. action_valid: `[32]` bool.
+      num_latents: `1 + N`; history windows have their `history` M before, in frames, latents and geometry, too.
+      history: latents before that of the observation.
+      past_actions: how many of the actions are the history's.
+      actions: `[past_actions + T, 32]` float32, canonical, not normalised. action_valid: `[32]` bool.
       state: `[32]` float32 at the observation, not normalised. state_valid: `[32]` bool.
       geometry: `[V, 1 + N, 21]` float32 at the last frame of each latent; zeros for a view without calibration.
       keyframes: `[4]` int32, positions in `frames` at 0, 25, 50 and 75 %.
       level_caption_ids: `[4]` int32 by level: of the window itself and of all coarser levels around it.
       next_caption_ids: `[4]` int32 by level: of the first event that starts at or after the window's end.
       paraphrase_ids: other wordings of the window's own caption.
-      previous_caption_ids: of all events before it on its level, in time order; none for fixed windows.
+      previous_caption_ids: of all events before it on its level, in time order; events only.
     """
 
     index: int
@@ -125,6 +127,8 @@ class WindowRecord:
     frames: dict[str, list[bytes]]
     latents: dict[str, np.ndarray] | None
     num_latents: int
+    history: int
+    past_actions: int
     actions: np.ndarray
     action_valid: np.ndarray
     state: np.ndarray
@@ -138,7 +142,7 @@ class WindowRecord:
 
     @property
     def num_actions(self) -> int:
-        """`T`."""
+        """Commands of history and future."""
         return len(self.actions)
 
     @property
@@ -308,7 +312,7 @@ class EventStore:
         return json.loads((self.path / "episodes.json").read_text())
 
     def span(self, index: int) -> dict[str, Any] | None:
-        """The event of window `index` as in `episodes`: its caption, verb and true steps; None for fixed windows."""
+        """The event of window `index` as in `episodes`: its caption, verb and true steps; None for other windows."""
         row = self.index[index]
         if KINDS[row["kind"]] != "event":
             return None
@@ -402,15 +406,20 @@ def shard_instructions(path: Path, split: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """How the records of a store are read: view name → its key in them, and the `[h, w, C]` of stored latents."""
+    """How the records of a store are read: view name → its key in them, the `[h, w, C]` of stored latents, and the
+    past of history windows in latents and actions."""
 
     keys: Mapping[str, str]
     cells: tuple[int, int, int] | None
+    history: int = 0
+    history_actions: int = 0
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> RecordLayout:
         """That of the store which `meta` describes."""
-        return cls(meta["frame_keys"], latent_cells(get_codec(meta["codec"]), meta["size"]))
+        history = meta.get("history_latents", 0)
+        cells = latent_cells(get_codec(meta["codec"]), meta["size"])
+        return cls(meta["frame_keys"], cells, history, history * meta["actions_per_latent"])
 
 
 def latent_cells(codec: Codec, size: Sequence[int]) -> tuple[int, int, int] | None:
@@ -434,9 +443,11 @@ def parse_record(serialized: bytes, index: int, layout: RecordLayout) -> WindowR
         latents = {
             view: np.frombuffer(data, ml_dtypes.bfloat16).reshape(-1, *layout.cells) for view, data in stored.items()
         }
+    kind = KINDS[integers["kind"]]
+    has_past = kind == "history"
     return WindowRecord(
         index=index,
-        kind=KINDS[integers["kind"]],
+        kind=kind,
         level=LEVELS[integers["level"]],
         episode_id=integers["episode"],
         event_index=integers["event_index"],
@@ -447,6 +458,8 @@ def parse_record(serialized: bytes, index: int, layout: RecordLayout) -> WindowR
         frames=frames,
         latents=latents,
         num_latents=integers["num_latents"],
+        history=layout.history if has_past else 0,
+        past_actions=min(layout.history_actions, integers["start"]) if has_past else 0,
         actions=arrays["actions"],
         action_valid=arrays["action_valid"].astype(bool),
         state=arrays["state"],

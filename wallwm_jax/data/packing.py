@@ -134,15 +134,16 @@ def batch_spec(config: ConfigDict, global_rows: int, *, num_views: int | None = 
     null text and `duration_s` 0; absent views have `view_id` 0 and zeros.
 
         latents        [B,V,F,h,w,C] normalised     latent_event   [B,F] slot + 1, 0 padding
-        latent_role    [B,F] 0 padding, 1, 2        latent_pos     [B,F] 0 the observation, then 1..N
+        latent_role    [B,F] 0 padding, 1, 2        latent_pos     [B,F] -M..-1, 0 the observation, then 1..N
         actions        [B,A,Da] normalised          action_event   [B,A] slot + 1, 0 padding
-        action_valid   [B,A,Da]                     action_pos     [B,A] 0..T-1
+        action_valid   [B,A,Da]                     action_pos     [B,A] below 0 history, 0..T-1
         state          [B,E,Da] normalised          state_valid    [B,E,Da]
         text_ids       [B,E,L]                      text_features  [B,E,L,Dt], instead of text_ids
         text_length    [B,E]                        view_geometry  [B,V,F,21], see `event_store`
         view_id        [B,E,V]                      valid_rect     [B,E,V,4] x0 y0 x1 y1, shares of the frame
         window_index   [B,E]                        event_level    [B,E] index into LEVELS
         duration_s     [B,E] seconds                duration_in_caption [B,E]
+        window_number  [B,E] 1, 2, ... along an episode, 0 absent; with `data.window_kind = "history"` only
 
     Args:
       config: the whole config.
@@ -184,6 +185,8 @@ def batch_spec(config: ConfigDict, global_rows: int, *, num_views: int | None = 
         "duration_in_caption": ((b, e), np.bool_),
         "event_level": ((b, e), np.int32),
     }
+    if data.window_kind == "history":
+        shapes["window_number"] = ((b, e), np.int32)
     return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
 
@@ -287,6 +290,8 @@ def pack_row(
         out["duration_s"][slot] = record.duration_s
         out["window_index"][slot] = window
         out["event_level"][slot] = entry["level"]
+        if "window_number" in out:
+            out["window_number"][slot] = 1 + record.event_index
     return out
 
 
@@ -300,7 +305,7 @@ def _place_video(
     record: WindowRecord,
     views: Sequence[str],
 ) -> None:
-    """Puts the latents `[present views, 1 + N, h, w, C]` of one event into the row, normalised."""
+    """Puts the latents `[present views, M + 1 + N, h, w, C]` of one event into the row, normalised."""
     stored, table = store.meta["views"], store.meta["cameras"]
     for source, number in enumerate(present):
         cells = out["latents"][number, where]
@@ -310,9 +315,9 @@ def _place_video(
         out["view_id"][slot, number] = table[views[number]]
         out["valid_rect"][slot, number] = (0, 0, 1, 1)
     out["latent_event"][where] = slot + 1
-    out["latent_role"][where] = DENOISE
-    out["latent_role"][where.start] = CLEAN
-    out["latent_pos"][where] = np.arange(where.stop - where.start)
+    position = np.arange(where.stop - where.start) - record.history
+    out["latent_pos"][where] = position
+    out["latent_role"][where] = np.where(position > 0, DENOISE, CLEAN)
 
 
 def _place_actions(
@@ -322,6 +327,6 @@ def _place_actions(
     out["actions"][where] = np.where(valid, store.stats.normalize_actions(record.actions), 0)
     out["action_valid"][where] = valid
     out["action_event"][where] = slot + 1
-    out["action_pos"][where] = np.arange(where.stop - where.start)
+    out["action_pos"][where] = np.arange(where.stop - where.start) - record.past_actions
     out["state"][slot] = np.where(record.state_valid, store.stats.normalize_state(record.state), 0)
     out["state_valid"][slot] = record.state_valid

@@ -60,7 +60,7 @@ class StoreOptions:
       compute_dtype: of the codec, float32 or bfloat16.
       text_encoder: "bytes" (the model learns to read) or "umt5": every wording of a caption is encoded here.
       text_weights: folder of the text encoder's converted weights.
-      kinds, levels, fixed_steps: as `cut_windows` takes them.
+      kinds, levels, fixed_steps, history: as `cut_windows` takes them.
       heldout_fraction: share of the episodes that only evaluation sees; see `HeldoutChoice`.
       seed: of the sample for latent statistics.
       latent_sample: windows whose frames are decoded for `latent_mean` and `latent_std`.
@@ -78,6 +78,7 @@ class StoreOptions:
     kinds: tuple[str, ...] = ("event", "fixed")
     levels: tuple[str, ...] = ("subtask", "action")
     fixed_steps: int = 32
+    history: int = 1
     heldout_fraction: float = 0.15
     seed: int = 0
     latent_sample: int = 256
@@ -234,7 +235,9 @@ class _Writer:
         if self._first is None:
             self._begin(episode)
         self._check_fits(episode)
-        windows = cut_windows(episode, options.kinds, levels=options.levels, fixed_steps=options.fixed_steps)
+        windows = cut_windows(
+            episode, options.kinds, levels=options.levels, fixed_steps=options.fixed_steps, history=options.history
+        )
         if not windows:
             self.summary.too_short += 1
             return
@@ -304,13 +307,14 @@ class _Writer:
         self, episode: Episode, number: int, window: Window, split: str, latents: Mapping[str, np.ndarray]
     ) -> None:
         assert self._records is not None
-        steps = slice(window.start, window.start + window.num_actions)
+        first = window.start - window.past_actions
+        steps = slice(first, first + window.num_actions)
         actions, action_valid = relative_actions(
             episode.command_poses[steps], episode.command_grippers[steps], episode.poses[window.start]
         )
         state, state_valid = state_vector(episode.poses[window.start], episode.grippers[window.start])
         if split == "train":
-            self._actions.add(actions, action_valid)
+            self._actions.add(actions[window.past_actions :], action_valid)
             self._states.add(state, state_valid)
         arrays = {
             "actions": actions,
@@ -473,7 +477,8 @@ class _Writer:
             "sources": list(self._sources),
             "kinds": list(options.kinds),
             "levels": list(options.levels),
-            "fixed_steps": options.fixed_steps if "fixed" in options.kinds else None,
+            "fixed_steps": options.fixed_steps if {"fixed", "history"} & set(options.kinds) else None,
+            "history_latents": options.history if "history" in options.kinds else 0,
             "heldout_fraction": options.heldout_fraction,
             "seed": options.seed,
             "splits": splits,
@@ -509,7 +514,7 @@ def _describe_weights(name: str, kind: str, folder: str) -> dict[str, dict[str, 
 
 
 def _video(episode: Episode, window: Window, view: str) -> np.ndarray:
-    """Frames `[1 + 4N, H, W, 3]` uint8 of a window, the last one held to the end."""
+    """Frames `[1 + 4(M + N), H, W, 3]` uint8 of a window, the last one held to the end."""
     frames = []
     for position in window.frame_indices:
         picture = cv2.imdecode(np.frombuffer(episode.frames[view][position], np.uint8), cv2.IMREAD_COLOR)
@@ -521,7 +526,7 @@ def _video(episode: Episode, window: Window, view: str) -> np.ndarray:
 
 
 def _geometry(episode: Episode, window: Window, views: list[str]) -> np.ndarray:
-    """`[V, 1 + N, 21]`: calibration of each view at the last frame of each latent; zeros where there is none."""
+    """`[V, M + 1 + N, 21]`: calibration of each view at the last frame of each latent; zeros where there is none."""
     height, width = episode.size
     frames = window.latent_frame_indices
     geometry = np.zeros((len(views), len(frames), event_store.GEOMETRY_DIM), np.float32)

@@ -2,6 +2,9 @@
 
 An **event** window is one span `[start, end)` of a level: the frames from its first step to the first frame of the next
 event *inclusive*, and the commands between them. A **fixed** window is one tile of `T` steps, whatever happens in it.
+A **history** window is such a tile with the `M` latents before it (scheme B, WALL-WM section 2.6): its observation is
+the last frame of latent 0, latent -M one frame alone, and the commands that led to the observation come along. Before
+the episode's first frame, that frame is held and there are no commands.
 
 All boundaries lie on stored frames (multiples of `video_stride`). With `n` sampled frames there are
 `T = (n - 1) * video_stride` commands. Frames are padded to `1 + 4N`, `N >= 1`, by holding the last one, so that they
@@ -20,7 +23,7 @@ import numpy as np
 from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import LEVELS, Episode, Span
 
-KINDS = ("event", "fixed")  # the order is the number in the index of a store
+KINDS = ("event", "fixed", "history")  # the order is the number in the index of a store
 MAX_FRAMES = 65  # sampled frames per window; 128 commands at a video stride of 2
 GROUP = 4  # frames per latent after the first
 KEYFRAME_SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -33,12 +36,13 @@ class Window:
     Attributes:
       kind: one of `KINDS`.
       level: level of the span it was cut from; "task" for fixed windows, which carry the instruction.
-      event_index: index of the span in its level; for fixed windows the number of the tile.
+      event_index: index of the span in its level; for fixed and history windows the number of the tile.
       span_start, span_end: the true stretch in control steps, half-open, neither snapped nor capped.
       start: control step of the first frame, the window's observation; a multiple of `stride`.
-      num_frames: sampled frames `n`, 2 to 65.
+      num_frames: sampled frames `n` from the observation on, 2 to 65.
       stride: control steps between sampled frames.
       duration_s: seconds of the true stretch.
+      history: `M`, latents before that of the observation.
     """
 
     kind: str
@@ -50,43 +54,53 @@ class Window:
     num_frames: int
     stride: int
     duration_s: float
+    history: int = 0
+
+    @property
+    def past_actions(self) -> int:
+        """Commands of the history: those of its frames, fewer where the episode begins later."""
+        return min(self.history * GROUP * self.stride, self.start)
 
     @property
     def num_actions(self) -> int:
-        """`T`: commands `start .. start + T - 1`."""
-        return (self.num_frames - 1) * self.stride
+        """Commands of history and future, `start - past_actions .. start + T - 1`."""
+        return self.past_actions + (self.num_frames - 1) * self.stride
 
     @property
     def num_latents(self) -> int:
-        """`1 + N`: the observation and the future, the last latent padded by held frames."""
-        return 1 + max(1, -(-(self.num_frames - 1) // GROUP))
+        """`M + 1 + N`: history, observation and future, the last latent padded by held frames."""
+        return self.history + 1 + max(1, -(-(self.num_frames - 1) // GROUP))
 
     @property
     def frame_indices(self) -> np.ndarray:
-        """`[n]` int: positions of the sampled frames among the stored frames of the episode."""
-        return self.start // self.stride + np.arange(self.num_frames)
+        """`[4M + n]` int: positions of the sampled frames among the stored frames of the episode."""
+        past = GROUP * self.history
+        return np.maximum(self.start // self.stride + np.arange(-past, self.num_frames), 0)
 
     @property
     def latent_frame_indices(self) -> np.ndarray:
-        """`[1 + N]` int: position among the stored frames of the last frame of each latent."""
-        return self.start // self.stride + np.minimum(GROUP * np.arange(self.num_latents), self.num_frames - 1)
+        """`[M + 1 + N]` int: position among the stored frames of the last frame of each latent."""
+        latents = np.arange(self.num_latents) - self.history
+        return np.maximum(self.start // self.stride + np.minimum(GROUP * latents, self.num_frames - 1), 0)
 
     @property
     def keyframes(self) -> np.ndarray:
-        """`[4]` int: positions among the window's own frames at 0, 25, 50 and 75 % of the frames it keeps."""
-        return np.array([int(share * (self.num_frames - 1)) for share in KEYFRAME_SHARES])
+        """`[4]` int: positions among the window's own frames at 0, 25, 50 and 75 % of those from the observation on."""
+        past = GROUP * self.history
+        return np.array([past + int(share * (self.num_frames - 1)) for share in KEYFRAME_SHARES])
 
 
 def cut_windows(
-    episode: Episode, kinds: Sequence[str], *, levels: Sequence[str] = LEVELS, fixed_steps: int = 32
+    episode: Episode, kinds: Sequence[str], *, levels: Sequence[str] = LEVELS, fixed_steps: int = 32, history: int = 1
 ) -> list[Window]:
-    """All windows of an episode: first the event windows, level by level in time order, then the fixed ones.
+    """All windows of an episode: the event windows, level by level in time order, the fixed ones, those with history.
 
     Args:
       episode: a valid episode.
       kinds: which of `KINDS` to cut.
       levels: levels of the event windows; a level that the episode lacks gives none.
-      fixed_steps: `T` of fixed windows, in control steps.
+      fixed_steps: `T` of fixed and history windows, in control steps.
+      history: `M` of history windows, in latents.
 
     Returns:
       The windows; none where the episode is shorter than one video stride.
@@ -103,7 +117,9 @@ def cut_windows(
             cut = (_event_window(episode, level, number, span) for number, span in enumerate(episode.spans[level]))
             windows += [window for window in cut if window is not None]
     if "fixed" in kinds:
-        windows += _fixed_windows(episode, fixed_steps)
+        windows += _tiles(episode, "fixed", fixed_steps, 0)
+    if "history" in kinds:
+        windows += _tiles(episode, "history", fixed_steps, history)
     return windows
 
 
@@ -127,17 +143,19 @@ def _event_window(episode: Episode, level: str, number: int, span: Span) -> Wind
     )
 
 
-def _fixed_windows(episode: Episode, steps: int) -> list[Window]:
+def _tiles(episode: Episode, kind: str, steps: int, history: int) -> list[Window]:
     stride = episode.video_stride
-    if steps <= 0 or steps % stride or steps > (MAX_FRAMES - 1) * stride:
+    longest = (MAX_FRAMES - 1 - GROUP * history) * stride
+    past = f" after {history} latents of history" if kind == "history" else ""
+    if history < 0 or steps <= 0 or steps % stride or steps > longest:
         raise UserError(
-            f"fixed windows of {steps} steps do not fit the video: give a multiple of {stride} "
-            f"up to {(MAX_FRAMES - 1) * stride}"
+            f"{kind} windows of {steps} steps{past} do not fit the video: give a multiple of {stride} "
+            f"up to {max(longest, 0)}"
         )
     last = (episode.num_frames - 1) * stride
     return [
         Window(
-            kind="fixed",
+            kind=kind,
             level="task",
             event_index=number,
             span_start=start,
@@ -146,6 +164,7 @@ def _fixed_windows(episode: Episode, steps: int) -> list[Window]:
             num_frames=(min(start + steps, last) - start) // stride + 1,
             stride=stride,
             duration_s=(min(start + steps, episode.num_steps) - start) / episode.clock_hz,
+            history=history,
         )
         for number, start in enumerate(range(0, last, steps))
     ]

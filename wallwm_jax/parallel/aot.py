@@ -295,7 +295,11 @@ def _sizes(parts: Sequence[Shape]) -> Iterator[float]:
 
 
 def _group_size(attributes: str) -> int:
-    """Chips of one replica group, in either notation; `[4,32]<=[128]` is four groups of 32."""
+    """Chips of one replica group, in any notation: `[4,32]<=[128]` is four groups of 32, `mesh['a'=4,'b'=32] {'b'}`
+    also."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):

@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
             trains=("video", "action", "text", "duration"),
             freezes=(),
             losses=("video", "action", "duration"),
-            window_kinds=("event", "fixed"),
+            window_kinds=("event", "fixed", "history"),
             video_sigma="uniform",
         ),
         Stage(
