@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallwm_jax.models import event_attention, splash_attention
+from wallwm_jax.models import attention, event_attention, splash_attention, triton_attention
 from wallwm_jax.models.attention import attend
 
 B, S, T, H, D = 2, 7, 9, 3, 8
@@ -188,6 +188,41 @@ def test_splash_equals_dense_attention_forward_and_backward(queries, keys):
     assert (np.asarray(mixed)[~allowed.any(-1)] == 0).all() and (~allowed.any(-1)).sum() > 2 * 17
     for ours, theirs in zip(gradients, jax.grad(dense_loss, (0, 1, 2))(query, key, value)):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_triton_equals_dense_attention_forward_and_backward():
+    """The GPU kernel's program, interpreted; a length that no block divides, padding in between and at the end."""
+    rng, length = np.random.default_rng(3), 300
+    segments = packed_segments(rng, B, length, 5, length - 17)
+    segments[0] = np.where(segments[0] == 3, 0, segments[0])
+    segments = jnp.asarray(segments)
+    query, key, value, weight = (jnp.asarray(rng.normal(size=(B, length, H, 64)), jnp.float32) for _ in range(4))
+
+    def dense_loss(*qkv):
+        return (weight * attend(*qkv, q_segments=segments, kv_segments=segments)).sum()
+
+    def triton_loss(*qkv):
+        mixed = triton_attention.attend_triton(*qkv, segments, interpret=True)
+        return (weight * mixed).sum(), mixed
+
+    (_, mixed), gradients = jax.value_and_grad(triton_loss, (0, 1, 2), has_aux=True)(query, key, value)
+    expected = attend(query, key, value, q_segments=segments, kv_segments=segments)
+    np.testing.assert_allclose(mixed, expected, atol=2e-6)
+    assert (np.asarray(mixed)[np.asarray(segments) == 0] == 0).all()
+    for ours, theirs in zip(gradients, jax.grad(dense_loss, (0, 1, 2))(query, key, value)):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("platform, is_self, length, taken", [
+    ("gpu", True, 600, True), ("gpu", False, 600, False), ("gpu", True, 300, False), ("cpu", True, 600, False)
+])  # fmt: skip
+def test_long_self_attention_on_gpu_takes_the_kernel(monkeypatch, platform, is_self, length, taken):
+    monkeypatch.setattr(attention, "_target", lambda: (platform, 2))
+    seen = []
+    monkeypatch.setattr(triton_attention, "attend_triton", lambda q, *_: seen.append(q.shape) or q)
+    x, segments = jnp.ones((1, length, 2, 16)), jnp.ones((1, length), jnp.int32)
+    attend(x, x, x, q_segments=segments, kv_segments=segments if is_self else segments + 0, num_segments=4)
+    assert bool(seen) == taken
 
 
 def test_splash_on_a_mesh_equals_one_device():

@@ -1,7 +1,7 @@
 """Attention: `attend`, the one door to it, and the projections around it.
 
-Attention inside packed events runs on TPU in the splash kernel, on one CPU device tile by tile; all else is dense, in
-XLA.
+Attention inside packed events runs on TPU in the splash kernel, on GPU in a Pallas kernel where a sequence attends to
+itself, on one CPU device tile by tile; all else is dense, in XLA.
 
 Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
 bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallwm_jax.models import event_attention, splash_attention
+from wallwm_jax.models import event_attention, splash_attention, triton_attention
 from wallwm_jax.models.layers import Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
 
@@ -51,6 +51,8 @@ def attend(
         sizes, (platform, devices) = (query.shape[1], key.shape[1]), _target()
         if platform == "tpu" and splash_attention.worthwhile(*sizes):
             return splash_attention.attend_splash(query, key, value, q_segments, kv_segments, num_segments)
+        if platform in ("gpu", "cuda") and triton_attention.worthwhile(sizes[0], q_segments is kv_segments):
+            return triton_attention.attend_triton(query, key, value, q_segments)
         if platform == "cpu" and devices == 1 and event_attention.worthwhile(*sizes, num_segments):
             return event_attention.attend_events(query, key, value, q_segments, kv_segments, num_segments)
     scale = 1.0 / math.sqrt(query.shape[-1])

@@ -1,8 +1,7 @@
 """Attention over packed events on TPU: the public splash kernel behind the contract of `attention.attend`.
 
 The kernel (Pallas, fused backward) masks by segment ids. It knows no closed query, no logit scale and only lengths that
-its blocks divide, so queries are scaled, all is padded, and what has no open key is set to zero here. Under a mesh each
-device runs the kernel on its rows and heads, and on its part of the queries where the context axis splits them.
+its blocks divide, so queries are scaled, all is padded, and what has no open key is set to zero here.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import PartitionSpec
 
-from wallwm_jax.parallel.mesh import ROW_AXES
+from wallwm_jax.models.per_device import per_device
 
 _BLOCKS = (512, 384, 256, 128)
 _PADDING = 1.1  # a larger block may pad this much more than the smallest one
@@ -43,20 +41,8 @@ def attend_splash(
 
     `interpret` runs the kernel's program on any platform, slowly.
     """
-    attend = functools.partial(_attend, num_segments=num_segments, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return attend(query, key, value, q_segments, kv_segments)
-    rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
-    heads = "tensor" if mesh.shape["tensor"] > 1 and query.shape[2] % mesh.shape["tensor"] == 0 else None
-    context = "context" if mesh.shape["context"] > 1 and query.shape[1] % mesh.shape["context"] == 0 else None
-    of_query, of_key = PartitionSpec(rows, context, heads, None), PartitionSpec(rows, None, heads, None)
-    return jax.shard_map(
-        attend,
-        in_specs=(of_query, of_key, of_key, PartitionSpec(rows, context), PartitionSpec(rows, None)),
-        out_specs=of_query,
-        check_vma=False,
-    )(query, key, value, q_segments, kv_segments)
+    kernel = functools.partial(_attend, num_segments=num_segments, interpret=interpret)
+    return per_device(kernel, query, key, value, q_segments, kv_segments)
 
 
 def _attend(

@@ -1,0 +1,40 @@
+"""Attention kernels under a mesh: each device runs the kernel on its own rows and heads, and on its part of the queries
+where the context axis splits them. Outside any mesh the kernel is simply called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+
+from wallwm_jax.parallel.mesh import ROW_AXES
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def per_device(
+    kernel: Kernel,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    *,
+    splits_queries: bool = True,
+) -> jax.Array:
+    """`kernel(query [B, S, H, D], key and value [B, T, H, D], segments [B, S] and [B, T])` on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(query, key, value, q_segments, kv_segments)
+    rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
+    heads = "tensor" if mesh.shape["tensor"] > 1 and query.shape[2] % mesh.shape["tensor"] == 0 else None
+    divides = mesh.shape["context"] > 1 and query.shape[1] % mesh.shape["context"] == 0
+    context = "context" if splits_queries and divides else None
+    of_query, of_key = PartitionSpec(rows, context, heads, None), PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(
+        kernel,
+        in_specs=(of_query, of_key, of_key, PartitionSpec(rows, context), PartitionSpec(rows, None)),
+        out_specs=of_query,
+        check_vma=False,
+    )(query, key, value, q_segments, kv_segments)
