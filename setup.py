@@ -43,6 +43,6 @@ setup(
         "parity": PARITY,
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
-        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", *NOTEBOOKS],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", *NOTEBOOKS],
     },
 )

@@ -45,7 +45,7 @@ HloModule step
   %b2 = f32[5,128,8]{2,1,0:T(8,128)} parameter(2)
   %batched = f32[5,8,8]{2,1,0:T(8,128)} convolution(%a2, %b2), window={size=5 stride=4 lhs_dilate=5}, dim_labels=0bf_0io->0bf
   %gathered = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[4,32]<=[128], dimensions={0}
-  %kernel = (f32[8]{0}, f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %splash_fwd = (f32[8]{0}, f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,3]{1,0}, bf16[2,3,64,16]{3,2,1,0}, bf16[2,3,128,16]{3,2,1,0}}, frontend_attributes={kernel_metadata={
 "kernel_name": "splash"}}, metadata={op_name="x"}
   ROOT %next = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%limit, %product)
 }
@@ -54,7 +54,7 @@ ENTRY %main (start: (s32[], f32[8,4])) -> f32[] {
   %start = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
   %loop = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, metadata={op_name="scan"}
   %reduced = f32[100]{0:T(128)} all-reduce(%loop), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  %spread = f32[50]{0:T(128)} all-reduce(%loop), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+  %spread = f32[50]{0:T(128)} all-reduce(%loop), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, to_apply=%add
   %again = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"2"}}
   ROOT %total = f32[]{:T(128)} reduce(%reduced), dimensions={0}, to_apply=%add
 }
@@ -70,8 +70,9 @@ def test_loops_fusions_collectives_and_kernels_are_counted():
     assert found.collectives == {"all-gather": trips, "all-reduce": 2}
     assert found.received["all-gather"] == pytest.approx(trips * 64 * 128 * 2 * 31 / 32)
     assert found.received["all-reduce"] == pytest.approx(2 * (100 + 50) * 4 * 3 / 4)
-    assert found.kernels == {"kernel": trips}
-    assert "kernel" in found.table() and "all-gather" in found.table()
+    assert found.kernels == {"splash_fwd": trips}
+    assert found.kernel_flops == trips * 4 * 2 * 3 * 64 * 128 * 16
+    assert "splash_fwd" in found.table() and "all-gather" in found.table()
 
 
 @pytest.fixture(scope="module")

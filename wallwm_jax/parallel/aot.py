@@ -48,6 +48,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
       UserError: no TPU compiler is installed, or it does not know the topology.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the metadata server of a cloud machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody holds a chip here: several may compile at once
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # the plug-in raises whatever its C++ side reports
@@ -59,22 +60,33 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 
 
 @dataclass
+class Traffic:
+    """Collectives of one kind over groups of one size: executions, bytes that a chip receives, and how many of these
+    while it waits, because the program does not overlap the collective with anything."""
+
+    count: int = 0
+    received: float = 0.0
+    exposed: float = 0.0
+
+
+@dataclass
 class Statistics:
     """What one chip does in one call of a compiled program.
 
     Attributes:
-      flops: of all matrix products and convolutions, outside Pallas kernels.
+      flops: of all matrix products and convolutions, outside Pallas kernels; product_cycles: of those in the estimate.
       cycles: the compiler's own estimate for everything outside Pallas kernels; 0 where it gives none.
-      received: kind of collective → bytes that a chip receives.
-      collectives: kind of collective → number of executions.
-      kernels: name of Pallas kernel → number of executions.
+      traffic: (kind of collective, chips of a group) → what it moves.
+      kernels: name of Pallas kernel → number of executions. kernel_flops: of attention kernels, as executed: 4 per
+        query, key and feature forward, 10 in the fused backward.
       arguments, temporaries, outputs: bytes of device memory; outputs that reuse an argument's memory not counted.
     """
 
     flops: float = 0.0
+    product_cycles: float = 0.0
     cycles: float = 0.0
-    received: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    collectives: Counter[str] = field(default_factory=Counter)
+    kernel_flops: float = 0.0
+    traffic: dict[tuple[str, int], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     kernels: Counter[str] = field(default_factory=Counter)
     arguments: int = 0
     temporaries: int = 0
@@ -88,11 +100,31 @@ class Statistics:
     def add(self, other: Statistics) -> None:
         """Adds what another part of the program does; memory apart."""
         self.flops += other.flops
+        self.product_cycles += other.product_cycles
         self.cycles += other.cycles
-        self.collectives += other.collectives
+        self.kernel_flops += other.kernel_flops
         self.kernels += other.kernels
-        for kind, received in other.received.items():
-            self.received[kind] += received
+        for key, moved in other.traffic.items():
+            mine = self.traffic[key]
+            mine.count += moved.count
+            mine.received += moved.received
+            mine.exposed += moved.exposed
+
+    @property
+    def collectives(self) -> Counter[str]:
+        """Kind of collective → number of executions."""
+        total: Counter[str] = Counter()
+        for (kind, _), moved in self.traffic.items():
+            total[kind] += moved.count
+        return total
+
+    @property
+    def received(self) -> Counter[str]:
+        """Kind of collective → bytes that a chip receives."""
+        total: Counter[str] = Counter()
+        for (kind, _), moved in self.traffic.items():
+            total[kind] += moved.received  # type: ignore[assignment]
+        return total
 
     def table(self) -> str:
         """Some lines for people."""
@@ -103,8 +135,9 @@ class Statistics:
             f"cycles       {self.cycles / 1e6:8.1f} M outside kernels, as the compiler estimates",
         ]
         lines += [
-            f"{kind:<20} {self.collectives[kind]:>6} times, {self.received[kind] / 1e9:8.2f} GB received"
-            for kind in sorted(self.collectives)
+            f"{kind:<18} of {chips:>4} {moved.count:>6} times, {moved.received / 1e9:8.2f} GB received, "
+            f"{moved.exposed / 1e9:.2f} waited for"
+            for (kind, chips), moved in sorted(self.traffic.items())
         ]
         lines += [f"kernel {name:<40} {count:>6} times" for name, count in sorted(self.kernels.items())]
         return "\n".join(lines)
@@ -123,8 +156,18 @@ def count_instructions(hlo: str) -> Statistics:
     """`Statistics` of the text of an optimised HLO module; memory stays 0."""
     computations, entry = _parse(hlo)
     result = Statistics()
-    _count(computations, entry, 1, result, fused=False)
+    _count(computations, entry, 1, result, _Inside())
     return result
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What a computation is inside of: a fusion, whose cycles are already counted; the compiler's reduce-scatter, an
+    all-reduce on paper; or a collective that runs beside other work."""
+
+    fusion: bool = False
+    reduce_scatter: bool = False
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,14 +212,19 @@ def _instruction(line: str) -> _Instruction:
     operands_end = _end(rest_of, ")")
     return _Instruction(
         name=name.lstrip("%"),
-        parts=tuple(
-            (kind, tuple(int(size) for size in sizes.split(",") if size))
-            for kind, sizes in _PART.findall(re.sub(r"\{[^}]*\}", "", rest[:type_end]))
-        ),
+        parts=_parts(rest[:type_end]),
         opcode=opcode,
         operands=tuple(_NAME.findall(rest_of[:operands_end])),
         literal=rest_of[:operands_end],
         attributes=rest_of[operands_end:],
+    )
+
+
+def _parts(types: str) -> tuple[Shape, ...]:
+    """Element type and sizes of each array in a type such as `(f32[8,4]{1,0}, bf16[2]{0})`."""
+    return tuple(
+        (kind, tuple(int(size) for size in sizes.split(",") if size))
+        for kind, sizes in _PART.findall(re.sub(r"\{[^}]*\}", "", types))
     )
 
 
@@ -191,34 +239,63 @@ def _end(text: str, stop: str) -> int:
 
 
 def _count(
-    computations: dict[str, dict[str, _Instruction]], computation: str, times: int, result: Statistics, *, fused: bool
+    computations: dict[str, dict[str, _Instruction]], computation: str, times: int, result: Statistics, inside: _Inside
 ) -> None:
-    """Adds a computation that runs `times` times; inside a fusion the cycles are already counted."""
+    """Adds a computation that runs `times` times."""
     for instruction in computations[computation].values():
-        opcode, inner = instruction.opcode, times
+        opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
+        cycles = times * instruction.number("estimated_cycles", 0)
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
-        elif opcode in ("dot", "convolution"):
+        elif not inside.fusion:
+            result.cycles += cycles
+        if opcode in ("dot", "convolution"):
             result.flops += times * _product_flops(instruction, computations[computation])
         elif opcode == "custom-call" and f'"{_KERNEL}"' in instruction.attributes:
-            result.kernels[_kernel_name(instruction)] += times
+            name = _kernel_name(instruction)
+            result.kernels[name] += times
+            result.kernel_flops += times * _attention_flops(name, instruction)
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            result.collectives[kind] += times
-            result.received[kind] += times * _received(kind, instruction)
-        if not fused and opcode != "while":
-            result.cycles += times * instruction.number("estimated_cycles", 0)
+            _count_collective(kind, instruction, times, result, inside)
         if opcode in ("reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map") or kind in COLLECTIVES:
             continue  # what they call runs per element
-        called = [name for name in instruction.called if name in computations]
         if opcode == "conditional":
             branches = [Statistics() for _ in called]
             for name, branch in zip(called, branches):
-                _count(computations, name, inner, branch, fused=fused)
+                _count(computations, name, inner, branch, inside)
             result.add(max(branches, key=lambda branch: branch.flops))
             continue
+        before = result.flops
         for name in called:
-            _count(computations, name, inner, result, fused=fused or opcode == "fusion")
+            within = _Inside(
+                inside.fusion or opcode == "fusion",
+                inside.reduce_scatter or name.startswith("all-reduce-scatter"),
+                inside.asynchronous or opcode == "async-start",
+            )
+            _count(computations, name, inner, result, within)
+        if opcode == "fusion" and not inside.fusion and result.flops > before:
+            result.product_cycles += cycles
+
+
+def _count_collective(kind: str, instruction: _Instruction, times: int, result: Statistics, inside: _Inside) -> None:
+    received = times * _received(kind, instruction)
+    if kind == "all-reduce" and inside.reduce_scatter:
+        kind, received = "reduce-scatter", received / 2
+    moved = result.traffic[kind, _group_size(instruction.attributes)]
+    moved.count += times
+    moved.received += received
+    if not inside.asynchronous and not instruction.opcode.endswith("-start"):
+        moved.exposed += received
+
+
+def _attention_flops(name: str, instruction: _Instruction) -> float:
+    """Of a splash kernel: its first two arrays of four axes are queries `[B, H, S, d]` and keys `[B, H, T, d]`."""
+    _, _, layout = instruction.attributes.partition("operand_layout_constraints={")
+    shapes = [shape for _, shape in _parts(layout[: _end(layout, "}")])]
+    arrays = [shape for shape in shapes if len(shape) == 4]
+    per_pair = 4 if "fwd" in name else 10 if "dkv" in name else 0
+    return per_pair * math.prod(arrays[0]) * arrays[1][2] if len(arrays) > 1 else 0.0
 
 
 def _trips(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int:
@@ -297,7 +374,7 @@ def _sizes(parts: Sequence[Shape]) -> Iterator[float]:
 def _group_size(attributes: str) -> int:
     """Chips of one replica group, in any notation: `[4,32]<=[128]` is four groups of 32, `mesh['a'=4,'b'=32] {'b'}`
     also."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

@@ -1,0 +1,151 @@
+"""Preflight: the FLOPs formula, the projection's arithmetic, and a real compilation with its exit codes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from random_batch import tiny_config
+from training_setup import subprocess_environment
+
+from wallwm_jax.benchmarks import preflight
+from wallwm_jax.console import UserError
+from wallwm_jax.data.packing import batch_spec
+from wallwm_jax.models import world_action_model as wam
+from wallwm_jax.models.model_flops import RowShape, forward_flops, training_flops
+from wallwm_jax.parallel.aot import Statistics, Traffic
+from wallwm_jax.parallel.chips import CHIPS, chip_of
+
+
+def sized_config(view_attention=True):
+    """Widths at which products, not borders, are the work."""
+    config = tiny_config()
+    with config.unlocked():
+        config.model.update(width=256, heads=2, depth=3, ffn=512, action_width=128, action_heads=2, action_ffn=256)
+        config.model.update(latent_shape=(12, 14), latent_channels=48, patch=(2, 2), max_latents=17, max_views=4)
+        config.model.update(view_attention=view_attention, compute_dtype="float32", remat="none")
+        config.model.text.update(kind="features", width=64, pad_to=0)
+        config.data.update(rows=1, latents_per_row=17, actions_per_row=128, events_per_row=1, text_length=32)
+        config.data.views = ("a", "b", "c")
+        config.objective.action_draws = 1
+    return config
+
+
+def products(jaxpr, times=1):
+    """FLOPs of all dot_general in a jaxpr, those of a scan as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            contracted = 1
+            for axis in left:
+                contracted *= shape[axis]
+            total += 2 * times * equation.outvars[0].aval.size * contracted
+        for value in equation.params.values():
+            for sub in value if isinstance(value, tuple | list) else [value]:
+                inside = getattr(sub, "jaxpr", sub if hasattr(sub, "eqns") else None)
+                if inside is not None:
+                    total += products(inside, inner)
+    return total
+
+
+def forward(config, run_actions):
+    shapes = {name: jax.ShapeDtypeStruct(*spec) for name, spec in batch_spec(config, 1).items()}
+    params = wam.abstract_params(config.model)
+
+    def run(params, batch):
+        text = wam.encode_text(params, config.model, batch)
+        return wam.forward(
+            params,
+            config.model,
+            batch,
+            noisy_latents=batch["latents"],
+            video_sigma=jnp.zeros((1, 1)),
+            noisy_actions=batch["actions"][None],
+            action_sigma=jnp.zeros((1, 1, 1)),
+            text=text,
+            run_actions=run_actions,
+        )
+
+    return jax.make_jaxpr(run)(params, shapes)
+
+
+@pytest.mark.parametrize("view_attention", [True, False])
+def test_the_formula_is_what_the_program_multiplies(view_attention):
+    """One event that fills its row, so that dense attention and attention inside events are the same."""
+    config = sized_config(view_attention)
+    row = RowShape.of(config, 3)
+    assert dataclasses.astuple(row) == (3, 17, 1, 128, 32)
+    parts = forward_flops(config.model, row)
+    video = products(forward(config, run_actions=False).jaxpr)
+    both = products(forward(config, run_actions=True).jaxpr)
+    assert parts["video"] == pytest.approx(video, rel=0.03)
+    keys = training_flops(config, row, "action") - parts["video"]  # three times one draw and the keys of the video
+    assert keys / 3 == pytest.approx(both - video, rel=0.03)
+    assert training_flops(config, row, "video") == 3 * parts["video"]
+    assert training_flops(config, row, "joint") == pytest.approx(3 * both, rel=0.03)
+
+
+def test_more_draws_cost_only_their_own_stream():
+    config = sized_config()
+    row = RowShape.of(config, 3)
+    one = training_flops(config, row, "action")
+    config.objective.action_draws = 6
+    assert training_flops(config, row, "action") - one == pytest.approx(15 * forward_flops(config.model, row)["action"])
+
+
+def test_the_projection_adds_its_parts():
+    found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_flops=459e12)
+    found.traffic["all-gather", 4] = Traffic(10, 9e11, 1.8e11)
+    times = preflight._times(found, chip_of("v5p:2x2x1"), 459e12)
+    assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 1.0)
+    assert [p.seconds for p in times["projections"]] == pytest.approx([3 + 1 / 0.42, 3 + 1 / 0.6, 4.0])
+    assert times["projections"][-1].mfu == pytest.approx(0.25)
+
+
+def test_groups_are_named_by_their_axes():
+    sizes = {"slice": 1, "data": 4, "fsdp": 32, "context": 1, "tensor": 2}
+    names = [preflight._axes(sizes, chips) for chips in (32, 4, 128, 256, 7)]
+    assert names == ["fsdp", "data", "data x fsdp", "data x fsdp x tensor", "7 chips"]
+
+
+def test_an_unknown_generation_is_an_error():
+    with pytest.raises(UserError, match="the generation is one of v5e, v5p, v6e, tpu7x"):
+        chip_of("v4:2x2x1")
+    assert set(CHIPS) == {"v5e", "v5p", "v6e", "tpu7x"}
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "wallwm_jax.preflight", *arguments]
+    return subprocess.run(line, env=subprocess_environment(), capture_output=True, text=True, timeout=600)
+
+
+def test_without_views_the_command_says_what_to_give():
+    done = command("--config=configs/wan5b.py:video", "--topology=v5p:2x2x1")
+    assert done.returncode == 2 and "give --views=N" in done.stderr
+
+
+@pytest.mark.tpu
+def test_a_small_step_fits_and_a_tiny_chip_does_not(monkeypatch):
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    config = sized_config()
+    with config.unlocked():
+        config.model.update(compute_dtype="bfloat16", remat="full")
+        config.data.update(rows=4)
+        config.mesh.update(data=2, fsdp=2)
+        config.train.stage = "joint"
+    report = preflight.inspect(config, "v5p:2x2x1")
+    assert report.fits and report.chips == 4
+    found = json.loads(json.dumps(report.to_json()))
+    assert found["fits"] and 0 < found["projected_mfu"] < found["projected_mfu_bound"] < 1
+    assert found["executed_flops"] > 1.2 * found["model_flops"]  # the forward is computed twice
+    assert found["parameters"] < found["total"] and found["replicated"] < 0.2
+    assert any(name.endswith("over fsdp") for name in found["collectives"])
+    assert "fits" in report.table() and "MFU" in report.table()
+    small = dataclasses.replace(report, hbm=1.05 * report.total)
+    assert not small.fits and "DOES NOT FIT" in small.table()

@@ -1,0 +1,226 @@
+"""Preflight: the real train step, compiled for a TPU slice that only the compiler knows, and what that says of a run.
+
+Compiled figures are exact: memory, products, kernels, collectives, each counted as often as its loops run. Times are
+projections: the compiler's own cycles for everything outside Pallas kernels, kernels at a share `eta` of the chip's
+peak, and what the program waits for on the torus, one axis of it both ways. `eta` 0.42 is calibrated on the one public
+measurement of such a step; 0.60 and 1.0 stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from wallwm_jax.data.packing import batch_spec
+from wallwm_jax.models.model_flops import RowShape, training_flops
+from wallwm_jax.parallel.aot import Statistics, statistics, topology_devices
+from wallwm_jax.parallel.chips import GIB, Chip, chip_of
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.training.train_step import build_train_step
+
+ETAS = (0.42, 0.60, 1.0)
+FREE_SHARE = 0.10
+"""Share of a chip's memory that has to stay free."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Seconds of a step at one share of the peak in kernels, and the share of the chip's peak that model FLOPs take."""
+
+    eta: float
+    seconds: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What preflight found for one (config, topology), per chip and step.
+
+    Attributes:
+      topology, chips, mesh, stage, remat, rows, row: what was compiled; `row` as in `RowShape`.
+      parameters, optimizer, temporaries, total, hbm: bytes of memory. `parameters` with average and frozen parts.
+      replicated: share of the parameters' bytes that every chip holds whole.
+      model_flops: by formula; executed_flops: of products and kernels, as compiled.
+      product_seconds, other_seconds, kernel_seconds, exchange_seconds: parts of the projection at eta 0.42.
+      collectives: "kind over axes" → {count, received, exposed}.
+      projections: at each of `ETAS`. compile_seconds: of this report.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    stage: str
+    remat: str
+    rows: int
+    row: dict[str, int]
+    parameters: float
+    optimizer: float
+    temporaries: float
+    total: float
+    hbm: float
+    replicated: float
+    model_flops: float
+    executed_flops: float
+    product_seconds: float
+    other_seconds: float
+    kernel_seconds: float
+    exchange_seconds: float
+    collectives: dict[str, dict[str, float]]
+    projections: tuple[Projection, ...]
+    compile_seconds: float
+
+    @property
+    def free_share(self) -> float:
+        """Of the chip's memory."""
+        return 1.0 - self.total / self.hbm
+
+    @property
+    def fits(self) -> bool:
+        """Whether `FREE_SHARE` of the memory stays free."""
+        return self.free_share >= FREE_SHARE
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most of the projected step: "compute", "memory" (copies and element-wise work) or "exchange"."""
+        parts = {
+            "compute": self.product_seconds + self.kernel_seconds,
+            "memory": self.other_seconds,
+            "exchange": self.exchange_seconds,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures; `projected_mfu` and `step_seconds` at eta 0.42, `projected_mfu_bound` at 1.0."""
+        return asdict(self) | {
+            "fits": self.fits,
+            "hbm_free_fraction": self.free_share,
+            "bound_by": self.bound_by,
+            "projected_mfu": self.projections[0].mfu,
+            "projected_mfu_bound": self.projections[-1].mfu,
+            "step_seconds": self.projections[0].seconds,
+        }
+
+    def table(self) -> str:
+        """The report for people."""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one chip"
+        row = ", ".join(f"{size} {name}" for name, size in self.row.items())
+        verdict = "fits" if self.fits else f"DOES NOT FIT: less than {100 * FREE_SHARE:.0f} % free"
+        lines = [
+            f"{self.topology}, {self.chips} chips, {mesh}; stage {self.stage}, remat {self.remat}",
+            f"batch        {self.rows} rows of {row}",
+            f"memory       {self.total / GIB:8.2f} of {self.hbm / GIB:.0f} GiB, {100 * self.free_share:.0f} % free: "
+            f"{verdict}",
+            f"             {self.parameters / GIB:8.2f} parameters and average, {self.optimizer / GIB:.2f} optimizer, "
+            f"{self.temporaries / GIB:.2f} temporaries; {100 * self.replicated:.1f} % of parameters on every chip",
+            f"work         {self.executed_flops / 1e12:8.1f} TFLOP executed, {self.model_flops / 1e12:.1f} needed",
+            *(
+                f"{name:<34} {moved['count']:>6.0f} times {moved['received'] / 1e9:9.2f} GB received, "
+                f"{moved['exposed'] / 1e9:.2f} waited for"
+                for name, moved in self.collectives.items()
+            ),
+            f"time         products {self.product_seconds:.3f} s, other {self.other_seconds:.3f}, kernels "
+            f"{self.kernel_seconds:.3f}, exchanges {self.exchange_seconds:.3f}: bound by {self.bound_by}",
+            *(
+                f"             {p.seconds:8.3f} s a step, MFU {100 * p.mfu:.1f} %, kernels at {p.eta:.2f} of the peak"
+                for p in self.projections
+            ),
+            f"compiled in  {self.compile_seconds:8.0f} s",
+        ]
+        return "\n".join(lines)
+
+
+def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
+    """Compiles the train step of `config` for `topology`.
+
+    Args:
+      config: as for training; `config.data.rows` is the global batch.
+      topology: see `aot.topology_devices`.
+      views: where `config.data.views` leaves them to the store.
+
+    Raises:
+      UserError: the topology is unknown, or mesh and rows do not fit it.
+    """
+    chip, devices = chip_of(topology), topology_devices(topology)
+    if views and not config.data.views:
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.data.views = tuple(f"view {i}" for i in range(1, views + 1))
+    mesh = make_mesh(config.mesh, devices)
+    built = build_train_step(config, mesh)
+    begun = time.monotonic()
+    batch = built.abstract_batch(batch_spec(config, config.data.rows))
+    found = statistics(built.step.lower(built.abstract_state, batch).compile())
+    seconds = time.monotonic() - begun
+    row = RowShape.of(config, len(config.data.views))
+    model = training_flops(config, row, config.train.stage) * config.data.rows / len(devices)
+    state = built.abstract_state
+    trainable = _local_bytes((state.trainable, state.ema, state.frozen))
+    return Report(
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(mesh.shape),
+        stage=config.train.stage,
+        remat=config.model.remat,
+        rows=config.data.rows,
+        row=asdict(row),
+        parameters=trainable,
+        optimizer=_local_bytes(state.opt_state),
+        temporaries=found.temporaries,
+        total=found.memory,
+        hbm=chip.hbm,
+        replicated=_replicated(state.trainable),
+        model_flops=model,
+        executed_flops=found.flops + found.kernel_flops,
+        collectives={
+            f"{kind} over {_axes(mesh.shape, size)}": asdict(moved)
+            for (kind, size), moved in sorted(found.traffic.items())
+        },
+        compile_seconds=seconds,
+        **_times(found, chip, model),
+    )
+
+
+def _times(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
+    products = found.product_cycles / chip.clock
+    other = (found.cycles - found.product_cycles) / chip.clock
+    exchange = sum(moved.exposed for moved in found.traffic.values()) / (2 * chip.link)
+    projections = []
+    for eta in ETAS:
+        step = products + other + exchange + found.kernel_flops / (eta * chip.flops)
+        projections.append(Projection(eta, step, model_flops / (step * chip.flops)))
+    return {
+        "product_seconds": products,
+        "other_seconds": other,
+        "kernel_seconds": found.kernel_flops / (ETAS[0] * chip.flops),
+        "exchange_seconds": exchange,
+        "projections": tuple(projections),
+    }
+
+
+def _local_bytes(tree: Any) -> float:
+    """Bytes on one chip."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def _replicated(tree: Any) -> float:
+    """Share of the bytes of arrays that every chip holds whole."""
+    leaves = jax.tree.leaves(tree)
+    whole = sum(leaf.size for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == tuple(leaf.shape))
+    return whole / max(1, sum(leaf.size for leaf in leaves))
+
+
+def _axes(sizes: Any, chips: int) -> str:
+    """The mesh axes whose groups have so many chips, by the shortest product of neighbours."""
+    named = [(axis, size) for axis, size in dict(sizes).items() if size > 1]
+    for length in range(1, len(named) + 1):
+        for start in range(len(named) - length + 1):
+            group = named[start : start + length]
+            if math.prod(size for _, size in group) == chips:
+                return " x ".join(axis for axis, _ in group)
+    return f"{chips} chips"
