@@ -24,10 +24,9 @@ from configs import ocbench_quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart with 2 x 2 patches, two rows and more steps."""
+    """The quickstart with 2 x 2 patches and more steps."""
     config = ocbench_quickstart.get_config()
     config.unlock()
-    config.data.rows = 2
     config.model.patch = (2, 2)
     config.optim.warmup_steps = 100
     config.train.steps = 4500

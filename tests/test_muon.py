@@ -46,12 +46,13 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_singular_values_end_near_one_and_never_above_a_fifth_more(spectrum, name, dtype):
+def test_singular_values_end_near_one_and_hardly_ever_a_fifth_above(spectrum, name, dtype):
     """Directions of a matrix's larger singular values come out with about one, whatever its scale; none blows up."""
     singular = SPECTRA[spectrum]
     x = with_spectrum(singular, 48, 96)
     factor = np.asarray(orthogonalize(x, COEFFICIENTS[name], dtype=dtype), np.float32)
-    assert np.linalg.svd(factor, compute_uv=False).max() < 1.22
+    highest = np.linalg.svd(factor, compute_uv=False).max()
+    assert highest <= (1.22 if name == "jordan" else 1.2)
     left, values, right = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     large = values > 2e-2 * np.linalg.norm(values)
     along = np.einsum("ik,ij,kj->k", left, factor, right)[large]  # u^T X v: one for the polar factor
@@ -83,7 +84,7 @@ def test_zero_stays_zero_and_a_nan_stays_in_its_matrix():
     np.testing.assert_array_equal(update["a"][0], 0.0)
     assert np.isnan(update["a"][1]).all()
     assert np.isfinite(update["a"][2]).all() and np.isfinite(update["b"]).all()
-    assert state.momentum["a"].dtype == jnp.float32
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == [leaf.dtype for leaf in jax.tree.leaves(rule.init(grads))]
 
 
 def test_flops_are_those_of_the_products():

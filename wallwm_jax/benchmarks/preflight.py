@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models.model_flops import RowShape, training_flops
+from wallwm_jax.optim.muon_cost import MuonCost
 from wallwm_jax.parallel.aot import Statistics, statistics, topology_devices
 from wallwm_jax.parallel.chips import GIB, Chip, chip_of
 from wallwm_jax.parallel.mesh import make_mesh
@@ -48,6 +49,7 @@ class Report:
       model_flops: by formula; executed_flops: of products and kernels, as compiled.
       product_seconds, other_seconds, kernel_seconds, exchange_seconds: parts of the projection at eta 0.42.
       collectives: "kind over axes" → {count, received, exposed}.
+      muon: what Muon's part costs, see `optim.muon_cost`; None where nothing is Muon's.
       projections: at each of `ETAS`. compile_seconds: of this report.
     """
 
@@ -71,6 +73,7 @@ class Report:
     kernel_seconds: float
     exchange_seconds: float
     collectives: dict[str, dict[str, float]]
+    muon: MuonCost | None
     projections: tuple[Projection, ...]
     compile_seconds: float
 
@@ -129,6 +132,7 @@ class Report:
                 f"             {p.seconds:8.3f} s a step, MFU {100 * p.mfu:.1f} %, kernels at {p.eta:.2f} of the peak"
                 for p in self.projections
             ),
+            *(self.muon.table().splitlines() if self.muon is not None else ()),
             f"compiled in  {self.compile_seconds:8.0f} s",
         ]
         return "\n".join(lines)
@@ -180,6 +184,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
             f"{kind} over {_axes(mesh.shape, size)}": asdict(moved)
             for (kind, size), moved in sorted(found.traffic.items())
         },
+        muon=built.muon_cost,
         compile_seconds=seconds,
         **_times(found, chip, model),
     )
