@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
             freq_dim=256,  # sinusoidal timestep features
             max_views=8,  # rows of the camera table; row 0 is the unknown camera
             view_attention=True,
+            place_embedding=False,  # a learned vector per camera and patch; for small towers that start from nothing
             sight_cone=ConfigDict(  # patches of two cameras attend to each other where their sight cones meet
                 dict(
                     on=True,  # needs calibrated cameras; a batch without calibration leaves all open

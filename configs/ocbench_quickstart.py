@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.data.caption_drop = 0.0  # no guidance
     config.data.workers = 0  # on two cores, loading in threads costs less than a process
     config.model.patch = (4, 4)
+    config.model.place_embedding = True
     config.model.sight_cone.on = False  # with 2 x 2 patches per view nearly all cones meet
     config.model.video_prediction = "clean"  # 96 features cannot pass on the noise of a patch of 12288 values
     config.model.width = config.model.action_width = config.model.text.width = 96

@@ -270,6 +270,30 @@ def test_the_video_is_bit_equal_with_and_without_the_action_tower(params, batch)
     np.testing.assert_array_equal(attached.video_velocity, alone.video_velocity)
 
 
+def test_a_place_embedding_starts_as_nothing_and_tells_patches_and_cameras_apart(params, batch):
+    """Zero, it is the tower without it; one camera's row moves what that camera's events predict, and no others."""
+    model = with_model(place_embedding=True)
+    patches = MODEL.latent_shape[0] * MODEL.latent_shape[1] // (MODEL.patch[0] * MODEL.patch[1])
+    table = jnp.zeros((MODEL.max_views, patches, MODEL.width))
+    noise = draw_noise(batch)
+
+    @quick_jit
+    def velocity(table):
+        placed = {**params, "video": {**params["video"], "place_embedding": table}}
+        text = wam.encode_text(placed, model, batch)
+        return wam.forward(placed, model, batch, text=text, run_actions=False, **noise).video_velocity
+
+    plain = run(params, batch, noise, run_actions=False)[0].video_velocity
+    start = velocity(table)
+    np.testing.assert_allclose(start, plain, atol=1e-5)
+    camera = int(batch["view_id"].max())
+    moved = velocity(table.at[camera, 0].set(1.0)) != start
+    seen = (batch["view_id"] == camera).any(-1)
+    others = ~jnp.take_along_axis(seen, jnp.maximum(batch["latent_event"] - 1, 0), 1) & (batch["latent_event"] > 0)
+    assert moved.any()
+    assert not (moved & others[:, None, :, None, None, None]).any()
+
+
 def test_context_and_action_velocity_equal_the_joint_forward(params, batch):
     noise = draw_noise(batch)
     joint, _ = run(params, batch, noise)

@@ -20,7 +20,10 @@ def leaves(tree):
 
 @pytest.fixture(scope="module")
 def params():
-    return abstract_params(tiny_config().model)
+    model = tiny_config().model.copy_and_resolve_references()
+    with model.unlocked():
+        model.place_embedding = True
+    return abstract_params(model)
 
 
 def test_every_parameter_matches_exactly_one_rule_of_its_rank(params):

@@ -56,6 +56,7 @@ RULES = (
     Rule(r"video/head/kernel", ("embed", "patch"), TABLE),
     Rule(r"video/head/bias", ("patch",), VECTOR),
     Rule(r"video/cameras/angles", ("view", "angle"), VECTOR),
+    Rule(r"video/place_embedding", ("view", "patch", "embed"), VECTOR),
     Rule(r"video/text_up/kernel", ("text", "embed"), TABLE),
     Rule(r"(video/text_down|action/(encoder_down|head_up))/kernel", ("embed", "embed_out"), TABLE),
     Rule(r"\w+/\w*time_embedding/up/kernel", ("frequency", "embed"), TABLE),

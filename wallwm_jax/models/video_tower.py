@@ -21,7 +21,7 @@ from wallwm_jax.models.layer_stack import build
 from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
 from wallwm_jax.models.sight_cone import sight_mask
-from wallwm_jax.models.view_attention import CameraTable, ViewAttention
+from wallwm_jax.models.view_attention import UNKNOWN_CAMERA, CameraTable, ViewAttention
 
 Batch = dict[str, Any]
 
@@ -124,6 +124,10 @@ class VideoTower(nnx.Module):
         patch = rows * columns * config.latent_channels
         self.config, self.dtype = config, dtype
         self.patch_embedding = Linear(patch, width, rngs=rngs, dtype=dtype)
+        places = (config.latent_shape[0] // rows) * (config.latent_shape[1] // columns)
+        self.place_embedding = (
+            nnx.Param(jnp.zeros((config.max_views, places, width), jnp.float32)) if config.place_embedding else None
+        )
         self.time_embedding = TimeEmbedding(config.freq_dim, width, 6, rngs=rngs, std=0.02)
         self.text_up = Linear(config.text.width, width, rngs=rngs, dtype=dtype)
         self.text_down = Linear(width, width, rngs=rngs, dtype=dtype)
@@ -132,10 +136,20 @@ class VideoTower(nnx.Module):
         self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
         self.head = Linear(width, patch, rngs=rngs, dtype=dtype, std=0.0)
 
-    def embed(self, latents: jax.Array) -> jax.Array:
-        """Latents `[B, V, F, h, w, C]` to the stream `[B, F, N, D]`."""
-        patches = patchify(latents, self.config.patch)
-        return self.patch_embedding(patches).reshape(*patches.shape[:2], -1, self.config.width)
+    def embed(self, batch: Batch, latents: jax.Array) -> jax.Array:
+        """Latents `[B, V, F, h, w, C]` to the stream `[B, F, N, D]`.
+
+        With `model.place_embedding` a learned vector per camera and patch is added. Rotary angles do not reach the
+        values of an attention, so a small tower that starts from nothing has no word for where in the picture a patch
+        is; Wan's towers have learned one and take none.
+        """
+        patches = self.patch_embedding(patchify(latents, self.config.patch))
+        if self.place_embedding is not None:
+            slot = jnp.maximum(batch["latent_event"] - 1, 0)
+            camera = jnp.take_along_axis(batch["view_id"], slot[..., None], 1)
+            camera = jnp.where(camera < self.config.max_views, camera, UNKNOWN_CAMERA)
+            patches = patches + self.place_embedding[...][camera].astype(patches.dtype)
+        return patches.reshape(*patches.shape[:2], -1, self.config.width)
 
     def condition(self, batch: Batch, sigma: jax.Array, features: jax.Array, length: jax.Array) -> VideoCondition:
         """What the blocks read; noise level `sigma [B, E]`, captions `features [B, E, L, Dt]` and `length [B, E]`."""

@@ -143,7 +143,7 @@ def forward(
 
         return (stream, layer_stack.remat(act, config.remat)(actions, stream)), None
 
-    start = (video.embed(_with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
+    start = (video.embed(batch, _with_clean(batch, noisy_latents)), action.embed(batch, noisy_actions))
     (stream, actions), _ = layer_stack.run(step, start, (video.blocks, action.blocks))
     video_velocity = video.velocity(stream, noisy_latents, condition)
     return Outputs(video_velocity, action.velocity(batch, actions, noisy_actions, action_sigma, action_condition))
@@ -209,7 +209,7 @@ def _run_video(
 
     frames = action.frame_embeddings(batch) if keep else None
     blocks = (video.blocks, action.blocks) if keep else (video.blocks,)
-    stream, keys = layer_stack.run(step, video.embed(_with_clean(batch, noisy_latents)), blocks)
+    stream, keys = layer_stack.run(step, video.embed(batch, _with_clean(batch, noisy_latents)), blocks)
     velocity = video.velocity(stream, noisy_latents, condition)
     return velocity, VideoContext(keys, condition.segments, sigma) if keep else None
 
