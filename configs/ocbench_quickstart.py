@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     config.optim.muon_lr = 1e-2
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
-    config.train.steps = 1350
-    config.train.ema_decay = 0.99
+    config.train.steps = 1200
+    config.train.ema_decay = 0.995
     config.train.log_every = 25
     config.train.save_every = 250
     config.sampling.action_draws = 4  # the mean of four half-noisy draws is nearer the expert than one of any kind

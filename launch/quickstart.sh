@@ -29,7 +29,7 @@ timed() { # phase, command ...: runs it and keeps its seconds for the report
 }
 
 if [ ! -e "$OUT/store/store.json" ]; then
-  timed data python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=48 --seed="$SEED" \
+  timed data python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=72 --seed="$SEED" \
     --out="$OUT/store"
 fi
 if [ ! -e "$OUT/seconds.training" ]; then
