@@ -22,7 +22,8 @@ ensure_environment() { # extras
     }
     echo "$wanted" >"$stamp"
   fi
-  export PATH="$PWD/$VENV/bin:$PATH"
+  PATH="$(cd "$VENV" && pwd)/bin:$PATH"
+  export PATH
   # Huge pages for large buffers: the CPU train step spends much of its time on page faults without them (glibc 2.35+).
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
