@@ -221,11 +221,11 @@ def _replicated(tree: Any) -> float:
 
 
 def _axes(sizes: Any, chips: int) -> str:
-    """The mesh axes whose groups have so many chips, by the shortest product of neighbours."""
+    """The mesh axes whose groups have so many chips: the fewest neighbours, all choices where several have as many."""
     named = [(axis, size) for axis, size in dict(sizes).items() if size > 1]
     for length in range(1, len(named) + 1):
-        for start in range(len(named) - length + 1):
-            group = named[start : start + length]
-            if math.prod(size for _, size in group) == chips:
-                return " x ".join(axis for axis, _ in group)
+        groups = [named[start : start + length] for start in range(len(named) - length + 1)]
+        found = [group for group in groups if math.prod(size for _, size in group) == chips]
+        if found:
+            return " or ".join(" x ".join(axis for axis, _ in group) for group in found)
     return f"{chips} chips"
