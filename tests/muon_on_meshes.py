@@ -21,6 +21,7 @@ SHAPES = {
     "single": (16, 32),
     "odd": (3, 6, 16),
     "fused": (2, 16, 24),
+    "joint": (2, 16, 8),
 }
 SPECS = {
     **dict.fromkeys(SHAPES, SPEC),
@@ -44,6 +45,7 @@ def layouts(mesh):
         "single": PartitionSpec(fsdp, tensor),
         "odd": PartitionSpec(None, None, tensor),
         "fused": PartitionSpec(None, fsdp, tensor),
+        "joint": PartitionSpec(None, ("fsdp", "tensor")),
     }
 
 
@@ -135,7 +137,7 @@ def test_the_compiled_update_is_the_plan(name):
     """No collective but those planned, no more work than that of the busiest chip: nothing is gathered or repeated."""
     mesh = make_mesh(name)
     shapes = {key: jax.ShapeDtypeStruct((shape[0] * 4, *shape[1:]), jnp.float32) for key, shape in SHAPES.items()
-              if key not in ("single", "odd")}  # fmt: skip
+              if key not in ("single", "odd", "joint")}  # fmt: skip
     specs = {key: layouts(mesh)[key] for key in shapes}
     placed = {key: NamedSharding(mesh, spec) for key, spec in specs.items()}
     sharding = MuonSharding(mesh, specs)
@@ -159,6 +161,14 @@ def test_matrices_split_where_nobody_owns_are_an_error():
     rule = scale_by_muon({"w": SPEC}, sharding=MuonSharding(mesh, {"w": PartitionSpec(None, "fsdp")}, ("tensor",)))
     grads = {"w": jnp.zeros((2, 8, 8))}
     with pytest.raises(ValueError, match="split over mesh axis 'fsdp', which is no owner axis"):
+        rule.update(grads, rule.init(grads))
+
+
+def test_joint_axes_out_of_order_are_an_error():
+    mesh = make_mesh("fsdp x tensor")
+    rule = scale_by_muon({"w": SPEC}, sharding=MuonSharding(mesh, {"w": PartitionSpec(None, ("tensor", "fsdp"))}))
+    grads = {"w": jnp.zeros((2, 8, 8))}
+    with pytest.raises(ValueError, match="name the axes in the order of the mesh"):
         rule.update(grads, rule.init(grads))
 
 

@@ -224,8 +224,12 @@ def _canonical(
 
 
 def _names(entry: Any, sizes: Mapping[str, int]) -> Axes:
+    """Mesh axes of more than one chip in one entry of a PartitionSpec."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-    return tuple(name for name in names if sizes.get(name, 1) > 1)
+    names = tuple(name for name in names if sizes.get(name, 1) > 1)
+    if names != tuple(name for name in sizes if name in names):
+        raise ValueError(f"a dimension is split over {names}; name the axes in the order of the mesh, {tuple(sizes)}")
+    return names
 
 
 def _longest_first(costs: Sequence[float], counts: Sequence[int], owners: int) -> list[np.ndarray]:
