@@ -52,7 +52,7 @@ def test_singular_values_end_near_one_and_hardly_ever_a_fifth_above(spectrum, na
     x = with_spectrum(singular, 48, 96)
     factor = np.asarray(orthogonalize(x, COEFFICIENTS[name], dtype=dtype), np.float32)
     highest = np.linalg.svd(factor, compute_uv=False).max()
-    assert highest <= (1.22 if name == "jordan" else 1.2)
+    assert highest <= (1.205 if name == "jordan" else 1.2)  # that polynomial's own overshoot is 1.202
     left, values, right = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     large = values > 2e-2 * np.linalg.norm(values)
     along = np.einsum("ik,ij,kj->k", left, factor, right)[large]  # u^T X v: one for the polar factor

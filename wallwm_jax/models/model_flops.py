@@ -35,7 +35,7 @@ class RowShape:
 
 
 def forward_flops(model: ConfigDict, row: RowShape) -> dict[str, float]:
-    """FLOPs of one row's forward: "video" and "action" towers; the action tower's with all K draws is per draw here."""
+    """FLOPs of one row's forward: "video", and "action" for one draw."""
     (h, w), (p, q) = model.latent_shape, model.patch
     cells = (h // p) * (w // q)
     tokens = row.latents * row.views * cells

@@ -23,10 +23,10 @@ import jax
 from jax.experimental import topologies
 
 from wallwm_jax.console import UserError
+from wallwm_jax.parallel.chips import GIB
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _KERNEL = "tpu_custom_call"
-_GIB = 2**30
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others say their bits
 _PART = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^\s*(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
@@ -119,18 +119,18 @@ class Statistics:
         return total
 
     @property
-    def received(self) -> Counter[str]:
-        """Kind of collective → bytes that a chip receives."""
-        total: Counter[str] = Counter()
+    def received(self) -> dict[str, float]:
+        """Kind of collective → bytes that a chip receives; 0 for the others."""
+        total: dict[str, float] = defaultdict(float)
         for (kind, _), moved in self.traffic.items():
-            total[kind] += moved.received  # type: ignore[assignment]
+            total[kind] += moved.received
         return total
 
     def table(self) -> str:
         """Some lines for people."""
         lines = [
-            f"memory       {self.memory / _GIB:8.2f} GiB (arguments {self.arguments / _GIB:.2f}, temporaries "
-            f"{self.temporaries / _GIB:.2f}, outputs {self.outputs / _GIB:.2f})",
+            f"memory       {self.memory / GIB:8.2f} GiB (arguments {self.arguments / GIB:.2f}, temporaries "
+            f"{self.temporaries / GIB:.2f}, outputs {self.outputs / GIB:.2f})",
             f"products     {self.flops / 1e12:8.2f} TFLOP outside kernels",
             f"cycles       {self.cycles / 1e6:8.1f} M outside kernels, as the compiler estimates",
         ]
