@@ -98,6 +98,35 @@ def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
         return _png(figure)
 
 
+def sweep(
+    arms: Mapping[str, Mapping[str, Mapping[str, Any]]], curves: Mapping[str, Sequence[Sequence[float]]]
+) -> bytes:
+    """Left the loss curves of the arms, one line per seed; then a panel per measure: each seed, the mean's interval."""
+    measures = list(dict.fromkeys(measure for row in arms.values() for measure in row))
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    with matplotlib.rc_context(_STYLE):
+        panels = 1 + len(measures)
+        figure = Figure(figsize=(max(_WIDTH, 3.4 * panels), 1.6 + 0.3 * max(6, len(arms))), layout="constrained")
+        curve_panel, *measure_panels = np.atleast_1d(figure.subplots(1, panels))
+        for colour, lines in zip(colours, curves.values()):
+            for line in lines:
+                first = len(line) // 20  # the start would hide the differences
+                curve_panel.plot(range(first, len(line)), line[first:], color=colour, linewidth=1.2)
+        curve_panel.set(title="training loss, smoothed", xlabel="step", yscale="log")
+        for panel, measure in zip(measure_panels, measures):
+            for y, (colour, row) in enumerate(zip(colours, arms.values())):
+                entry = row.get(measure, {})
+                if entry.get("low") is not None:
+                    panel.plot([entry["low"], entry["high"]], [y, y], color=colour, lw=7, alpha=0.35)
+                values = [value for value in entry.get("values", [entry.get("rate")]) if value is not None]
+                panel.plot(values, [y] * len(values), "o", color=colour, markersize=5)
+            panel.set_yticks(range(len(arms)), list(arms) if panel is measure_panels[0] else [""] * len(arms))
+            panel.set_ylim(len(arms) - 0.5, -0.5)
+            panel.set_title(measure)
+            panel.grid(axis="y", visible=False)
+        return _png(figure)
+
+
 def errors(title: str, values: Mapping[str, float], unit: str) -> bytes:
     """Horizontal bars, one per name, the value written beside each; the first bar is the model's."""
     with matplotlib.rc_context(_STYLE):

@@ -1,11 +1,12 @@
-"""Statistics of an evaluation: success rates with Wilson 95 % intervals, PSNR, trajectory errors in physical units."""
+"""Statistics of an evaluation: rates and means with 95 % intervals, PSNR, trajectory errors in physical units."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from wallwm_jax.events.actions import ARM_DIM, GRIPPER_OFFSET, rotation_from_columns
 
@@ -32,6 +33,17 @@ def success_rate(successes: int, trials: int) -> Rate:
         return Rate(rate=0.0, low=0.0, high=1.0, episodes=0)
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return Rate(rate=successes / trials, low=float(interval.low), high=float(interval.high), episodes=trials)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean of independent values and its 95 % interval by Student's t; one value has none: (value, None, None)."""
+    if not values:
+        raise ValueError("no values")
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, None, None
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
 
 
 def psnr(predicted: np.ndarray, true: np.ndarray) -> float:

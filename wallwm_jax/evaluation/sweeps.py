@@ -1,0 +1,229 @@
+"""Sweeps: arms of overrides times seeds, each a run of its own, and what all of them found, with intervals.
+
+A sweep file in `configs/sweeps/` has `get_sweep()`, or `get_sweep(argument)`, and returns a `Sweep`. Runs of one seed
+see the same data in the same order and start from the same parameters, so arms are compared seed by seed.
+
+    out/ARM/seed-N/train        the training run         out/ARM/seed-N/log.txt     what its commands printed
+                  /evaluation   where the sweep evaluates       /report/report.json  its figures
+                  /done.json    the commands that made it
+    out/results.json, results.md, results.png            all runs together
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wallwm_jax.console import UserError
+from wallwm_jax.evaluation import figures
+from wallwm_jax.evaluation.statistics import mean_interval, success_rate
+from wallwm_jax.training.telemetry import read_metrics
+
+TAIL = 0.05
+"""Share of a run's steps that its final loss is the mean of, and that a loss curve is smoothed over."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run.
+
+    Attributes:
+      config: the config file, with its argument, that every run starts from.
+      arms: name → overrides of that arm, {"optim.lr": 1e-3}.
+      seeds: each arm is run with each of them.
+      overrides: of all runs.
+      evaluate: flags of `wallwm_jax.evaluate` to evaluate each run with; None trains only.
+      reference: the arm whose final loss the others' speed is measured by; "" leaves that measure out.
+    """
+
+    config: str
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0,)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Sequence[str] | None = None
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.arms or not self.seeds:
+            raise UserError("a sweep needs at least one arm and one seed")
+        if self.reference and self.reference not in self.arms:
+            raise UserError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        folders = [_folder(arm) for arm in self.arms]
+        if len(set(folders)) < len(folders):
+            raise UserError(f"arms {', '.join(self.arms)} do not differ in letters and digits; rename one")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, in `out/directory`."""
+
+    arm: str
+    seed: int
+    directory: str
+
+
+def load_sweep(path: str) -> Sweep:
+    """The sweep of a file, `configs/sweeps/x.py` or `configs/sweeps/x.py:argument`.
+
+    Raises:
+      UserError: no such file, no `get_sweep` in it, or a missing, unknown or needless argument.
+    """
+    name, _, argument = path.partition(":")
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"sweep file {name!r} does not exist; those that ship are in configs/sweeps/")
+    spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"sweep file {name!r} has no get_sweep()")
+    try:
+        inspect.signature(module.get_sweep).bind(*([argument] if argument else []))
+    except TypeError as error:
+        raise UserError(f"{path}: get_sweep{inspect.signature(module.get_sweep)}: {error}") from error
+    sweep: Sweep = module.get_sweep(argument) if argument else module.get_sweep()
+    return sweep
+
+
+def plan(sweep: Sweep) -> list[Run]:
+    """All runs, seed by seed, so that a sweep that is stopped has whole comparisons."""
+    return [Run(arm, seed, f"{_folder(arm)}/seed-{seed}") for seed in sweep.seeds for arm in sweep.arms]
+
+
+def commands(sweep: Sweep, run: Run, out: Path, store: str) -> list[list[str]]:
+    """The commands of one run, in order, without the interpreter; each can be run again after a stop."""
+    directory = out / run.directory
+    settings = {**sweep.overrides, **sweep.arms[run.arm], "data.store": store, "seed": run.seed}
+    train = str(directory / "train")
+    listed = [
+        ["wallwm_jax.train", f"--config={sweep.config}", f"--workdir={train}", "--resume"]
+        + [f"--config.{knob}={value}" for knob, value in settings.items()]
+    ]
+    if sweep.evaluate is not None:
+        where = [f"--workdir={train}", f"--store={store}"]
+        results, report = f"{directory / 'evaluation'}", f"{directory / 'report'}"
+        listed.append(["wallwm_jax.evaluate", *where, f"--out={results}", *sweep.evaluate])
+        listed.append(["wallwm_jax.evaluation.report", *where, f"--evaluation={results}", f"--out={report}"])
+    return listed
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the finished runs of a sweep found.
+
+    Attributes:
+      arms: name → measure → {"values", "mean", "low", "high"}, a value per seed, None where a loss is never reached,
+        and the rest None then; rates have {"rate", "low", "high", "episodes"} over all seeds. Intervals are 95 %:
+        Student's over seeds (None of one seed), Wilson's over episodes.
+      curves: name → smoothed losses, one list per seed.
+      finished, planned: numbers of runs.
+    """
+
+    arms: dict[str, dict[str, dict[str, Any]]]
+    curves: dict[str, list[list[float]]]
+    finished: int
+    planned: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the curves."""
+        return {"finished": self.finished, "planned": self.planned, "arms": self.arms}
+
+    def table(self) -> str:
+        """Markdown: one line per arm, one column per measure."""
+        measures = list(dict.fromkeys(measure for row in self.arms.values() for measure in row))
+        lines = [
+            f"| {self.finished} of {self.planned} runs | " + " | ".join(measures) + " |",
+            "|---" * (len(measures) + 1) + "|",
+        ]
+        for arm, row in self.arms.items():
+            lines.append(f"| {arm} | " + " | ".join(_cell(row.get(measure)) for measure in measures) + " |")
+        return "\n".join(lines)
+
+    def picture(self) -> bytes:
+        """PNG: smoothed loss curves of the arms, and each measure with its interval."""
+        return figures.sweep(self.arms, self.curves)
+
+
+def collect(sweep: Sweep, out: Path) -> Results:
+    """Reads the runs that are finished."""
+    runs = plan(sweep)
+    finished = [run for run in runs if (out / run.directory / "done.json").is_file()]
+    losses = {(run.arm, run.seed): _loss(out / run.directory / "train") for run in finished}
+    arms: dict[str, dict[str, dict[str, Any]]] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for arm in sweep.arms:
+        mine = [run for run in finished if run.arm == arm]
+        if not mine:
+            continue
+        row = arms[arm] = {}
+        curves[arm] = [list(smoothed(losses[arm, run.seed])) for run in mine]
+        row["final loss"] = _over_seeds([float(smoothed(losses[arm, run.seed])[-1]) for run in mine])
+        paired = [run.seed for run in mine if (sweep.reference, run.seed) in losses]
+        if paired:
+            steps = [steps_to_reach(losses[arm, seed], losses[sweep.reference, seed]) for seed in paired]
+            row[f"steps to {sweep.reference}'s final loss"] = _over_seeds(steps)
+        reports = [_report(out / run.directory) for run in mine] if sweep.evaluate is not None else []
+        if reports:
+            row["open-loop error"] = _over_seeds([report["open_loop"]["model"] for report in reports])
+            row["times the better baseline"] = _over_seeds(
+                [report["open_loop"]["model"] / min(report["open_loop"]["baselines"].values()) for report in reports]
+            )
+        rates = [report["success"]["trained"]["subtask"] for report in reports if "trained" in report["success"]]
+        if rates:
+            won = sum(round(rate["rate"] * rate["episodes"]) for rate in rates)
+            row["subtasks achieved"] = success_rate(won, sum(rate["episodes"] for rate in rates)).to_json()
+    return Results(arms, curves, len(finished), len(runs))
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """`[steps]` means over the last `TAIL` of all steps up to each; the last one is the run's final loss."""
+    width = max(1, round(TAIL * len(losses)))
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def steps_to_reach(losses: np.ndarray, reference: np.ndarray) -> float | None:
+    """Steps until the smoothed loss is at most the reference's final one; None if it never is."""
+    reached = np.flatnonzero(smoothed(losses) <= smoothed(reference)[-1])
+    return float(reached[0] + 1) if len(reached) else None
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    mean, low, high = mean_interval(known) if len(known) == len(values) else (None, None, None)
+    return {"values": list(values), "mean": mean, "low": low, "high": high}
+
+
+def _cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    if "episodes" in entry:
+        interval = f"[{100 * entry['low']:.0f}, {100 * entry['high']:.0f}]"
+        return f"{100 * entry['rate']:.0f} % {interval} of {entry['episodes']}"
+    if entry["mean"] is None:
+        return f"reached by {sum(value is not None for value in entry['values'])} of {len(entry['values'])}"
+    interval = "" if entry["low"] is None else f" [{entry['low']:.4g}, {entry['high']:.4g}]"
+    return f"{entry['mean']:.4g}{interval}"
+
+
+def _loss(train: Path) -> np.ndarray:
+    return np.array([line["loss"] for line in read_metrics(train)])
+
+
+def _report(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "report" / "report.json").read_text()))
+
+
+def _folder(arm: str) -> str:
+    return re.sub(r"[^0-9A-Za-z.]+", "-", arm).strip("-")
