@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
             ),
             duration_quantiles=(0.1, 0.5, 0.9),
             compute_dtype="float32",  # float32 | bfloat16; parameters, softmax and accumulations stay float32
-            remat="none",  # none | dots (recompute all but matrix products and attention) | full
+            remat="none",  # none | dots | selective | full, see models/layer_stack.py
         )
     )
 
@@ -144,6 +144,7 @@ def get_config() -> ConfigDict:
         )
     )
 
+    config.mesh_preset = ""  # "v5p:4x4x8": sizes for that slice by parallel/presets.py, instead of these
     config.mesh = ConfigDict(dict(slice=1, data=1, fsdp=-1, context=1, tensor=1))
 
     config.sampling = ConfigDict(

@@ -18,16 +18,21 @@ B, S, T, H, D = 2, 7, 9, 3, 8
 @pytest.fixture(scope="module")
 def qkv():
     keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(key, (B, n, H, D)) for key, n in zip(keys, (S, T, T))]
+    return [jax.random.normal(key, (B, H, n, D)) for key, n in zip(keys, (S, T, T))]
 
 
 def dense(query, key, value, allowed, bias=0.0):
     """Attention written out, float64; `allowed [B, S, T]`."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    logits = np.einsum("bshd,bthd->bhst", query, key) / np.sqrt(D) + bias
+    logits = np.einsum("bhsd,bhtd->bhst", query, key) / np.sqrt(D) + bias
     weights = np.exp(logits - logits.max()) * allowed[:, None]
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("bhst,bthd->bshd", np.where(total > 0, weights / np.where(total > 0, total, 1), 0), value)
+    return np.einsum("bhst,bhtd->bhsd", np.where(total > 0, weights / np.where(total > 0, total, 1), 0), value)
+
+
+def by_token(out):
+    """`[B, S, H, D]` of `[B, H, S, D]`."""
+    return np.swapaxes(np.asarray(out), 1, 2)
 
 
 def test_plain_attention(qkv):
@@ -40,7 +45,7 @@ def test_segments_close_other_events_and_padding(qkv):
     allowed = (q_segments[:, :, None] == kv_segments[:, None]) & (kv_segments != 0)[:, None]
     out = attend(*qkv, q_segments=jnp.asarray(q_segments), kv_segments=jnp.asarray(kv_segments))
     np.testing.assert_allclose(out, dense(*qkv, allowed), atol=1e-6)
-    assert (np.asarray(out)[~allowed.any(-1)] == 0).all()
+    assert (by_token(out)[~allowed.any(-1)] == 0).all()
     assert (~allowed.any(-1)).sum() == 5
 
 
@@ -73,7 +78,7 @@ def test_equal_padding_keys_are_one_key_with_log_bias(qkv):
     query, key, value = qkv
     n, pads = T - 1, 503
     repeats = np.array([1] * n + [pads])
-    padded = attend(query, jnp.repeat(key, repeats, axis=1), jnp.repeat(value, repeats, axis=1))
+    padded = attend(query, jnp.repeat(key, repeats, axis=2), jnp.repeat(value, repeats, axis=2))
     bias = jnp.asarray(np.log(repeats), jnp.float32)[None].repeat(B, 0)
     np.testing.assert_allclose(attend(query, key, value, key_bias=bias), padded, atol=1e-5)
 
@@ -100,7 +105,7 @@ def packed_rows(scale, shuffle=False):
 @pytest.fixture(scope="module")
 def tiles():
     keys = jax.random.split(jax.random.key(1), 4)
-    return [jax.random.normal(key, (2, n, 2, D)) for key, n in zip(keys, (ROW, KEYS, KEYS, ROW))]
+    return [jax.random.normal(key, (2, 2, n, D)) for key, n in zip(keys, (ROW, KEYS, KEYS, ROW))]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -116,7 +121,7 @@ def test_visiting_open_tiles_equals_dense_attention_and_its_gradients(tiles, shu
     theirs = run(lambda *qkv: attend(*qkv, q_segments=segments[0], kv_segments=segments[1]))
     for mine, dense_one in zip(ours, theirs):
         np.testing.assert_allclose(mine, dense_one, atol=5e-6)
-    assert (np.asarray(ours[-1])[np.asarray(segments[0]) == 0] == 0).all()
+    assert (by_token(ours[-1])[np.asarray(segments[0]) == 0] == 0).all()
 
 
 def test_poisoning_one_event_leaves_the_tiles_of_others_bit_unchanged(tiles):
@@ -128,7 +133,7 @@ def test_poisoning_one_event_leaves_the_tiles_of_others_bit_unchanged(tiles):
         out, pullback = jax.vjp(lambda *qkv: event_attention.attend_events(*qkv, *segments, EVENTS), query, key, value)
         return out, pullback(cotangent)
 
-    inside = [(segment == 2)[..., None, None] for segment in segments]
+    inside = [(segment == 2)[:, None, :, None] for segment in segments]
     poisoned = [
         jnp.where(where, 1e3 * jnp.sin(37 * x), x)
         for x, where in ((query, inside[0]), (key, inside[1]), (value, inside[1]), (cotangent, inside[0]))
@@ -148,7 +153,7 @@ def test_many_events_on_one_cpu_take_the_tiles(tiles, monkeypatch):
     assert taken == [EVENTS]
     attend(query, key, value, num_segments=2, **segments)
     short = {name: array[:, :60] for name, array in segments.items()}
-    attend(query[:, :60], key[:, :60], value[:, :60], num_segments=EVENTS, **short)
+    attend(query[:, :, :60], key[:, :, :60], value[:, :, :60], num_segments=EVENTS, **short)
     assert taken == [EVENTS]
 
 
@@ -172,7 +177,7 @@ def test_splash_equals_dense_attention_forward_and_backward(queries, keys):
     allowed = (q_segments[:, :, None] == kv_segments[:, None]) & (kv_segments != 0)[:, None]
     q_segments, kv_segments = jnp.asarray(q_segments), jnp.asarray(kv_segments)
     query, key, value, weight = (
-        jnp.asarray(rng.normal(size=(B, length, H, 64)), jnp.float32) for length in (queries, keys, keys, queries)
+        jnp.asarray(rng.normal(size=(B, H, length, 64)), jnp.float32) for length in (queries, keys, keys, queries)
     )
 
     def dense_loss(*qkv):
@@ -184,8 +189,8 @@ def test_splash_equals_dense_attention_forward_and_backward(queries, keys):
 
     (_, mixed), gradients = jax.value_and_grad(splash_loss, (0, 1, 2), has_aux=True)(query, key, value)
     expected = attend(query, key, value, q_segments=q_segments, kv_segments=kv_segments)
-    np.testing.assert_allclose(mixed, expected, atol=2e-6)
-    assert (np.asarray(mixed)[~allowed.any(-1)] == 0).all() and (~allowed.any(-1)).sum() > 2 * 17
+    np.testing.assert_allclose(mixed, expected, atol=3e-6)
+    assert (by_token(mixed)[~allowed.any(-1)] == 0).all() and (~allowed.any(-1)).sum() > 2 * 17
     for ours, theirs in zip(gradients, jax.grad(dense_loss, (0, 1, 2))(query, key, value)):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
@@ -196,7 +201,7 @@ def test_triton_equals_dense_attention_forward_and_backward():
     segments = packed_segments(rng, B, length, 5, length - 17)
     segments[0] = np.where(segments[0] == 3, 0, segments[0])
     segments = jnp.asarray(segments)
-    query, key, value, weight = (jnp.asarray(rng.normal(size=(B, length, H, 64)), jnp.float32) for _ in range(4))
+    query, key, value, weight = (jnp.asarray(rng.normal(size=(B, H, length, 64)), jnp.float32) for _ in range(4))
 
     def dense_loss(*qkv):
         return (weight * attend(*qkv, q_segments=segments, kv_segments=segments)).sum()
@@ -207,8 +212,8 @@ def test_triton_equals_dense_attention_forward_and_backward():
 
     (_, mixed), gradients = jax.value_and_grad(triton_loss, (0, 1, 2), has_aux=True)(query, key, value)
     expected = attend(query, key, value, q_segments=segments, kv_segments=segments)
-    np.testing.assert_allclose(mixed, expected, atol=2e-6)
-    assert (np.asarray(mixed)[np.asarray(segments) == 0] == 0).all()
+    np.testing.assert_allclose(mixed, expected, atol=3e-6)
+    assert (by_token(mixed)[np.asarray(segments) == 0] == 0).all()
     for ours, theirs in zip(gradients, jax.grad(dense_loss, (0, 1, 2))(query, key, value)):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
@@ -220,7 +225,7 @@ def test_long_self_attention_on_gpu_takes_the_kernel(monkeypatch, platform, is_s
     monkeypatch.setattr(attention, "_target", lambda: (platform, 2))
     seen = []
     monkeypatch.setattr(triton_attention, "attend_triton", lambda q, *_: seen.append(q.shape) or q)
-    x, segments = jnp.ones((1, length, 2, 16)), jnp.ones((1, length), jnp.int32)
+    x, segments = jnp.ones((1, 2, length, 16)), jnp.ones((1, length), jnp.int32)
     attend(x, x, x, q_segments=segments, kv_segments=segments if is_self else segments + 0, num_segments=4)
     assert bool(seen) == taken
 
@@ -233,7 +238,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from wallwm_jax.models.splash_attention import attend_splash
 from wallwm_jax.parallel.mesh import make_mesh
 rng = np.random.default_rng(0)
-q, k, v = (jnp.asarray(rng.normal(size=(4, n, 2, 32)), jnp.float32) for n in (256, 130, 130))
+q, k, v = (jnp.asarray(rng.normal(size=(4, 2, n, 32)), jnp.float32) for n in (256, 130, 130))
 s, t = (jnp.asarray(rng.integers(0, 3, (4, n))) for n in (256, 130))
 def run(*args): return attend_splash(*args, 2, interpret=True)
 mesh = make_mesh(dict(slice=1, data=1, fsdp=2, context=2, tensor=2))

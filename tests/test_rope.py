@@ -21,18 +21,18 @@ def test_an_impossible_head_is_refused(head_dim):
 
 def test_rotation_is_complex_multiplication_of_the_pairs():
     rng = np.random.default_rng(0)
-    x, angles = rng.normal(size=(3, 5, 2, 8)), rng.normal(size=(3, 5, 4))
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[..., None, :]
+    x, angles = rng.normal(size=(3, 2, 5, 8)), rng.normal(size=(3, 5, 4))
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, None]
     expected = np.concatenate([pairs.real, pairs.imag], -1)
     np.testing.assert_allclose(rope.rotate(jnp.asarray(x), jnp.asarray(angles)), expected, atol=1e-6)
 
 
 def test_products_depend_on_the_distance_of_signed_positions_only():
     rng = np.random.default_rng(1)
-    query, key = rng.normal(size=(2, 1, 16)).astype(np.float32)
+    query, key = rng.normal(size=(2, 1, 1, 16)).astype(np.float32)
 
     def product(i, j):
-        rotated = [rope.rotate(x, rope.position_angles(jnp.asarray(p), 16)) for x, p in ((query, i), (key, j))]
+        rotated = [rope.rotate(x, rope.position_angles(jnp.asarray([p]), 16)) for x, p in ((query, i), (key, j))]
         return float(jnp.sum(rotated[0] * rotated[1]))
 
     assert product(-3, 2) == pytest.approx(product(4, 9), abs=1e-5)

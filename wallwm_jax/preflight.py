@@ -1,7 +1,12 @@
 r"""Compiles the real train step for a TPU slice that need not exist, and says whether it fits and how fast it would be.
 
     python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
-        --config.mesh.data=4 --config.mesh.fsdp=32 --config.data.rows=128
+        --config.mesh_preset=v5p:4x4x8 --config.data.rows=128
+
+--search tries meshes, remat policies and rows per chip instead, minutes each, and prints the best few:
+
+    python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
+        --search --search_remat=full,dots --search_rows=1,2,4
 
 Needs no TPU, only the compiler (pip install "jax[tpu]"). Exit code 0: it fits with a tenth of the memory free; 3: it
 does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/preflight.py`; the rest is compiled fact.
@@ -10,6 +15,7 @@ does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/pref
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from absl import flags
 
@@ -24,6 +30,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("topology", None, "TPU generation and extents of the torus, such as v5p:4x4x8.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
     flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.DEFINE_bool("search", False, "Compile several ways to run and print the best few that fit.")
+    flags.DEFINE_list("search_fsdp", [], "Chips that share the parameters; none takes products of the torus's sides.")
+    flags.DEFINE_list("search_remat", ["full", "dots"], "Remat policies.")
+    flags.DEFINE_list("search_rows", ["1", "2", "4"], "Rows per chip.")
     flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -34,10 +44,39 @@ def main(_: list[str]) -> int:
     values = flags.FLAGS
     if not values.config.data.views and not values.views:
         raise UserError("config.data.views is empty, the store would decide: give --views=N")
+    if values.search:
+        return _search()
     with phase(f"compile for {values.topology}"):
         report = preflight.inspect(values.config, values.topology, values.views)
     print(json.dumps(report.to_json(), indent=1) if values.json else report.table())
     return 0 if report.fits else _DOES_NOT_FIT
+
+
+def _search() -> int:
+    from wallwm_jax.benchmarks import search
+
+    values = flags.FLAGS
+    tried = search.search(
+        values.config,
+        values.topology,
+        values.views,
+        fsdp=_numbers("search_fsdp"),
+        remat=values.search_remat,
+        rows=_numbers("search_rows"),
+    )
+    if values.json:
+        listed = [{**asdict(one.candidate), "report": one.report and one.report.to_json()} for one in tried]
+        print(json.dumps(listed, indent=1))
+    else:
+        print(search.table(tried))
+    return 0 if tried[0].report is not None and tried[0].report.fits else _DOES_NOT_FIT
+
+
+def _numbers(flag: str) -> list[int]:
+    given = flags.FLAGS[flag].value
+    if not all(text.isdigit() and int(text) for text in given):
+        raise UserError(f"--{flag}={','.join(given)}: write positive whole numbers")
+    return [int(text) for text in given]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def run(
     from wallwm_jax.data.pipeline import check_store, make_loader, uncalibrated_views
     from wallwm_jax.parallel.distributed import this_host
     from wallwm_jax.parallel.mesh import make_mesh, row_shards
+    from wallwm_jax.parallel.presets import mesh_sizes
     from wallwm_jax.parallel.sharding import host_rows
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
     from wallwm_jax.training.telemetry import Telemetry
@@ -118,7 +119,7 @@ def run(
     assets = {"store": described, "stats": store.stats.to_dict()}
 
     # Devices.
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(mesh_sizes(config))
     if config.data.rows % row_shards(mesh):
         raise UserError(
             f"data.rows={config.data.rows} does not divide among the {row_shards(mesh)} row shards of the mesh; "

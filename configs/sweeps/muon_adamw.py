@@ -5,7 +5,7 @@ r"""Muon against AdamW on the quickstart's model: does it learn faster?
 
 `rates` trains each optimizer at four learning rates with one seed, `seeds` the best of each with three. The rate is
 that of the matrices; embeddings, norms and heads are AdamW's in both, at the same rate as in the quickstart with Muon,
-at the swept one without. Runs of 300 steps, under five minutes each on two CPU cores.
+at the swept one without. Runs of 200 steps, about two minutes each on two CPU cores.
 """
 
 from wallwm_jax.console import UserError
@@ -27,6 +27,6 @@ def get_sweep(part: str) -> Sweep:
         config="configs/ocbench_quickstart.py",
         arms=arms,
         seeds=(0,) if part == "rates" else (0, 1, 2),
-        overrides={"train.steps": 300, "train.save_every": 300},
+        overrides={"train.steps": 200, "train.save_every": 200},
         reference=f"AdamW {BEST_ADAMW:g}",
     )

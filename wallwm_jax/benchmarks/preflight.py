@@ -22,6 +22,7 @@ from wallwm_jax.optim.muon_cost import MuonCost
 from wallwm_jax.parallel.aot import Statistics, statistics, topology_devices
 from wallwm_jax.parallel.chips import GIB, Chip, chip_of
 from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.parallel.presets import mesh_sizes
 from wallwm_jax.training.train_step import build_train_step
 
 ETAS = (0.42, 0.60, 1.0)
@@ -154,7 +155,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.data.views = tuple(f"view {i}" for i in range(1, views + 1))
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(mesh_sizes(config), devices)
     built = build_train_step(config, mesh)
     begun = time.monotonic()
     batch = built.abstract_batch(batch_spec(config, config.data.rows))

@@ -32,7 +32,7 @@ STATE_MODULATIONS = 3  # shift, scale, gate of the state branch: per event
 
 
 class VideoKeys(NamedTuple):
-    """What one block reads of the video: keys and values `[B, F*N, H, d]` of all cells."""
+    """What one block reads of the video: keys and values `[B, H, F*N, d]` of all cells."""
 
     key: jax.Array
     value: jax.Array
@@ -87,11 +87,12 @@ class ActionBlock(nnx.Module):
 
         `frame_embedding [B, F, D]`, E_tau and E_abs of the latent frames, is added to both.
         """
-        normed = layer_norm(video).astype(self.video_attention.dtype)
-        offset = frame_embedding[:, :, None]
-        key = self.video_attention.keys(normed, offset=offset)
-        value = self.video_attention.values(normed, offset=offset)
-        return VideoKeys(*(part.reshape(part.shape[0], -1, *part.shape[3:]) for part in (key, value)))
+        b, f, n, _ = video.shape
+        normed = layer_norm(video).astype(self.video_attention.dtype).reshape(b, f * n, -1)
+        offset = jnp.repeat(frame_embedding, n, axis=1)
+        return VideoKeys(
+            self.video_attention.keys(normed, offset=offset), self.video_attention.values(normed, offset=offset)
+        )
 
     def __call__(self, x: jax.Array, video: VideoKeys, condition: ActionCondition) -> jax.Array:
         modulation = self.modulation[...] + condition.modulation
@@ -104,7 +105,7 @@ class ActionBlock(nnx.Module):
 
     def _self_attention(self, x: jax.Array, condition: ActionCondition) -> jax.Array:
         """Attention over the state and action tokens of one event."""
-        k, b, s, _ = x.shape
+        k, b = x.shape[:2]
         attention = self.self_attention
         parts = (
             attention.queries(x, angles=condition.angles),
@@ -112,11 +113,11 @@ class ActionBlock(nnx.Module):
             attention.values(x),
         )
         # Rows before draws: the merged axis is split over devices as rows are.
-        query, key, value = (jnp.swapaxes(part, 0, 1).reshape(b * k, s, *part.shape[3:]) for part in parts)
+        query, key, value = (jnp.swapaxes(part, 0, 1).reshape(b * k, *part.shape[2:]) for part in parts)
         segments = jnp.repeat(condition.segments, k, axis=0)
         events = condition.token_event.shape[-1]
         mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
-        return attention.merge(jnp.swapaxes(mixed.reshape(b, k, s, *mixed.shape[2:]), 0, 1))
+        return attention.merge(jnp.swapaxes(mixed.reshape(b, k, *mixed.shape[1:]), 0, 1))
 
     def _state(self, x: jax.Array, modulation: jax.Array, condition: ActionCondition) -> jax.Array:
         """Cross-attention to the event's one state token: softmax over one key is 1, so its value is the result."""
@@ -131,7 +132,8 @@ class ActionBlock(nnx.Module):
         attention = self.video_attention
         place = condition.frame @ condition.frame_embedding + condition.window_offset
         query = attention.queries(x, offset=place)
-        query = jnp.moveaxis(query, 0, 2).reshape(b, s * k, *query.shape[3:])
+        heads = query.shape[2]
+        query = jnp.moveaxis(query, 0, 3).reshape(b, heads, s * k, -1)
         mixed = attend(
             query,
             video.key,
@@ -140,7 +142,7 @@ class ActionBlock(nnx.Module):
             kv_segments=condition.video_segments,
             num_segments=condition.token_event.shape[-1],
         )
-        return attention.output(jnp.moveaxis(mixed.reshape(b, s, k, -1), 2, 0))
+        return attention.merge(jnp.moveaxis(mixed.reshape(b, heads, s, k, -1), 3, 0))
 
 
 class ActionTower(nnx.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wallwm_jax.models import event_attention, splash_attention, triton_attention
-from wallwm_jax.models.layers import Linear, RMSNorm
+from wallwm_jax.models.layers import NORM_EPS, Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
 
 CLOSED = -1e30
@@ -36,8 +36,8 @@ def attend(
     """Softmax attention, softmax in float32.
 
     Args:
-      query: `[B, S, H, D]`.
-      key, value: `[B, T, H, D]`.
+      query: `[B, H, S, D]`.
+      key, value: `[B, H, T, D]`.
       q_segments, kv_segments: `[B, S]`, `[B, T]` integers; a key is open to the queries of its own segment; segment 0
         is padding, closed to all. Both or neither.
       num_segments: largest segment id, where known; lets closed parts be skipped.
@@ -45,10 +45,10 @@ def attend(
       mask: `[B, S, T]` bool, False closes.
 
     Returns:
-      `[B, S, H, D]` in the dtype of `value`; exactly zero where no key is open.
+      `[B, H, S, D]` in the dtype of `value`; exactly zero where no key is open.
     """
     if q_segments is not None and kv_segments is not None and num_segments and key_bias is None and mask is None:
-        sizes, (platform, devices) = (query.shape[1], key.shape[1]), _target()
+        sizes, (platform, devices) = (query.shape[2], key.shape[2]), _target()
         if platform == "tpu" and splash_attention.worthwhile(*sizes):
             return splash_attention.attend_splash(query, key, value, q_segments, kv_segments, num_segments)
         if platform in ("gpu", "cuda") and triton_attention.worthwhile(sizes[0], q_segments is kv_segments):
@@ -56,7 +56,7 @@ def attend(
         if platform == "cpu" and devices == 1 and event_attention.worthwhile(*sizes, num_segments):
             return event_attention.attend_events(query, key, value, q_segments, kv_segments, num_segments)
     scale = 1.0 / math.sqrt(query.shape[-1])
-    logits = scale * jnp.einsum("bshd,bthd->bhst", query, key, preferred_element_type=jnp.float32)
+    logits = scale * jnp.einsum("bhsd,bhtd->bhst", query, key, preferred_element_type=jnp.float32)
     allowed = None if mask is None else mask[:, None]
     if q_segments is not None and kv_segments is not None:
         same = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments != 0)[:, None, :]
@@ -72,9 +72,9 @@ def attend(
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
     total = jnp.sum(weights, -1)
-    mixed = jnp.einsum("bhst,bthd->bshd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bhst,bhtd->bhsd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     total = jnp.where(total > 0, total, 1.0)
-    return (mixed / jnp.swapaxes(total, 1, 2)[..., None]).astype(value.dtype)
+    return (mixed / total[..., None]).astype(value.dtype)
 
 
 def _target() -> tuple[str, int]:
@@ -112,24 +112,30 @@ class Attention(nnx.Module):
         self.dtype = dtype
 
     def queries(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
-        """`[..., D]` to queries `[..., H, d]`: normalised, plus `offset [..., D]`, rotated by `angles [..., d / 2]`."""
-        return self._place(self.query_norm(self.query(x)), angles, offset)
+        """`[..., S, D]` to queries `[..., H, S, d]`: normalised, plus `offset [..., S, D]`, rotated by `angles [..., S,
+        d / 2]`."""
+        return self._place(self._normed(self.query.to_heads(x, self.heads), self.query_norm), angles, offset)
 
     def keys(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
-        """`[..., Dk]` to keys `[..., H, d]`: normalised, plus `offset [..., D]`, rotated by `angles [..., d / 2]`."""
-        return self._place(self.key_norm(self.key(x)), angles, offset)
+        """`[..., S, Dk]` to keys `[..., H, S, d]`, as `queries`."""
+        return self._place(self._normed(self.key.to_heads(x, self.heads), self.key_norm), angles, offset)
 
     def values(self, x: jax.Array, *, offset: jax.Array | None = None) -> jax.Array:
-        """`[..., Dk]` to values `[..., H, d]`, plus `offset [..., D]`."""
-        return self._place(self.value(x), None, offset)
+        """`[..., S, Dk]` to values `[..., H, S, d]`, plus `offset [..., S, D]`."""
+        return self._place(self.value.to_heads(x, self.heads), None, offset)
 
-    def merge(self, heads: jax.Array) -> jax.Array:
-        """Attended heads `[..., H, d]` through the output projection, `[..., D]`."""
-        return self.output(heads.reshape(*heads.shape[:-2], -1))
+    def merge(self, mixed: jax.Array) -> jax.Array:
+        """Attended heads `[..., H, S, d]` through the output projection, `[..., S, D]`."""
+        return self.output.from_heads(mixed)
+
+    def _normed(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
+        """`norm`, over all heads of a token, of `x [..., H, S, d]`; float32."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(x * x, (-3, -1), keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + NORM_EPS) * norm.scale[...].reshape(self.heads, 1, -1)
 
     def _place(self, x: jax.Array, angles: jax.Array | None, offset: jax.Array | None) -> jax.Array:
-        x = self._split(x if offset is None else x + offset)
-        return (x if angles is None else rotate(x, angles)).astype(self.dtype)
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        if offset is not None:
+            x = x + jnp.swapaxes(offset.reshape(*offset.shape[:-1], self.heads, -1), -2, -3)
+        x = x.astype(self.dtype)
+        return x if angles is None else rotate(x, angles)

@@ -44,7 +44,7 @@ def attend_events(
     kv_segments: jax.Array,
     events: int,
 ) -> jax.Array:
-    """As `attention.attend` with segments 1..`events`: `[B, S, H, D]`, float32 inside, zero where no key is open."""
+    """As `attention.attend` with segments 1..`events`: `[B, H, S, D]`, float32 inside, zero where no key is open."""
     return _forward(query, key, value, q_segments, kv_segments, events)[0]
 
 
@@ -97,10 +97,6 @@ def _member(segments: jax.Array, row: jax.Array, start: jax.Array, size: int, ev
     return (part == event) & (begin + jnp.arange(size) >= start)
 
 
-def _heads_first(array: jax.Array) -> jax.Array:
-    return jnp.swapaxes(array, 1, 2).astype(jnp.float32)
-
-
 def _with_columns(array: jax.Array, *columns: jax.Array) -> jax.Array:
     """`array [H, n, D]` with one more feature per `column`, `[n]` or `[H, n]`.
 
@@ -114,8 +110,8 @@ def _with_columns(array: jax.Array, *columns: jax.Array) -> jax.Array:
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, q_segments: jax.Array, kv_segments: jax.Array, events: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    q_tile, k_tile = _tile(query.shape[1]), _tile(key.shape[1])
-    queries, keys, values = (_heads_first(array) for array in (query / math.sqrt(query.shape[-1]), key, value))
+    q_tile, k_tile = _tile(query.shape[2]), _tile(key.shape[2])
+    queries, keys, values = (array.astype(jnp.float32) for array in (query / math.sqrt(query.shape[-1]), key, value))
     visits = _plan(q_segments, kv_segments, events)
 
     def visit(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -142,17 +138,17 @@ def _forward(
     start = (jnp.zeros(queries.shape), jnp.full(rows, _CLOSED), jnp.zeros(rows))
     mixed, peak, total = jax.lax.fori_loop(0, visits.number, visit, start)
     total = jnp.where(total > 0, total, 1.0)
-    output = jnp.swapaxes(mixed / total[..., None], 1, 2).astype(value.dtype)
+    output = (mixed / total[..., None]).astype(value.dtype)
     output, log_total = (checkpoint_name(part, "attention") for part in (output, peak + jnp.log(total)))
     return output, (query, key, value, q_segments, kv_segments, output, log_total)
 
 
 def _backward(events: int, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     query, key, value, q_segments, kv_segments, output, log_total = saved
-    q_tile, k_tile = _tile(query.shape[1]), _tile(key.shape[1])
+    q_tile, k_tile = _tile(query.shape[2]), _tile(key.shape[2])
     scale = 1.0 / math.sqrt(query.shape[-1])
-    queries, keys, values, gradients = (_heads_first(array) for array in (query * scale, key, value, gradient))
-    drift = jnp.swapaxes(jnp.sum(gradient.astype(jnp.float32) * output, -1), 1, 2)
+    queries, keys, values, gradients = (array.astype(jnp.float32) for array in (query * scale, key, value, gradient))
+    drift = jnp.sum(gradients * output, -1)
     visits = _plan(q_segments, kv_segments, events)
 
     def visit(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -183,9 +179,7 @@ def _backward(events: int, saved: tuple[jax.Array, ...], gradient: jax.Array) ->
 
     start = tuple(jnp.zeros(array.shape) for array in (queries, keys, values))
     totals = jax.lax.fori_loop(0, visits.number, visit, start)
-    of_query, of_key, of_value = (
-        jnp.swapaxes(total, 1, 2).astype(array.dtype) for total, array in zip(totals, (query, key, value))
-    )
+    of_query, of_key, of_value = (total.astype(array.dtype) for total, array in zip(totals, (query, key, value)))
     return of_query, of_key, of_value, None, None
 
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "selective", "full")
+KEPT = ("attention", "ffn")  # names of what "selective" keeps: attention's output and normaliser, the hidden layer
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -45,7 +46,8 @@ def run(
 
 
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function`, recomputed in the backward pass ("full") or with all its intermediates kept ("none").
+    """`function` with all its intermediates kept for the backward pass ("none") or recomputed there ("full"); or all
+    recomputed but matrix products and attention ("dots"), or but what costs most for its size ("selective": `KEPT`).
 
     Raises:
       ValueError: unknown policy.
@@ -55,5 +57,6 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     if policy == "none":
         return function
     keep = jax.checkpoint_policies
-    saved = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("attention"))
-    return jax.checkpoint(function, prevent_cse=False, policy=saved if policy == "dots" else None)
+    named = keep.save_only_these_names(*KEPT)
+    dots = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, named)
+    return jax.checkpoint(function, prevent_cse=False, policy={"dots": dots, "selective": named}.get(policy))

@@ -5,14 +5,18 @@ Parameters are float32. A linear map computes in the module's compute dtype; nor
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0
+_SUBLANES = 8  # rows of a TPU register: the least that goes through its matrix unit
 
 
 class Linear(nnx.Module):
@@ -28,7 +32,21 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x.astype(self.dtype), self.kernel[...].astype(self.dtype)) + self.bias[...].astype(self.dtype)
+        return affine(_PLAIN, x.astype(self.dtype), *self._weights())
+
+    def to_heads(self, x: jax.Array, heads: int) -> jax.Array:
+        """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it."""
+        kernel, bias = self._weights()
+        kernel, bias = kernel.reshape(len(kernel), heads, -1), bias.reshape(heads, 1, -1)
+        return affine(_TO_HEADS, x.astype(self.dtype), kernel, bias)
+
+    def from_heads(self, x: jax.Array) -> jax.Array:
+        """`[..., H, S, in / H]` to `[..., S, out]`."""
+        kernel, bias = self._weights()
+        return affine(_FROM_HEADS, x.astype(self.dtype), kernel.reshape(x.shape[-3], x.shape[-1], -1), bias)
+
+    def _weights(self) -> tuple[jax.Array, jax.Array]:
+        return self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -61,7 +79,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(checkpoint_name(self.up(x), "ffn"), approximate=True))
 
 
 class GatedFeedForward(nnx.Module):
@@ -73,7 +91,8 @@ class GatedFeedForward(nnx.Module):
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = (checkpoint_name(part(x), "ffn") for part in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class TimeEmbedding(nnx.Module):
@@ -94,28 +113,61 @@ class TimeEmbedding(nnx.Module):
         return embedding, modulation.reshape(*timestep.shape, self.modulations, -1)
 
 
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x [..., in] @ kernel [in, out]`.
+class _Form(NamedTuple):
+    """Axes of a linear map, a letter each, in einsum's language; `?` are the leading axes, of any number."""
 
-    Its own derivative only fixes the order of the kernel gradient's product: JAX's default makes XLA's CPU backend copy
-    a transposed gradient for every kernel.
+    x: str
+    kernel: str
+    y: str
+
+    def einsum(self, form: str, left: jax.Array, right: jax.Array, leading: int, **kwargs: Any) -> jax.Array:
+        return jnp.einsum(form.replace("?", "ABCDEF"[:leading]), left, right, **kwargs)
+
+
+_PLAIN = _Form("?i", "io", "?o")
+_TO_HEADS = _Form("?si", "ihd", "?hsd")
+_FROM_HEADS = _Form("?hsd", "hdo", "?so")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def affine(form: _Form, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x @ kernel + bias` over the axes that `form` names.
+
+    Its own derivative fixes how the parameters' gradients are computed, as products that accumulate in float32: JAX's
+    default makes XLA's CPU backend copy a transposed gradient for every kernel, and its TPU backend sum the gradient of
+    a bias in the compute dtype, several times slower than it reads it.
     """
-    return x @ kernel
+    return form.einsum(f"{form.x},{form.kernel}->{form.y}", x, kernel, _leading(form, x)) + bias
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _affine_forward(
+    form: _Form, x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return affine(form, x, kernel, bias), (x, kernel, bias)
 
 
-def _product_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    flat = (x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-    of_kernel = jax.lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return gradient @ kernel.T, of_kernel.astype(kernel.dtype)
+def _affine_backward(
+    form: _Form, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, kernel, bias = saved
+    leading = _leading(form, x)
+    einsum = functools.partial(form.einsum, leading=leading)
+    of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
+    of_kernel = einsum(f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=jnp.float32)
+    summed = form.y.replace("h", "").replace("d", "").replace("o", "")
+    kept = "".join(letter for letter in form.y if letter in "hdo")
+    sizes = [size for letter, size in zip("ABCDEF"[:leading] + form.y[1:], gradient.shape) if letter not in "hdo"]
+    ones = jnp.ones((_SUBLANES, *sizes), gradient.dtype)
+    of_bias = einsum(f"k{summed},{form.y}->k{kept}", ones, gradient, preferred_element_type=jnp.float32)
+    of_bias = jnp.mean(of_bias, 0).reshape(bias.shape)
+    return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+def _leading(form: _Form, x: jax.Array) -> int:
+    return x.ndim - len(form.x) + 1
+
+
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 def timestep_features(timestep: jax.Array, dim: int) -> jax.Array:

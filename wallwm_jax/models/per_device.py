@@ -23,15 +23,15 @@ def per_device(
     *,
     splits_queries: bool = True,
 ) -> jax.Array:
-    """`kernel(query [B, S, H, D], key and value [B, T, H, D], segments [B, S] and [B, T])` on every device."""
+    """`kernel(query [B, H, S, D], key and value [B, H, T, D], segments [B, S] and [B, T])` on every device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(query, key, value, q_segments, kv_segments)
     rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
-    heads = "tensor" if mesh.shape["tensor"] > 1 and query.shape[2] % mesh.shape["tensor"] == 0 else None
-    divides = mesh.shape["context"] > 1 and query.shape[1] % mesh.shape["context"] == 0
+    heads = "tensor" if mesh.shape["tensor"] > 1 and query.shape[1] % mesh.shape["tensor"] == 0 else None
+    divides = mesh.shape["context"] > 1 and query.shape[2] % mesh.shape["context"] == 0
     context = "context" if splits_queries and divides else None
-    of_query, of_key = PartitionSpec(rows, context, heads, None), PartitionSpec(rows, None, heads, None)
+    of_query, of_key = PartitionSpec(rows, heads, context, None), PartitionSpec(rows, heads, None, None)
     return jax.shard_map(
         kernel,
         in_specs=(of_query, of_key, of_key, PartitionSpec(rows, context), PartitionSpec(rows, None)),

@@ -59,7 +59,13 @@ def grid_angles(frame_angles: jax.Array, rows: int, columns: int, head_dim: int)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates heads `x [..., H, d]` by `angles [..., d / 2]`, shared by the heads; float32 inside, dtype kept."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    """Rotates heads `x [..., H, S, d]` by `angles [..., S, d / 2]`, the same for all; float32 inside, dtype kept."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    half = x.shape[-1] // 2
+    if x.dtype == jnp.bfloat16:  # a permutation of bfloat16 is exact, and the matrix unit moves lanes for nothing
+        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, -1)
+        swapped = jnp.matmul(x, swap, preferred_element_type=jnp.float32)
+    else:
+        swapped = jnp.roll(x, half, -1)
+    return (x.astype(jnp.float32) * cos[..., None, :, :] + swapped * sin[..., None, :, :]).astype(x.dtype)

@@ -19,6 +19,7 @@ from wallwm_jax.models.per_device import per_device
 _BLOCKS = (512, 384, 256, 128)
 _PADDING = 1.1  # a larger block may pad this much more than the smallest one
 _WORTHWHILE = 256 * 256  # logits per row and head, below which XLA's dense attention is as good
+_ONE_BLOCK = 2048  # keys that the backward kernel takes at once: the queries' gradient then needs no sum over blocks
 _NO_KEY = -1  # segment of closed keys: no query has it
 
 
@@ -37,7 +38,7 @@ def attend_splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend` with segments 1..`num_segments`: `[B, S, H, D]`, zero where no key is open.
+    """As `attention.attend` with segments 1..`num_segments`: `[B, H, S, D]`, zero where no key is open.
 
     `interpret` runs the kernel's program on any platform, slowly.
     """
@@ -56,7 +57,7 @@ def _attend(
     interpret: bool,
 ) -> jax.Array:
     """What one device does."""
-    (queries, heads, width), keys = query.shape[1:], key.shape[1]
+    (heads, queries, width), keys = query.shape[1:], key.shape[2]
     q_block, k_block = block_size(queries), block_size(keys)
     q_length, k_length = -(-queries // q_block) * q_block, -(-keys // k_block) * k_block
     sizes = splash.BlockSizes(
@@ -64,7 +65,7 @@ def _attend(
         block_kv=k_block,
         block_kv_compute=k_block,
         block_q_dkv=q_block,
-        block_kv_dkv=k_block,
+        block_kv_dkv=k_length if k_length <= _ONE_BLOCK else k_block,
         block_kv_dkv_compute=k_block,
         use_fused_bwd_kernel=True,
     )
@@ -79,13 +80,13 @@ def _attend(
     scaled = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
     open_keys = jnp.where(kv_segments > 0, kv_segments, _NO_KEY)
     mixed = jax.vmap(kernel)(
-        _heads_first(scaled, q_length),
-        _heads_first(key, k_length),
-        _heads_first(value, k_length),
+        _long(scaled, q_length),
+        _long(key, k_length),
+        _long(value, k_length),
         splash.SegmentIds(_padded(q_segments, q_length, 0), _padded(open_keys, k_length, _NO_KEY)),
     )
     is_open = _has_keys(q_segments, kv_segments, num_segments)
-    return jnp.where(is_open[..., None, None], jnp.swapaxes(mixed, 1, 2)[:, :queries], 0).astype(value.dtype)
+    return jnp.where(is_open[:, None, :, None], mixed[:, :, :queries], 0).astype(value.dtype)
 
 
 def block_size(length: int) -> int:
@@ -94,9 +95,9 @@ def block_size(length: int) -> int:
     return next(block for block in _BLOCKS if -(-length // block) * block <= _PADDING * least)
 
 
-def _heads_first(array: jax.Array, length: int) -> jax.Array:
-    """`[B, N, H, D]` to `[B, H, length, D]`, padded with zeros."""
-    return jnp.pad(jnp.swapaxes(array, 1, 2), ((0, 0), (0, 0), (0, length - array.shape[1]), (0, 0)))
+def _long(array: jax.Array, length: int) -> jax.Array:
+    """`[B, H, N, D]` to `[B, H, length, D]`, padded with zeros."""
+    return jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0)))
 
 
 def _padded(segments: jax.Array, length: int, fill: int) -> jax.Array:

@@ -27,7 +27,7 @@ def worthwhile(queries: int, is_self: bool) -> bool:
 def attend_triton(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """As `attention.attend` where queries and keys are `[B, S, H, D]` with the same `segments [B, S]`.
+    """As `attention.attend` where queries and keys are `[B, H, S, D]` with the same `segments [B, S]`.
 
     `interpret` runs the kernel's program on any platform, slowly.
     """
@@ -41,7 +41,7 @@ def _attend(
     """What one device does."""
     from jax.experimental.pallas.ops.gpu import attention as pallas_attention  # brings Triton in; only GPUs need it
 
-    length = query.shape[1]
+    length = query.shape[2]
     padding = -length % _BLOCK
     sizes = pallas_attention.BlockSizes(
         block_q=_BLOCK,
@@ -52,10 +52,11 @@ def _attend(
         block_kv_dq=_BACKWARD_BLOCK,
     )
     mixed = pallas_attention.mha(
-        *(jnp.pad(part, ((0, 0), (0, padding), (0, 0), (0, 0))) for part in (query, key, value)),
+        *(jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value)),
         jnp.pad(segments, ((0, 0), (0, padding))),
         sm_scale=1.0 / math.sqrt(query.shape[-1]),
         block_sizes=sizes,
         interpret=interpret,
     )
-    return jnp.where((segments > 0)[..., None, None], mixed[:, :length], 0).astype(value.dtype)
+    mixed = jnp.where((segments > 0)[..., None, None], mixed[:, :length], 0)
+    return jnp.swapaxes(mixed, 1, 2).astype(value.dtype)

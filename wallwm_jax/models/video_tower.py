@@ -82,24 +82,30 @@ class VideoBlock(nnx.Module):
     def _within_views(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Self-attention over the cells of one view and all latent frames of one event."""
         b, f, n, width = x.shape
-        views = condition.segments.shape[2]
-        cells, events = n // views, condition.frame_event.shape[-1]
-        x = x.reshape(b, f, views, cells, width)
-        angles = condition.angles[:, :, None]
-        parts = (
-            self.self_attention.queries(x, angles=angles),
-            self.self_attention.keys(x, angles=angles),
-            self.self_attention.values(x),
+        views, events = condition.segments.shape[2], condition.frame_event.shape[-1]
+
+        def by_view(part: jax.Array) -> jax.Array:
+            """`[B, F, V, cells, ...]` to `[B * V, F * cells, ...]`."""
+            return jnp.swapaxes(part, 1, 2).reshape(b * views, -1, *part.shape[4:])
+
+        attention, cells = self.self_attention, n // views
+        x = by_view(x.astype(attention.dtype).reshape(b, f, views, cells, width))
+        angles = by_view(jnp.broadcast_to(condition.angles[:, :, None], (b, f, views, *condition.angles.shape[2:])))
+        segments = by_view(jnp.broadcast_to(condition.segments[..., None], (b, f, views, cells)))
+        mixed = attend(
+            attention.queries(x, angles=angles),
+            attention.keys(x, angles=angles),
+            attention.values(x),
+            q_segments=segments,
+            kv_segments=segments,
+            num_segments=events,
         )
-        query, key, value = (jnp.swapaxes(part, 1, 2).reshape(b * views, f * cells, *part.shape[4:]) for part in parts)
-        segments = jnp.repeat(jnp.swapaxes(condition.segments, 1, 2).reshape(b * views, f), cells, axis=1)
-        mixed = attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=events)
-        mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
-        return self.self_attention.output(mixed)
+        mixed = attention.merge(mixed).reshape(b, views, f, cells, width)
+        return jnp.swapaxes(mixed, 1, 2).reshape(b, f, n, width)
 
     def _text(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Cross-attention of a frame's cells to its event's caption: keys once per event, then gathered per frame."""
-        b, f, n, _ = x.shape
+        b, f, _, _ = x.shape
         attention = self.text_attention
         query = attention.queries(x)
         key, value = (
@@ -107,12 +113,12 @@ class VideoBlock(nnx.Module):
             for part in (attention.keys(condition.text), attention.values(condition.text))
         )
         mixed = attend(
-            query.reshape(b * f, n, *query.shape[3:]),
+            query.reshape(b * f, *query.shape[2:]),
             key.reshape(b * f, *key.shape[2:]),
             value.reshape(b * f, *value.shape[2:]),
             key_bias=condition.text_bias.reshape(b * f, -1),
         )
-        return attention.merge(mixed.reshape(b, f, n, *mixed.shape[2:]))
+        return attention.merge(mixed.reshape(b, f, *mixed.shape[1:]))
 
 
 class VideoTower(nnx.Module):

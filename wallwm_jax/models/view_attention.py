@@ -71,10 +71,10 @@ class ViewAttention(nnx.Module):
         query = self.attention.queries(normed, angles=angles)
         key = self.attention.keys(normed, angles=angles)
         value = self.attention.values(normed)
-        query, key, value = (part.reshape(b * f, n, *part.shape[3:]) for part in (query, key, value))
+        query, key, value = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, value))
         mask = None if mask is None else mask.reshape(b * f, n, n)
         mixed = attend(query, key, value, key_bias=key_bias.reshape(b * f, n), mask=mask)
-        return gated(x, self.attention.merge(mixed.reshape(b, f, n, *mixed.shape[2:])), gate)
+        return gated(x, self.attention.merge(mixed.reshape(b, f, *mixed.shape[1:])), gate)
 
 
 def from_self_attention(blocks: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class VideoContext(NamedTuple):
     """What the action tower needs of one video forward, for any number of action forwards.
 
     Attributes:
-      keys: per layer, stacked: key and value `[L, B, F*V*cells, H, d]`.
+      keys: per layer, stacked: key and value `[L, B, H, F*V*cells, d]`.
       segments: `[B, F, V]` event of a view's cells, 0 closed.
       sigma: `[B, E]` noise level of that forward.
     """

@@ -147,8 +147,8 @@ class FrameAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, t, h, w, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b * t, h * w, 3, 1, width)
-        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        query, key, value = jnp.split(self.qkv(self.norm(x)).reshape(b * t, 1, h * w, 3 * width), 3, -1)
+        mixed = attend(query, key, value)
         return x + self.output(mixed.reshape(x.shape))
 
 
