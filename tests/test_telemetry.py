@@ -174,7 +174,7 @@ def test_a_run_is_traced_on_request(tmp_path, asked_by, steps):
     assert not request.exists()
     assert [path.name for path in (tmp_path / "profiles").iterdir()] == ["step_12"]
     assert traced_steps(tmp_path / "profiles" / "step_12") == steps
-    assert (tmp_path / "profiles" / "step_12" / "memory.prof").stat().st_size > 0
+    assert (tmp_path / "profiles" / "step_12" / "memory_0.prof").stat().st_size > 0
     assert float(state[0]) == 7.0  # a trace changes no result
 
 
@@ -204,6 +204,24 @@ def test_only_the_first_process_answers_to_the_file(tmp_path):
 
 
 # Run card
+
+
+def test_a_card_says_what_changed_between_two_starts(tmp_path, monkeypatch):
+    config = wan5b.get_config("video")
+    mesh = SimpleNamespace(devices=np.array(jax.devices()[:1]), size=1, shape={"fsdp": 1, "tensor": 1})
+    state = SimpleNamespace(trainable={"video": {"kernel": np.zeros((30, 40))}}, frozen={"text": np.zeros(7)})
+
+    def start(step):
+        return run_card.add_start(tmp_path, config, mesh, state, store="77060b4a", first_step=step)
+
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    printed = start(0)
+    assert "training 1,200 parameters (video 1,200); 7 frozen" in printed and "changed" not in printed
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
+    printed = start(500)
+    assert "LIBTPU_INIT_ARGS=--a=1" in printed and "changed since the last start: flags\n" in printed
+    starts = json.loads((tmp_path / "run_card.json").read_text())["starts"]
+    assert [(start["step"], start["flags"]) for start in starts] == [(0, {}), (500, {"LIBTPU_INIT_ARGS": "--a=1"})]
 
 
 def test_the_card_names_the_commit_of_the_checkout_that_tracks_the_code(tmp_path):

@@ -107,7 +107,7 @@ def run(
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
     from wallwm_jax.training.goodput import Goodput
     from wallwm_jax.training.profiling import Profiler, dump_program
-    from wallwm_jax.training.run_card import add_start, describe
+    from wallwm_jax.training.run_card import add_start
     from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
@@ -163,7 +163,7 @@ def run(
             blind = uncalibrated_views(store, config.data.views) if config.model.sight_cone.on else ()
             if blind:
                 print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
-            print(describe(add_start(workdir, config, mesh, state, store=store.fingerprint, first_step=first)))
+            print(add_start(workdir, config, mesh, state, store=store.fingerprint, first_step=first))
             if built.muon_cost is not None and mesh.size > 1:
                 print(textwrap.indent(built.muon_cost.table(), "    "))
 

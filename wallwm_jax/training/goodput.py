@@ -12,8 +12,8 @@ Every second of a start belongs to one span:
     checkpoint  what saving holds the loop up, and the wait for the last one at the end
     other       the rest
 
-Steps count once: those that a kill makes a run repeat are lost. The time between two starts is `down_s`; of a killed
-start it includes what passed since the file was last written: a step, or `_WRITE_EVERY_S`.
+Steps count once: those that a kill makes a run repeat are lost. `down_s` is the time between starts; with starts that
+did not come to train, and with what passed of a killed one since the file was last written (a step, or 10 s).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     echo 10 > WORKDIR/profile      # the next 10
     kill -USR1 PID                 # the next 3 of that process
 
-WORKDIR/profiles/step_N then holds the trace (TensorBoard's profile plug-in and xprof open it) and memory.prof, what
-lies in device memory after these steps and who made it (pprof opens it).
+WORKDIR/profiles/step_N then holds the trace (xprof, or TensorBoard with its plug-in, opens it) and memory_0.prof of
+process 0: what lies in device memory after these steps, and which line made it (pprof opens it).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Profiler:
         assert target is not None
         try:
             jax.profiler.stop_trace()
-            jax.profiler.save_device_memory_profile(target / "memory.prof")
+            jax.profiler.save_device_memory_profile(target / f"memory_{jax.process_index()}.prof")
             print(f"    profile: {target}", flush=True)
         except (OSError, RuntimeError) as error:
             print(f"warning: no profile: {error}", flush=True)

@@ -31,10 +31,8 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "o
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
-def add_start(
-    workdir: Path, config: ConfigDict, mesh: Mesh, state: TrainState, *, store: str, first_step: int
-) -> dict[str, Any]:
-    """Appends this start to the run card and returns it; for the first process only.
+def add_start(workdir: Path, config: ConfigDict, mesh: Mesh, state: TrainState, *, store: str, first_step: int) -> str:
+    """Appends this start to the run card and returns it as lines for people; for the first process only.
 
     Args:
       workdir: of the run.
@@ -65,23 +63,26 @@ def add_start(
         },
     }
     path = workdir / RUN_CARD_FILE
-    write_text(path, json.dumps({"starts": [*read_starts(path), start]}, indent=1) + "\n")
-    return start
+    earlier = read_starts(path)
+    write_text(path, json.dumps({"starts": [*earlier, start]}, indent=1) + "\n")
+    return _describe(start, earlier[-1] if earlier else start)
 
 
-def describe(start: dict[str, Any]) -> str:
-    """A start in a few indented lines."""
+def _describe(start: dict[str, Any], before: dict[str, Any]) -> str:
+    """A start in a few indented lines, and which of its parts are others than at the start before."""
     trained, code, devices = start["parameters"]["trained"], start["code"], start["devices"]
     groups = ", ".join(f"{name} {size:,}" for name, size in trained.items())
-    commit = f"{code['commit'][:12]}{', changed since' if code['dirty'] else ''}" if code else "not from a git checkout"
+    commit = f"{code['commit'][:12]}{' with changes' if code['dirty'] else ''}" if code else "not from a git checkout"
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
     flags = [f"    {name}={value}" for name, value in start["flags"].items()]
+    changed = [part for part in ("code", "versions", "devices", "flags") if start[part] != before.get(part)]
     return "\n".join(
         [
             f"    config {start['config']}, store {start['store']}, code {commit}",
             f"    {', '.join(f'{name} {version}' for name, version in start['versions'].items())}",
             *([f"    mesh {mesh}"] if mesh else []),
             *flags,
+            *([f"    changed since the last start: {', '.join(changed)}"] if changed else []),
             f"    training {sum(trained.values()):,} parameters ({groups}); {start['parameters']['frozen']:,} frozen",
         ]
     )
