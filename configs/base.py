@@ -140,6 +140,7 @@ def get_config() -> ConfigDict:
             log_every=10,
             save_every=500,
             keep_checkpoints=3,
+            dump_hlo=False,  # write the compiled step, its memory and cost to WORKDIR/hlo
             ema_decay=0.9999,
         )
     )
