@@ -29,7 +29,7 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 0.82e12, 4.5e10, 2, 1.50e9),
     "v5p": Chip(459e12, 95 * GIB, 2.77e12, 9.0e10, 3, 1.75e9),
     "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9.0e10, 2, 1.75e9),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7.38e12, 9.0e10, 3, 1.75e9),
+    "tpu7x": Chip(1153.5e12, 96 * GIB, 3.69e12, 9.0e10, 3, 1.75e9),  # one of a chip's two cores: each is a device
 }
 
 
@@ -41,7 +41,7 @@ _PEAKS = {
     "TPU v5p": CHIPS["v5p"].flops,
     "TPU v6 lite": CHIPS["v6e"].flops,
     "TPU v6e": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops / 2,  # a device is one of the chip's two cores
+    "TPU7x": CHIPS["tpu7x"].flops,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
