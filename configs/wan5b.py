@@ -7,7 +7,7 @@ Stages by argument, each on what the one before it left (`joint` for a small dat
         --config.train.init_from=runs/video
 
 STORE holds latents of Wan 2.2's codec (stride 4x16x16, 48 channels) of 192x224 frames: 12x14 cells, 42 tokens per view
-and latent frame; and caption features of UMT5-XXL. Sized for v5p:4x4x8 (128 chips), two rows of 34 latent frames each.
+and latent frame; and caption features of UMT5-XXL. Sized for v5p:4x4x8 (128 chips), four rows of 34 latent frames each.
 The learning rates are those of fine-tuning pretrained weights; the paper states none.
 """
 
@@ -32,11 +32,11 @@ def get_config(stage: str = "video") -> ConfigDict:
             action_heads=16,
             action_ffn=4096,
             compute_dtype="bfloat16",
-            remat="full",
+            remat="selective",
         )
     )
     config.model.text.update(dict(kind="features", width=4096, pad_to=512))
-    config.data.update(dict(rows=256, workers=8))
+    config.data.update(dict(rows=512, workers=8))
     config.objective.update(dict(action_draws=6))
     config.optim.update(dict(lr=5e-5, muon_lr=5e-5, muon_dtype="bfloat16", warmup_steps=1000))
     config.train.update(dict(steps=200_000, log_every=20, save_every=1000))

@@ -6,7 +6,7 @@ r"""Compiles the real train step for a TPU slice that need not exist, and says w
 --search tries meshes, remat policies and rows per chip instead, minutes each, and prints the best few:
 
     python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
-        --search --search_remat=full,dots --search_rows=1,2,4
+        --search --search_remat=full,selective --search_rows=1,2,4
 
 Needs no TPU, only the compiler (pip install "jax[tpu]"). Exit code 0: it fits with a tenth of the memory free; 3: it
 does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/preflight.py`; the rest is compiled fact.
@@ -32,7 +32,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_bool("search", False, "Compile several ways to run and print the best few that fit.")
     flags.DEFINE_list("search_fsdp", [], "Chips that share the parameters; none takes products of the torus's sides.")
-    flags.DEFINE_list("search_remat", ["full", "dots"], "Remat policies.")
+    flags.DEFINE_list("search_remat", ["full", "selective"], "Remat policies.")
     flags.DEFINE_list("search_rows", ["1", "2", "4"], "Rows per chip.")
     flags.mark_flags_as_required(["config", "topology"])
 

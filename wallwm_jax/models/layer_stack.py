@@ -13,8 +13,8 @@ from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT = ("none", "dots", "selective", "full")
-KEPT = ("attention", "ffn")  # names of what "selective" keeps: attention's output and normaliser, the hidden layer
+REMAT = ("none", "selective", "full")
+KEPT = ("attention", "ffn")  # of long attentions output and normaliser, of feed-forwards hidden layer and output
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -46,8 +46,8 @@ def run(
 
 
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function` with all its intermediates kept for the backward pass ("none") or recomputed there ("full"); or all
-    recomputed but matrix products and attention ("dots"), or but what costs most for its size ("selective": `KEPT`).
+    """`function`, with all its intermediates kept for the backward pass ("none") or recomputed there ("full"); with
+    "selective" those are kept that cost most to compute for their size (`KEPT`).
 
     Raises:
       ValueError: unknown policy.
@@ -56,7 +56,5 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
         raise ValueError(f"model.remat {policy!r}: one of {', '.join(REMAT)}")
     if policy == "none":
         return function
-    keep = jax.checkpoint_policies
-    named = keep.save_only_these_names(*KEPT)
-    dots = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, named)
-    return jax.checkpoint(function, prevent_cse=False, policy={"dots": dots, "selective": named}.get(policy))
+    keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    return jax.checkpoint(function, prevent_cse=False, policy=keep if policy == "selective" else None)

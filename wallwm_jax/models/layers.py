@@ -79,7 +79,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(checkpoint_name(self.up(x), "ffn"), approximate=True))
+        return checkpoint_name(self.down(jax.nn.gelu(checkpoint_name(self.up(x), "ffn"), approximate=True)), "ffn")
 
 
 class GatedFeedForward(nnx.Module):
@@ -92,7 +92,7 @@ class GatedFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (checkpoint_name(part(x), "ffn") for part in (self.gate, self.up))
-        return self.down(jax.nn.silu(gate) * up)
+        return checkpoint_name(self.down(jax.nn.silu(gate) * up), "ffn")
 
 
 class TimeEmbedding(nnx.Module):

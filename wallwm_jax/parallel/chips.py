@@ -15,7 +15,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip: bfloat16 FLOP/s, bytes of HBM and bytes/s to it, bytes/s per link and direction, torus axes, Hz."""
+    """One device: bfloat16 FLOP/s, bytes of HBM and bytes/s to it, bytes/s per link and direction, torus axes, Hz."""
 
     flops: float
     hbm: float
