@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a Kubernetes cluster (GKE) through xpk: makes the cluster and the image, runs a command on every
-# host and shows the log. The cluster itself starts the command again after a preemption; it needs no launcher for that.
+# Trains on TPU slices of a Kubernetes cluster (GKE) through xpk: makes the cluster and the image, runs a command on
+# every host and shows the log. After a preemption the cluster itself starts the command again, without a launcher.
 #
-#   bash launch/gke_xpk.sh up --name=wan14b --cluster=pod --topology=v5p:8x8x8 --slices=2 --capacity=reserved:RESERVATION \
-#       --project=P --zone=us-east5-a -- \
+#   bash launch/gke_xpk.sh up --name=wan14b --cluster=pod --topology=v5p:8x8x8 --slices=2 \
+#       --capacity=reserved:RESERVATION --project=P --zone=us-east5-a -- \
 #       python -m wallwm_jax.train --config=configs/wan14b.py:video --config.data.store=/mnt/bucket/store \
 #       --workdir=/mnt/bucket/wan14b --distributed --config.mesh.slice=2 "--config.model.latent_shape=(12, 12)"
 #
@@ -18,7 +18,7 @@
 # Flags
 #   --name=NAME           of the run, an xpk workload (needed)
 #   --cluster=NAME        of the cluster (needed)
-#   --topology=v5p:4x4x8  what each slice is: v5e, v5p, v6e or tpu7x, and its extents, as for preflight (create, run, up)
+#   --topology=v5p:4x4x8  a slice: v5e, v5p, v6e or tpu7x, and its extents, as for preflight (for create, run, up)
 #   --slices=1            how many; set config.mesh.slice to the same
 #   --capacity=on-demand  or spot, or reserved:RESERVATION
 #   --project= --zone=    where; default CLOUDSDK_CORE_PROJECT and CLOUDSDK_COMPUTE_ZONE
@@ -32,7 +32,7 @@
 #   --dry-run             print every command instead of running it
 #
 # Every host must reach store and workdir: attach the bucket once with xpk storage attach. Compiler flags come from
-# launch/xla_flags.sh; more of them go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
+# launch/xla_flags.sh; others in their place go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
 set -euo pipefail
 declare -A FLAG=([name]="" [cluster]="" [topology]="" [slices]=1 [capacity]=on-demand [image]="" [ref]=HEAD
   [project]=${CLOUDSDK_CORE_PROJECT:-} [zone]=${CLOUDSDK_COMPUTE_ZONE:-}
@@ -53,7 +53,8 @@ need_program xpk "get it with pip install xpk"
 need_program kubectl "get it with gcloud components install kubectl"
 NAME=${FLAG[name]}
 WHERE=(--cluster="${FLAG[cluster]}" --project="${FLAG[project]}" --zone="${FLAG[zone]}")
-FIRST_HOST=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+FIRST_HOST=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0
+FIRST_HOST+=,batch.kubernetes.io/job-completion-index=0
 
 create() {
   local capacity="--${FLAG[capacity]}"
@@ -78,19 +79,19 @@ run() {
   image
   use_resume
   # exec, so that the SIGTERM of a preemption reaches the command. All exit codes but 2 are worth another start.
-  call xpk workload create --workload="$NAME" "${WHERE[@]}" --tpu-type="$PREFIX-$EXTENTS" --num-slices="${FLAG[slices]}" \
-    --docker-image="$IMAGE" --max-restarts="${FLAG[max-restarts]}" --restart-on-exit-codes=1,3-126 "${RUN_FLAGS[@]}" \
+  call xpk workload create --workload="$NAME" "${WHERE[@]}" --tpu-type="$PREFIX-$EXTENTS" \
+    --num-slices="${FLAG[slices]}" --docker-image="$IMAGE" --max-restarts="${FLAG[max-restarts]}" \
+    --restart-on-exit-codes=1,3-126 "${RUN_FLAGS[@]}" \
     --command="exec $(quoted env LIBTPU_INIT_ARGS="$(xla_flags "$GENERATION" "${FLAG[slices]}")" "${COMMAND[@]}")"
   follow
 }
 
 follow() { # shows the first host's log until the run is done; 0 if it was completed
-  local since="" conditions unanswered=0
+  local since="" conditions="" unanswered=0 true_ones='jsonpath={.status.conditions[?(@.status=="True")].type}'
   while :; do
     call kubectl logs --follow --prefix --tail=-1 ${since:+--since-time="$since"} --selector="$FIRST_HOST" || true
     since=$(date -u +%FT%TZ)
-    conditions=$(call kubectl get jobset "$NAME" "--output=jsonpath={.status.conditions[?(@.status==\"True\")].type}") ||
-      unanswered=$((unanswered + 1))
+    conditions=$(call kubectl get jobset "$NAME" --output="$true_ones") || unanswered=$((unanswered + 1))
     case "$DRY_RUN $conditions" in
     *Completed* | yes*) return 0 ;;
     *Failed*)
@@ -118,7 +119,8 @@ delete() {
 up() {
   local there
   image
-  there=$(call gcloud container clusters list --project="${FLAG[project]}" --filter="name=${FLAG[cluster]}" "--format=value(name)")
+  there=$(call gcloud container clusters list --project="${FLAG[project]}" --filter="name=${FLAG[cluster]}" \
+    "--format=value(name)")
   [ -n "$there" ] || create
   install
   trap 'say "cluster ${FLAG[cluster]} still stands and is paid for; delete --with-cluster gives it back"' EXIT

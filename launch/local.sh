@@ -21,7 +21,7 @@
 #   --max-restarts=5     failures in a row that `up` puts up with; exit code 2, bad input, is never tried again
 #   --healthy-after=600  a run that lasted this many seconds starts that count anew
 #   --backoff=1          seconds before the first restart, twice as many before each further one
-#   --grace=30           seconds for a process to save and end, after another one failed or after Ctrl-C, before it is killed
+#   --grace=30           seconds that a process has to save and end, when another failed or after Ctrl-C
 #   --dry-run            print every command instead of running it
 #
 # When a process fails, the others are stopped, and its exit code is that of the run.
@@ -35,22 +35,24 @@ cd "$ROOT"
 source launch/environment.sh
 if [ -x "$VENV/bin/python" ]; then PATH="$(cd "$VENV" && pwd)/bin:$PATH"; fi
 FOLDER=runs/local/${FLAG[name]}
-PROCESSES=() # of this attempt; each leads a session, so that what it started can be stopped with it
+PROCESSES=() # of this attempt; each leads a session, to be stopped with all it has started, and dies with the launcher
 
 create() { call mkdir -p "$FOLDER"; }
 
 install() {
-  python -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("jax") and u.find_spec("orbax")))' 2>/dev/null ||
-    call ensure_environment sim
+  local look='import importlib.util as u, sys; sys.exit(not (u.find_spec("jax") and u.find_spec("orbax")))'
+  python -c "$look" 2>/dev/null || call ensure_environment sim
 }
 
 run() { # one attempt; its exit code is that of the first process that failed
   local port index ended code=0 launcher going
-  if launcher=$(running); then die "${FLAG[name]} runs already, as process $launcher; follow it with logs, end it with delete"; fi
+  if launcher=$(running); then
+    die "${FLAG[name]} runs already, as process $launcher; follow it with logs, end it with delete"
+  fi
   create
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   PROCESSES=()
-  for ((index = 0; index < ${FLAG[processes]}; index++)); do
+  for ((index = 0; index < FLAG[processes]; index++)); do
     local process=(env JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
       XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=${FLAG[devices]}"
       JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="${FLAG[processes]}" JAX_PROCESS_ID="$index"
@@ -59,7 +61,8 @@ run() { # one attempt; its exit code is that of the first process that failed
       call "${process[@]}"
     else
       # Ctrl-C is for the launcher alone: what the processes still say while they save is kept.
-      setsid "${process[@]}" > >(trap '' INT TERM && sed -u "s/^/[$index] /" | tee -a "$FOLDER/log") 2>&1 </dev/null &
+      setsid setpriv --pdeathsig KILL "${process[@]}" </dev/null \
+        > >(trap '' INT TERM && sed -u "s/^/[$index] /" | tee -a "$FOLDER/log") 2>&1 &
       PROCESSES+=($!)
     fi
   done
@@ -83,7 +86,7 @@ position() { # process id: its index
 }
 
 stop() { # asks every process to save and end, and kills what has not done so after --grace seconds
-  local deadline=$((SECONDS + ${FLAG[grace]})) process
+  local deadline=$((SECONDS + FLAG[grace])) process
   kill -TERM "${PROCESSES[@]}" 2>/dev/null || true
   while kill -0 "${PROCESSES[@]}" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.2; done
   for process in "${PROCESSES[@]}"; do kill -KILL -- "-$process" 2>/dev/null || true; done

@@ -12,13 +12,13 @@
 #   run       start the command on every worker and follow it to its end; it goes on when this terminal goes away
 #   logs      show the log of a worker, and follow it while the run goes on
 #   delete    stop the run and give the slices back
-#   up        all of it: create, install, run; when the slices are taken away or the run fails, create and run again with
-#             --resume (and without --overwrite). After Ctrl-C the run goes on: `up` again finds it. Slices are given back
+#   up        create, install, run; when the slices are taken away or the run fails, the same again with --resume (and
+#             without --overwrite). After Ctrl-C the run goes on, and `up` again finds it. The slices are given back
 #             when the run is done; when it failed for good they stay, to be looked at, and a line says so
 #
 # Flags
 #   --name=NAME           of the queued resource (needed)
-#   --topology=v5p:4x4x8  what each slice is: v5e, v5p or v6e, and its extents, as for preflight (create, run, up)
+#   --topology=v5p:4x4x8  a slice: v5e, v5p or v6e, and its extents, as for preflight (for create, run, up)
 #   --slices=1            how many; set config.mesh.slice to the same
 #   --capacity=on-demand  or spot, or reserved
 #   --project= --zone=    where; default CLOUDSDK_CORE_PROJECT and CLOUDSDK_COMPUTE_ZONE
@@ -34,8 +34,8 @@
 #   --dry-run             print every command instead of running it
 #
 # Every worker must reach store and workdir: a bucket or a shared file system. ssh to several workers needs your key in
-# the agent: ssh-add ~/.ssh/google_compute_engine. Compiler flags come from launch/xla_flags.sh; more of them go in front
-# of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
+# the agent: ssh-add ~/.ssh/google_compute_engine. Compiler flags come from launch/xla_flags.sh; others in their place
+# go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
 set -euo pipefail
 declare -A FLAG=([name]="" [topology]="" [slices]=1 [capacity]=on-demand [ref]=HEAD [node]=0 [worker]=0 [keep]=false
   [project]=${CLOUDSDK_CORE_PROJECT:-} [zone]=${CLOUDSDK_COMPUTE_ZONE:-}
@@ -121,18 +121,19 @@ ask() {
 give_back() { queue delete "$NAME" "${WHERE[@]}" --force --quiet; }
 
 install() {
-  local unpack="tar -xzf wallwm_jax.tar.gz -C wallwm_jax"
+  local unpack="rm -rf wallwm_jax && mkdir wallwm_jax && tar -xzf wallwm_jax.tar.gz -C wallwm_jax"
   [ -n "$COMMIT" ] || find_commit
   send "$FOLDER/wallwm_jax.tar.gz" "$COMMIT"
   queue scp "$FOLDER/wallwm_jax.tar.gz" "$NAME:" "${WHERE[@]}" --node=all --worker=all "${RUN_FLAGS[@]}" &&
-    on all all "if [ -e wallwm_jax ]; then $WORKER stop; fi; rm -rf wallwm_jax && mkdir wallwm_jax && $unpack && $WORKER install"
+    on all all "if [ -e wallwm_jax ]; then $WORKER stop; fi; $unpack && $WORKER install"
 }
 
 run() { start && watch; }
 
 start() {
-  on all all "$(quoted env LIBTPU_INIT_ARGS="$(xla_flags "$GENERATION" "${FLAG[slices]}")") $WORKER start $(quoted "${COMMAND[@]}")" ||
-    return 1
+  local flags
+  flags=$(quoted env LIBTPU_INIT_ARGS="$(xla_flags "$GENERATION" "${FLAG[slices]}")")
+  on all all "$flags $WORKER start $(quoted "${COMMAND[@]}")" || return 1
   STARTED=yes BEGAN=$SECONDS
 }
 
@@ -209,7 +210,7 @@ attempt() {
 
 up() {
   local code=0
-  trap 'say "stopped looking; a run that has started goes on: see logs, or up again, or end it with delete"; exit 130' INT TERM
+  trap 'say "a run that has started goes on: see logs, or up again, or end it with delete"; exit 130' INT TERM
   find_commit # before anything is paid for, and the same one after every preemption
   keep_running attempt || code=$?
   if [ "$code" = 0 ] && [ "${FLAG[keep]}" = false ]; then

@@ -1,6 +1,7 @@
 # Sourced by the launch scripts: what the TPU compiler is told, by generation, each flag with its reason.
-# The set is small on purpose: the twenty-five flags that are often passed together make compiling five times as long.
-# A flag that libtpu does not know ends the program at its start, so a test asks libtpu for each of them.
+# The set is small on purpose: the 25 flags that are often passed together make a compilation five times as long.
+# A flag that libtpu does not know ends the program at its start, so a test asks libtpu for each. To compile with them:
+#   LIBTPU_INIT_ARGS="$(source launch/xla_flags.sh; xla_flags v5p 1)" python -m wallwm_jax.preflight ...
 
 xla_flags() { # generation, slices
   local flags=(
