@@ -93,12 +93,12 @@ declare -A GENERATIONS=(
 
 read_topology() { # sets GENERATION, EXTENTS, CHIPS, PREFIX, RUNTIME and ACCELERATOR of --topology
   local cores axes most a b c topology=${FLAG[topology]}
-  [[ $topology =~ ^(v5e|v5p|v6e|tpu7x):([0-9]+x[0-9]+(x[0-9]+)?)$ ]] ||
+  [[ $topology =~ ^(v5e|v5p|v6e|tpu7x):([1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?)$ ]] ||
     die "--topology='$topology' is not a slice; write generation and extents, such as v5p:4x4x8, v5e:16x16 or v6e:8x8"
   GENERATION=${BASH_REMATCH[1]} EXTENTS=${BASH_REMATCH[2]}
   read -r PREFIX cores axes most RUNTIME <<<"${GENERATIONS[$GENERATION]}"
   IFS=x read -r a b c <<<"$EXTENTS"
-  [ "$axes" = $((c ? 3 : 2)) ] || die "--topology='$topology': a $GENERATION slice has $axes extents"
+  [ "$axes" = $((${c:-0} ? 3 : 2)) ] || die "--topology='$topology': a $GENERATION slice has $axes extents"
   CHIPS=$((a * b * ${c:-1}))
   if [ "$axes" = 2 ]; then
     case $EXTENTS in
@@ -108,7 +108,7 @@ read_topology() { # sets GENERATION, EXTENTS, CHIPS, PREFIX, RUNTIME and ACCELER
   else
     case $EXTENTS in
     2x2x1 | 2x2x2 | 2x2x4 | 2x4x4) ;;
-    *) ((a % 4 == 0 && b % 4 == 0 && c % 4 == 0 && 0 < a && a <= b && b <= c && CHIPS <= most)) ||
+    *) ((a % 4 == 0 && b % 4 == 0 && c % 4 == 0 && a <= b && b <= c && CHIPS <= most)) ||
       die "--topology='$topology' does not exist; $GENERATION has 2x2x1, 2x2x2, 2x2x4, 2x4x4 and rising multiples of" \
         "four up to $most chips, such as 4x4x8" ;;
     esac

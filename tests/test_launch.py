@@ -6,9 +6,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,8 @@ attempt = len(seen.read_text().splitlines()) if seen.exists() else 0
 with open(seen, "a") as file:
     file.write(json.dumps({"argv": sys.argv[1:], "flags": os.environ["LIBTPU_INIT_ARGS"]}) + "\\n")
 print("this is attempt", attempt)
+while (world / "hold").exists():
+    time.sleep(0.05)
 ending = json.loads((world / "endings").read_text())[attempt]
 if ending == 143:  # the machines are taken away while somebody looks on
     while (world / "calls.jsonl").read_text().count("worker.sh follow") <= attempt:
@@ -135,6 +139,13 @@ def verbs(world):
     return [verb for verb in asked if verb not in ("describe", "state")]
 
 
+def wait_for(world, verb, times):
+    deadline = time.monotonic() + 60
+    while verbs(world).count(verb) < times:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def started(world, worker=0):
     """How the command was started on a worker, each time."""
     return [json.loads(line) for line in (world / f"worker-{worker}.jsonl").read_text().splitlines()]
@@ -182,6 +193,25 @@ def test_a_failure_is_tried_again_on_the_same_slices_but_bad_input_is_not(launch
     assert verbs(world) == ["create", *run, *run]
     assert "worker-1 ended with exit code 1" in done.stderr
     assert "run still stands and is paid for" in done.stderr
+
+
+@pytest.mark.fault
+def test_a_run_outlives_its_launcher_and_is_found_again(launch, checkout, world):
+    endings(world, 0)
+    (world / "hold").touch()
+    up = ["bash", "launch/tpu_queued.sh", "up", *QUEUED, *training(world)]
+    launcher = subprocess.Popen(up, cwd=checkout, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(world, "follow", times=1)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert "a run that has started goes on" in launcher.communicate()[1]
+    assert launcher.returncode == 130
+    again = subprocess.Popen(up, cwd=checkout, stderr=subprocess.PIPE, text=True)
+    wait_for(world, "follow", times=2)
+    (world / "hold").unlink()
+    assert "run runs a command already; following that one" in again.communicate()[1]
+    assert again.returncode == 0
+    assert len(started(world)) == len(started(world, worker=1)) == 1
+    assert verbs(world).count("create") == verbs(world).count("start") == 1
 
 
 def test_the_dry_run_prints_what_is_then_run(launch, world):
@@ -232,6 +262,7 @@ def test_a_topology_names_its_accelerator_type(launch, topology, accelerator):
     [
         ("tpu_queued", {"topology": "v5p-256"}, "is not a slice; write generation and extents, such as v5p:4x4x8"),
         ("tpu_queued", {"topology": "v5p:8x8x4"}, "does not exist; v5p has 2x2x1, 2x2x2, 2x2x4, 2x4x4 and rising"),
+        ("tpu_queued", {"topology": "v5p:04x4x4"}, "is not a slice"),
         ("tpu_queued", {"topology": "v5p:4x4"}, "a v5p slice has 3 extents"),
         ("tpu_queued", {"topology": "v6e:16x32"}, "does not exist; v6e has 1x1, 2x2"),
         ("tpu_queued", {"topology": "v5p:4x4x16"}, "queued resources give 256 chips as v5p:4x8x8"),
