@@ -345,6 +345,35 @@ def test_libtpu_knows_every_flag():
     assert "Unknown command line flag 'xla_nonsense'" in ask([*flags, "--xla_nonsense=1"]).stderr
 
 
+@pytest.mark.tpu
+def test_the_flags_let_gathers_run_beside_products():
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from wallwm_jax.parallel.aot import topology_devices
+    from wallwm_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 4, "context": 1, "tensor": 1}, topology_devices("v5p:2x2x2"))
+
+    def stack(weights, rows):
+        def layer(rows, weight):
+            return jax.nn.gelu(rows @ weight[0]) @ weight[1], None
+
+        return jax.lax.scan(layer, rows, weights)[0]
+
+    def array(*spec, shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    weights = array(None, None, "fsdp", shape=(8, 2048, 8192)), array(None, None, "fsdp", shape=(8, 8192, 2048))
+    lowered = jax.jit(stack).lower(weights, array(("data", "fsdp"), shape=(8192, 2048)))
+    shell = f"source {PROJECT}/launch/xla_flags.sh; xla_flags v5p 1"
+    flags = subprocess.check_output(["bash", "-c", shell], text=True).split()
+    options = dict(flag.removeprefix("--").split("=") for flag in flags)
+    assert "async_collective_fusion" not in lowered.compile().as_text()
+    assert "async_collective_fusion" in lowered.compile(compiler_options=options).as_text()
+
+
 @pytest.fixture
 def local(launch, checkout):
     """Runs a program as local processes, with restarts."""
