@@ -43,3 +43,11 @@ def chip_of(topology: str) -> Chip:
     if name not in CHIPS:
         raise UserError(f"topology {topology!r}: the generation is one of {', '.join(CHIPS)}, as in v5p:4x4x8")
     return CHIPS[name]
+
+
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device as `jax.Device.device_kind` names it; None where the table has no such device."""
+    return CHIPS[_KINDS[device_kind]].flops if device_kind in _KINDS else None
