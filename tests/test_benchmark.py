@@ -78,6 +78,20 @@ def test_train_step_on_random_events():
     assert "MFU unknown" in train_step.table(found)
 
 
+@pytest.mark.parity
+def test_the_peer_is_the_same_tower_on_the_same_events():
+    pytest.importorskip("diffusers", reason="needs the parity extra")
+    config = lean_config()
+    with config.unlocked():
+        config.model.text.pad_to = 16
+    with quick_compilation():
+        found = train_step.measure(config, steps=2, views=1, peer=True)
+    ours = {key: leaf for key, leaf in wam.abstract_params(config.model)["video"].items() if key != "cameras"}
+    assert found["peer"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(ours))
+    assert check_spread(found["peer"]["step_seconds"]).count == 2
+    assert "times ours: diffusers" in train_step.table(found)
+
+
 def test_the_batch_of_a_store_is_its_first(clustered_store):
     config = training_config(clustered_store)
     with make_loader(open_store(clustered_store), config) as batches:
@@ -140,7 +154,10 @@ def test_inference_of_a_config_alone_runs_the_denoising_program():
 
 def test_inference_of_a_run_goes_the_whole_way(small_store, tmp_path):
     store = open_store(small_store)
-    average = save_run(tmp_path, store, store_config(store, buckets=(2,)))
+    config = store_config(store, buckets=(2,))
+    with config.unlocked():
+        config.model.view_attention = config.model.sight_cone.on = False
+    average = save_run(tmp_path, store, config)
     with quick_compilation():
         found = inference.measure(workdir=str(tmp_path), steps=2)
     assert found["includes"].startswith("encoding the pictures")
@@ -157,6 +174,7 @@ def test_inference_takes_a_run_or_a_config():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["everything"], "say what to measure: python -m wallwm_jax.benchmark {train_step,loader,inference,muon}"),
         (["loader", "--topology=v5p:2x2x1"], "--topology is not for loader, which takes --config, --steps, --store"),
         (["train_step"], "train_step needs --config=FILE"),
         (["inference", "--store=x"], "inference needs --config=FILE or --workdir=RUN"),
@@ -174,6 +192,7 @@ def test_wrong_flags_are_one_line_before_any_work(arguments, message):
         (lambda config: train_step.measure(config), "give --views=N"),
         (lambda config: train_step.measure(config, views=4), "model.max_views=4"),
         (lambda config: train_step.measure(config, store="nowhere"), "'nowhere' does not exist"),
+        (lambda config: train_step.measure(config, views=2, peer=True), "--peer knows stage video, one view"),
         (lambda config: inference.measure(config), "give --views=N"),
         (lambda config: loader.measure(config), "loader needs --store=DIR"),
     ],

@@ -76,7 +76,7 @@ def mesh_picture(mesh: Mesh) -> bytes:
         figure = Figure(figsize=(1.1 + 0.75 * across, 0.75 + 0.55 * len(chips)), layout="constrained")
         panel = figure.subplots()
         for y, x in np.ndindex(chips.shape):
-            _chip(panel, x, y, 1, 1, chips[y, x])
+            _chip(panel, x, y, 1, 1, int(chips[y, x]))
         names = [f"{axis} {i}" for axis, size in split[-1:] for i in range(size)]
         rows = itertools.product(*([f"{axis} {i}" for i in range(size)] for axis, size in split[:-1]))
         panel.set_xticks(np.arange(across) + 0.5, names or [""])

@@ -159,5 +159,7 @@ def _alone(config: ConfigDict, params: Any) -> Call:
 
 
 def _random_params(config: ConfigDict) -> Any:
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}  # it runs once
+    init = jax.jit(functools.partial(wam.init, config.model), compiler_options=quick)
     with phase("random parameters"):
-        return jax.block_until_ready(jax.jit(functools.partial(wam.init, config.model))(jax.random.key(0)))
+        return jax.block_until_ready(init(jax.random.key(0)))

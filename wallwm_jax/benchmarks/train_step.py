@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from wallwm_jax.benchmarks import torch_peer
 from wallwm_jax.benchmarks.random_batch import random_batch, with_views
 from wallwm_jax.benchmarks.timing import Result, Seconds, machine, machine_line
 from wallwm_jax.console import UserError, phase
@@ -30,7 +31,7 @@ from wallwm_jax.training.train_step import build_train_step
 WARM_UP = 2
 
 
-def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0) -> Result:
+def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0, peer: bool = False) -> Result:
     """Times `steps` train steps after `WARM_UP` others.
 
     Args:
@@ -38,11 +39,15 @@ def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0
       steps: how many are timed.
       store: event store whose first batch is used; "" makes random events that fill every row.
       views: of random events, where `config.data.views` leaves them to the store.
+      peer: time diffusers' twin of the video tower beside it, on events that fill every row (`torch_peer`).
 
     Raises:
       UserError: config, store and devices do not fit together, or nobody says how many views there are.
     """
     config, batch, channel_weight = prepare(config, store, views)
+    if peer and store:
+        raise UserError("--peer runs on random events that fill every row; leave --store out")
+    beside = _peer(config, steps) if peer else None
     mesh = make_mesh(config.mesh)
     if config.data.rows % row_shards(mesh):
         raise UserError(f"data.rows={config.data.rows} does not divide among the mesh's {row_shards(mesh)} row shards")
@@ -96,6 +101,7 @@ def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0
         - memory.alias_size_in_bytes,
         "peak_bytes_in_use": in_use.get("peak_bytes_in_use"),
         "bytes_limit": in_use.get("bytes_limit"),
+        "peer": beside,
     }
 
 
@@ -105,6 +111,11 @@ def table(result: Result) -> str:
     used, limit = result["peak_bytes_in_use"], result["bytes_limit"]
     in_use = f", {used / GIB:.2f} of {limit / GIB:.0f} GiB in use at most" if used and limit else ""
     share = f"MFU {100 * result['mfu']:.1f} %" if result["mfu"] is not None else "MFU unknown: no peak of this device"
+    peer, beside = result["peer"], []
+    if peer:
+        spread = Seconds(**peer["step_seconds"])
+        times = spread.median / result["step_seconds"]["median"]
+        beside = [f"peer         {spread}, {times:.2f} times ours: {peer['what']} on {peer['device']}"]
     return "\n".join(
         [
             machine_line(result["machine"]),
@@ -118,6 +129,7 @@ def table(result: Result) -> str:
             f"work         {result['model_flops'] / 1e12:.4g} TFLOP a step by formula, "
             f"{result['flops_per_s_per_device'] / 1e12:.4g} TFLOP/s per device; {share}",
             f"memory       {result['program_bytes_per_device'] / GIB:.2f} GiB per device as compiled{in_use}",
+            *beside,
         ]
     )
 
@@ -134,6 +146,12 @@ def prepare(config: ConfigDict, store: str, views: int) -> tuple[ConfigDict, dic
     with make_loader(opened, config) as loader:
         batch = {name: value for name, value in next(loader).items() if name not in META_FIELDS}
     return config, batch, opened.channel_weights()
+
+
+def _peer(config: ConfigDict, steps: int) -> Result:
+    with phase(f"diffusers' twin: {WARM_UP} + {steps} steps"):
+        found = torch_peer.run(config, steps, WARM_UP)
+    return {**found, "step_seconds": Seconds.of(found.pop("seconds")).to_json()}
 
 
 def _size(config: ConfigDict, batch: Mapping[str, Any]) -> tuple[int, int]:
