@@ -44,10 +44,10 @@ def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0
     Raises:
       UserError: config, store and devices do not fit together, or nobody says how many views there are.
     """
-    config, batch, channel_weight = prepare(config, store, views)
     if peer and store:
         raise UserError("--peer runs on random events that fill every row; leave --store out")
-    beside = _peer(config, steps) if peer else None
+    config, batch, channel_weight = prepare(config, store, views)
+    beside = _peer(config, steps) if peer else None  # before this process holds the devices
     mesh = make_mesh(config.mesh)
     if config.data.rows % row_shards(mesh):
         raise UserError(f"data.rows={config.data.rows} does not divide among the mesh's {row_shards(mesh)} row shards")
