@@ -216,6 +216,6 @@ def test_the_parameter_table_adds_up():
 def test_pictures_are_pngs():
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": -1})
     shards = figures.shard_pictures({"latents": ((8, 6), rows_sharding(mesh), ("rows", "frames"))})
-    bars = figures.stacked_bars("Memory", {"chip": {"parameters": 1.0, "free": 3.0}}, "GiB")
+    bars = figures.stacked_bars("Memory", {"chip": {"parameters": 1.0, "temporaries": 3.0}}, "GiB")
     for picture in (figures.mesh_picture(mesh), shards, bars):
         assert picture.startswith(b"\x89PNG")

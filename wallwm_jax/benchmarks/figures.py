@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from wallwm_jax.evaluation.figures import BLUE, GRID, INK, MUTED, ORANGE, STYLE, to_png
+from wallwm_jax.evaluation.figures import BLUE, MUTED, ORANGE, STYLE, to_png
 from wallwm_jax.models import param_axes
 from wallwm_jax.parallel import sharding
 from wallwm_jax.parallel.chips import GIB
@@ -117,10 +117,10 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str)
         ends = np.zeros(len(bars))
         for part, colour in zip(parts, itertools.cycle(_PART_COLOURS)):
             values = np.array([bar.get(part, 0.0) for bar in bars.values()])
-            colour = GRID if part == "free" else colour
-            drawn = panel.barh(list(bars), values, 0.62, left=ends, color=colour, label=part)
+            told = f"{part}, {values[0]:.3g}" if len(bars) == 1 else part  # there is room for thin parts, too
+            drawn = panel.barh(list(bars), values, 0.62, left=ends, color=colour, label=told)
             labels = [f"{value:.3g}" if value > 0.06 * longest else "" for value in values]
-            panel.bar_label(drawn, labels, label_type="center", color=INK if part == "free" else "white", fontsize=8)
+            panel.bar_label(drawn, labels, label_type="center", color="white", fontsize=8)
             ends += values
         panel.invert_yaxis()
         panel.set_title(title)
