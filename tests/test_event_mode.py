@@ -72,6 +72,16 @@ def test_the_batch_is_the_packed_row_of_training(store):
     assert not batch["latents"][:, 1:].any() and not batch["actions"].any()
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_programs_can_be_compiled_from_shapes_alone(store, guidance):
+    """`program_inputs` is what a request becomes."""
+    config = store_config(store, guidance=guidance)
+    made = make(store, batch_size=2, guidance=guidance)._inputs([window_request(store, 0)], [1], [8])
+    told = event_mode.program_inputs(config, 2, len(store.meta["views"]))
+    assert told.pop("seed") == ((2,), np.uint32)  # added when the event is planned
+    assert {name: (value.shape, value.dtype) for name, value in made.items()} == told
+
+
 def test_an_event_fills_the_smallest_bucket_and_ends_at_its_duration(mode, store):
     for seconds, steps, bucket in [(0.05, 2, 2), (0.3, 4, 2), (0.8, 8, 2), (0.9, 10, 3), (1.6, 16, 3), (9.0, 16, 3)]:
         plan = mode.plan([window_request(store, 0, duration_s=seconds)])[0]

@@ -1,36 +1,79 @@
-r"""Measures one part of the package and prints a table, or JSON with --json.
+r"""Measures one part of the package and prints a table, or JSON with --json. Warm-up is apart, the machine is named.
+
+The train step on the devices at hand, with random events; with --store=DIR, on the first batch of a store:
+
+    python -m wallwm_jax.benchmark train_step --config=configs/wan1b3.py:video --views=1 --config.data.rows=4
+
+The same beside diffusers' twin of the tower, with torch.compile (pip install 'wallwm_jax[parity]'; one view):
+
+    python -m wallwm_jax.benchmark train_step --config=configs/wan1b3.py:video --views=1 --config.data.rows=4 \
+        --config.model.view_attention=False --peer
+
+The loader on an event store, in threads and with worker processes:
+
+    python -m wallwm_jax.benchmark loader --config=configs/ocbench_quickstart.py --store=runs/quickstart/store
+
+Event mode, one event at a time, of a run; or of a config with random parameters, with --store=DIR or --views=N:
+
+    python -m wallwm_jax.benchmark inference --workdir=runs/quickstart/train
 
 Muon on a TPU slice that only the compiler knows, beside optax's, from the compiled programs (pip install "jax[tpu]"):
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
+
+All but muon take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to standard error,
+the figures alone to standard output.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import sys
 
-from absl import app, flags
+from absl import flags
 
-from wallwm_jax.console import run_command
+from wallwm_jax.config import define_config_flag
+from wallwm_jax.console import UserError, run_command
 
-_PARTS = ("muon",)
+# Part → the flags that it takes, which are the arguments of `measure` in its module. The loader's worker processes
+# import this file again: JAX stays out of them because only `main` imports a module.
+_PARTS = {
+    "train_step": ("config", "steps", "store", "views", "peer"),
+    "loader": ("config", "steps", "store"),
+    "inference": ("config", "steps", "store", "views", "workdir"),
+    "muon": ("model", "topology", "rows"),
+}
 
 
 def _define_flags() -> None:
+    define_config_flag()
     flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.DEFINE_integer("steps", 20, "Steps, batches or calls that are timed.", 1)
+    flags.DEFINE_string("store", "", "Event store, made by python -m wallwm_jax.build_events.")
+    flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
+    flags.DEFINE_bool("peer", False, "train_step: time diffusers' twin of the video tower, too (extra parity).")
+    flags.DEFINE_string("workdir", "", "inference: a run of python -m wallwm_jax.train.")
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
     flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")
 
 
 def main(argv: list[str]) -> None:
+    """The command; see the module docstring."""
     if len(argv) != 2 or argv[1] not in _PARTS:
-        raise app.UsageError(f"say what to measure: python -m wallwm_jax.benchmark {{{','.join(_PARTS)}}}")
-    from wallwm_jax.benchmarks import muon
-
-    values = flags.FLAGS
-    result = muon.measure(values.model, values.topology, values.rows)
-    print(json.dumps(result, indent=1) if values.json else muon.table(result))
+        raise UserError(f"say what to measure: python -m wallwm_jax.benchmark {{{','.join(_PARTS)}}} (see --help)")
+    part, values = argv[1], flags.FLAGS
+    for name in {name for names in _PARTS.values() for name in names} - set(_PARTS[part]):
+        if values[name].present:
+            raise UserError(f"--{name} is not for {part}, which takes --{', --'.join(_PARTS[part])}")
+    if "config" in _PARTS[part] and values.config is None and not values.workdir:
+        raise UserError(f"{part} needs --config=FILE{' or --workdir=RUN' if part == 'inference' else ''}")
+    module = importlib.import_module(f"wallwm_jax.benchmarks.{part}")
+    with contextlib.redirect_stdout(sys.stderr):
+        result = module.measure(**{name: getattr(values, name) for name in _PARTS[part]})
+    print(json.dumps(result, indent=1) if values.json else module.table(result))
 
 
 if __name__ == "__main__":

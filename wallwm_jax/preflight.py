@@ -42,8 +42,6 @@ def main(_: list[str]) -> int:
     from wallwm_jax.benchmarks import preflight
 
     values = flags.FLAGS
-    if not values.config.data.views and not values.views:
-        raise UserError("config.data.views is empty, the store would decide: give --views=N")
     if values.search:
         return _search()
     with phase(f"compile for {values.topology}"):

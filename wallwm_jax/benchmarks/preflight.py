@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from wallwm_jax.benchmarks.random_batch import with_views
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.optim.muon_cost import MuonCost
@@ -148,13 +149,10 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
       views: where `config.data.views` leaves them to the store.
 
     Raises:
-      UserError: the topology is unknown, or mesh and rows do not fit it.
+      UserError: the topology is unknown, mesh and rows do not fit it, or nobody says how many views there are.
     """
+    config = with_views(config, views)
     chip, devices = chip_of(topology), topology_devices(topology)
-    if views and not config.data.views:
-        config = config.copy_and_resolve_references()
-        with config.unlocked():
-            config.data.views = tuple(f"view {i}" for i in range(1, views + 1))
     mesh = make_mesh(mesh_sizes(config), devices)
     built = build_train_step(config, mesh)
     begun = time.monotonic()

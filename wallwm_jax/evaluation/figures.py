@@ -21,7 +21,7 @@ ORANGE = "#d9822b"
 GRID = "#e4e9ee"
 
 matplotlib.use("Agg")
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -43,7 +43,7 @@ _WIDTH = 8.6  # inches of a full-width figure
 
 def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> bytes:
     """One panel per stream: logged losses, thin, and their running median, bold; logarithmic where they fall far."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, max(1, len(losses))))
         for panel, (name, values) in zip(panels, losses.items()):
@@ -55,14 +55,14 @@ def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> 
                 panel.set_yscale("log")
             panel.set_title(name)
             panel.set_xlabel("step")
-        return _png(figure)
+        return to_png(figure)
 
 
 def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
     """Share of events per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
     order = np.argsort(-np.asarray(before))
     place = np.arange(len(order))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         axes = figure.subplots()
         axes.bar(place - 0.2, 100 * np.asarray(before)[order], 0.4, color=MUTED, label="in the data")
@@ -75,13 +75,13 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         axes.set_xlim(-0.7, len(order) - 0.3)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper right", ncols=3)
-        return _png(figure)
+        return to_png(figure)
 
 
 def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
     """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}."""
     measures = list(dict.fromkeys(measure for row in rates.values() for measure in row))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.42 * len(rates)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, max(1, len(measures)), sharey=True))
         for panel, measure in zip(panels, measures):
@@ -95,7 +95,7 @@ def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
             panel.set_xlim(-0.03, 1.03)
             panel.set_title(f"{measure} success")
             panel.grid(axis="y", visible=False)
-        return _png(figure)
+        return to_png(figure)
 
 
 def sweep(
@@ -104,7 +104,7 @@ def sweep(
     """Left the loss curves of the arms, one line per seed; then a panel per measure: each seed, the mean's interval."""
     measures = list(dict.fromkeys(measure for row in arms.values() for measure in row))
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         panels = 1 + len(measures)
         figure = Figure(figsize=(max(_WIDTH, 3.4 * panels), 1.6 + 0.3 * max(6, len(arms))), layout="constrained")
         curve_panel, *measure_panels = np.atleast_1d(figure.subplots(1, panels))
@@ -124,12 +124,12 @@ def sweep(
             panel.set_ylim(len(arms) - 0.5, -0.5)
             panel.set_title(measure)
             panel.grid(axis="y", visible=False)
-        return _png(figure)
+        return to_png(figure)
 
 
 def errors(title: str, values: Mapping[str, float], unit: str) -> bytes:
     """Horizontal bars, one per name, the value written beside each; the first bar is the model's."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(values)), layout="constrained")
         axes = figure.subplots()
         colours = [BLUE if name.startswith("model") else MUTED for name in values]
@@ -140,12 +140,12 @@ def errors(title: str, values: Mapping[str, float], unit: str) -> bytes:
         axes.set_title(title)
         axes.set_xlabel(unit)
         axes.grid(axis="y", visible=False)
-        return _png(figure)
+        return to_png(figure)
 
 
 def scatter(title: str, true: np.ndarray, predicted: np.ndarray, unit: str) -> bytes:
     """Predicted against true values with the diagonal."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.4), layout="constrained")
         axes = figure.subplots()
         top = 1.05 * float(max(np.max(true, initial=0.1), np.max(predicted, initial=0.1)))
@@ -153,7 +153,7 @@ def scatter(title: str, true: np.ndarray, predicted: np.ndarray, unit: str) -> b
         axes.plot(true, predicted, "o", color=BLUE, markersize=3, alpha=0.5)
         axes.set(xlim=(0, top), ylim=(0, top), xlabel=f"true, {unit}", ylabel=f"predicted, {unit}")
         axes.set_title(title)
-        return _png(figure)
+        return to_png(figure)
 
 
 def video_strip(rows: Mapping[str, Sequence[np.ndarray]], *, columns: int = 8, height: int = 96) -> bytes:
@@ -245,7 +245,8 @@ def _encode(picture: Image.Image, kind: str) -> bytes:
     return out.getvalue()
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """A finished figure as PNG bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=170)
     return out.getvalue()

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import jax
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
+from wallwm_jax.data.packing import Spec
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.inference import samplers
 from wallwm_jax.models import flow_matching
@@ -73,6 +74,73 @@ class EventPlan:
     bucket: int
 
 
+class Programs(NamedTuple):
+    """The jitted programs of event mode, all called with parameters, inputs (see `program_inputs`) and `bucket=`.
+
+    Attributes:
+      sample: -> normalised latents `[B, V, bucket, h, w, C]`, left at the anchor by the anchored sampler, and actions
+        `[B, A, 32]`.
+      finish: also takes these latents; -> the same, denoised to the end.
+      durations: -> log-seconds quantiles `[B, Q]`.
+    """
+
+    sample: Any
+    finish: Any
+    durations: Any
+
+
+def build_programs(config: ConfigDict) -> Programs:
+    """The programs of `config`; nothing is compiled before the first call.
+
+    Raises:
+      UserError: an unknown sampler, no draws, or buckets that do not fit the model.
+    """
+    if config.sampling.sampler not in SAMPLERS:
+        raise UserError(f"config.sampling.sampler={config.sampling.sampler!r}: one of {', '.join(SAMPLERS)}")
+    if config.sampling.action_draws < 1:
+        raise UserError(f"config.sampling.action_draws={config.sampling.action_draws} must be at least 1")
+    buckets = tuple(sorted(config.sampling.buckets))
+    if not buckets or buckets[0] < 2 or buckets[-1] - 1 > config.model.max_latents:
+        raise UserError(
+            f"config.sampling.buckets={buckets} must lie between 2 and 1 + config.model.max_latents "
+            f"= {1 + config.model.max_latents} latents"
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.sight_cone.on = False  # for training only: at inference all views see each other
+    parts = (functools.partial(part, config) for part in (_sample, _finish, _durations))
+    return Programs(*(jax.jit(part, static_argnames=("bucket",)) for part in parts))
+
+
+def program_inputs(config: ConfigDict, rows: int, views: int) -> Spec:
+    """Name → (shape, dtype) of what a program is told of `rows` events.
+
+    first        [B,V,h,w,C] normalised latents of the current frame       view_id   [B,V] 0 absent
+    state        [B,32] normalised, and state_valid                        seed      [B] of the noise
+    text_ids     [B,L], or text_features [B,L,Dt], and text_length [B]; "null_" of each where guidance is not 1
+    futures      [B] latents to come                                       steps     [B] actions
+    """
+    model, length = config.model, config.data.text_length
+    text: dict[str, tuple[tuple[int, ...], Any]] = {"text_length": ((rows,), np.int32)}
+    if model.text.kind == "features":
+        text["text_features"] = ((rows, length, model.text.width), np.float32)
+    else:
+        text["text_ids"] = ((rows, length), np.int32)
+    if config.sampling.guidance != 1.0:
+        text |= {f"null_{name}": shape for name, shape in text.items()}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "first": ((rows, views, *model.latent_shape, model.latent_channels), np.float32),
+        "state": ((rows, ACTION_DIM), np.float32),
+        "state_valid": ((rows, ACTION_DIM), bool),
+        "view_id": ((rows, views), np.int32),
+        **text,
+        "futures": ((rows,), np.int32),
+        "steps": ((rows,), np.int32),
+        "seed": ((rows,), np.uint32),
+    }
+    return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
 class EventMode:
     """Runs the world action model in event mode on batches of a fixed size.
 
@@ -103,16 +171,8 @@ class EventMode:
         codec_weights: str = "",
         text_weights: str = "",
     ) -> None:
-        if config.sampling.sampler not in SAMPLERS:
-            raise UserError(f"config.sampling.sampler={config.sampling.sampler!r}: one of {', '.join(SAMPLERS)}")
-        if config.sampling.action_draws < 1:
-            raise UserError(f"config.sampling.action_draws={config.sampling.action_draws} must be at least 1")
+        self._programs = build_programs(config)
         self.buckets = tuple(sorted(int(bucket) for bucket in config.sampling.buckets))
-        if not self.buckets or self.buckets[0] < 2 or self.buckets[-1] - 1 > config.model.max_latents:
-            raise UserError(
-                f"config.sampling.buckets={self.buckets} must lie between 2 and 1 + config.model.max_latents "
-                f"= {1 + config.model.max_latents} latents"
-            )
         self.params = params
         self.config = config
         self.store = store
@@ -124,12 +184,6 @@ class EventMode:
         self._texts: _ByteTexts | _FeatureTexts = (
             _FeatureTexts(open_text_encoder(store, text_weights), config) if features else _ByteTexts(config)
         )
-        config = config.copy_and_resolve_references()
-        with config.unlocked():
-            config.model.sight_cone.on = False  # for training only: at inference all views see each other
-        self._sample: Any = jax.jit(functools.partial(_sample, config), static_argnames=("bucket",))
-        self._finish: Any = jax.jit(functools.partial(_finish, config), static_argnames=("bucket",))
-        self._durations: Any = jax.jit(functools.partial(_durations, config), static_argnames=("bucket",))
 
     def with_params(self, params: Any) -> EventMode:
         """The same programs with other parameters (an untrained twin); nothing is compiled again."""
@@ -145,7 +199,7 @@ class EventMode:
     @property
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return sum(program._cache_size() for program in (self._sample, self._finish, self._durations))
+        return sum(program._cache_size() for program in self._programs)
 
     def warm_up(self, buckets: Sequence[int] | None = None, *, video: bool = False) -> None:
         """Compiles the programs of `buckets` (all by default), with `video` those that finish videos too."""
@@ -166,7 +220,7 @@ class EventMode:
         chunks = []
         for chunk in _chunks(requests, self.batch_size):
             inputs = self._inputs(chunk, [1] * len(chunk), [self._stride] * len(chunk))
-            log_seconds = self._durations(self.params, inputs, bucket=self.buckets[0])
+            log_seconds = self._programs.durations(self.params, inputs, bucket=self.buckets[0])
             log_seconds = np.clip(np.asarray(log_seconds, np.float64)[: len(chunk)], -_LOG_SECONDS, _LOG_SECONDS)
             chunks.append(np.exp(log_seconds))
         return np.concatenate(chunks) if chunks else np.zeros((0, len(self.config.model.duration_quantiles)))
@@ -230,9 +284,9 @@ class EventMode:
         bucket = next(bucket for bucket in self.buckets if bucket > max(futures))
         inputs = self._inputs(requests, futures, steps)
         inputs["seed"] = self._padded(np.asarray(seeds, np.uint32))
-        latents, actions = self._sample(self.params, inputs, bucket=bucket)
+        latents, actions = self._programs.sample(self.params, inputs, bucket=bucket)
         if video and self.config.sampling.sampler == "anchored":
-            latents = self._finish(self.params, inputs, latents, bucket=bucket)
+            latents = self._programs.finish(self.params, inputs, latents, bucket=bucket)
         actions = self.stats.denormalize_actions(np.asarray(actions))
         plans = []
         for row, (request, count, future) in enumerate(zip(requests, steps, futures)):

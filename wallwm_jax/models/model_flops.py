@@ -6,8 +6,10 @@ that a kernel computes beyond that helps an MFU. Training is three forwards of w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from ml_collections import ConfigDict
 
 
@@ -50,6 +52,21 @@ def training_flops(config: ConfigDict, row: RowShape, stage: str) -> float:
         return 3.0 * parts["video"]
     action = draws * parts["action"] + keys
     return (3.0 if stage == "joint" else 1.0) * parts["video"] + 3.0 * action
+
+
+def batch_flops(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> float:
+    """Model FLOPs of a train step of `config.train.stage` on this packed batch: each of its events as it is."""
+    total = 0.0
+    for row, slot in np.argwhere(batch["window_index"] >= 0):
+        shape = RowShape(
+            views=int(np.count_nonzero(batch["view_id"][row, slot])),
+            latents=int(np.count_nonzero(batch["latent_event"][row] == slot + 1)),
+            events=1,
+            actions=int(np.count_nonzero(batch["action_event"][row] == slot + 1)),
+            text=int(batch["text_length"][row, slot]),
+        )
+        total += training_flops(config, shape, config.train.stage)
+    return total
 
 
 def _video(model: ConfigDict, row: RowShape, tokens: int, cells: int) -> float:
