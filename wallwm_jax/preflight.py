@@ -58,9 +58,9 @@ def _search() -> int:
         values.config,
         values.topology,
         values.views,
-        fsdp=_numbers("search_fsdp"),
+        fsdp=_numbers("search_fsdp", values.search_fsdp),
         remat=values.search_remat,
-        rows=_numbers("search_rows"),
+        rows=_numbers("search_rows", values.search_rows),
     )
     if values.json:
         listed = [{**asdict(one.candidate), "report": one.report and one.report.to_json()} for one in tried]
@@ -70,8 +70,7 @@ def _search() -> int:
     return 0 if tried[0].report is not None and tried[0].report.fits else _DOES_NOT_FIT
 
 
-def _numbers(flag: str) -> list[int]:
-    given = flags.FLAGS[flag].value
+def _numbers(flag: str, given: list[str]) -> list[int]:
     if not all(text.isdigit() and int(text) for text in given):
         raise UserError(f"--{flag}={','.join(given)}: write positive whole numbers")
     return [int(text) for text in given]
