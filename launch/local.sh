@@ -72,7 +72,7 @@ run() { # one attempt; its exit code is that of the first process that failed
   trap 'stop; exit $TAKEN_AWAY' INT TERM
   going=("${PROCESSES[@]}")
   while [ ${#going[@]} -gt 0 ] && [ "$code" = 0 ]; do
-    wait -n -p ended "${going[@]}" || code=$?
+    wait -n -p ended "${going[@]}" 2>/dev/null || code=$?
     for index in "${!going[@]}"; do [ "${going[index]}" != "$ended" ] || unset "going[index]"; done
   done
   [ "$code" = 0 ] || say "process $(position "$ended") of ${FLAG[name]} ended with exit code $code; stopping the others"

@@ -424,7 +424,7 @@ def test_when_a_local_process_is_killed_all_stop_and_go_on(local, tmp_path):
     done = local("test-killed", "--", sys.executable, str(tmp_path / "program.py"), "--overwrite", "a 'b' $c")
     assert done.returncode == 0, done.stderr
     assert "process 1 of test-killed ended with exit code 137; stopping the others" in done.stderr
-    assert "exit code 137; restart 1 of 5 in 0 s" in done.stderr
+    assert "exit code 137; restart 1 of 5 in 0 s" in done.stderr and "setsid" not in done.stderr
     assert sorted(done.stdout.splitlines()) == [
         "[0] [\"a 'b' $c\", '--resume']",
         "[0] ['--overwrite', \"a 'b' $c\"]",
