@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
             max_failed_saves=3,  # abort when more saves in a row than this fail, as on a full disk
             hang_seconds=1800.0,  # a phase (step, data, compile, ...) longer than this prints all stacks; 0 never
             hang_aborts=False,  # also end the process then, so that a launcher can start all again with --resume
+            dump_hlo=False,  # write the compiled step, its memory and cost to WORKDIR/hlo
             ema_decay=0.9999,
         )
     )

@@ -36,7 +36,7 @@ from wallwm_jax.training.integrity import checksum, damage, write_manifest
 from wallwm_jax.training.telemetry import read_metrics
 from wallwm_jax.training.train_state import flatten
 
-TIMING = ("step_s", "input_wait_s")
+TIMING = ("step_s", "input_wait_s")  # and mfu, which a CPU has not
 ASSETS, CONFIG = {"store": {"fingerprint": "f00d"}, "stats": {}}, {"train": {"stage": "joint"}}
 
 
@@ -91,6 +91,8 @@ def test_killed_and_resumed_training_is_bit_identical(straight, clustered_store,
     assert again.stderr.count("Compiling jit(step)") == 1  # one compilation in a whole run
     assert [line["step"] for line in curve(tmp_path / "run")] == list(range(STEPS))
     assert curve(tmp_path / "run") == curve(straight[0])
+    goodput = json.loads((tmp_path / "run" / "goodput.json").read_text())
+    assert goodput["lost_steps"] == len(done_before) - goodput["starts"][1]["first_step"]
     ours, theirs = (load_params(workdir) for workdir in (tmp_path / "run", straight[0]))
     for path, leaf in flatten(ours.params).items():
         np.testing.assert_array_equal(leaf, flatten(theirs.params)[path])

@@ -12,14 +12,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training_setup import STEPS, training_config, use_prepared_steps
+from training_setup import STEPS, built_step, traced_steps, training_config, use_prepared_steps
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data import device_feed
+from wallwm_jax.data.event_store import open_store
 from wallwm_jax.train import run
-from wallwm_jax.training.checkpoint import load_params
+from wallwm_jax.training.checkpoint import load_params, prepare_workdir
+from wallwm_jax.training.goodput import Goodput
 from wallwm_jax.training.telemetry import METRICS_FILE, Telemetry, clock, read_metrics
-from wallwm_jax.training.train_state import flatten
+from wallwm_jax.training.train_state import count, flatten
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,11 +190,79 @@ def test_the_action_stage_starts_from_the_average_of_the_video_stage(clustered_s
     assert outcome.step == STEPS
 
 
+# What a run tells of itself
+
+
+@pytest.fixture(scope="module")
+def resumed(clustered_store, tmp_path_factory):
+    """A whole run whose checkpoints after step 2 were lost, resumed; the second start was asked for a profile."""
+    workdir = tmp_path_factory.mktemp("runs") / "resumed"
+    config = training_config(clustered_store).copy_and_resolve_references()
+    with pytest.MonkeyPatch.context() as patch, config.unlocked():
+        use_prepared_steps(patch, clustered_store)
+        patch.setenv("XLA_FLAGS", "--xla_dump_to=")
+        run(config, workdir)
+        for lost in (4, STEPS):
+            os.rename(workdir / "checkpoints" / str(lost), workdir.parent / str(lost))
+        (workdir / "profile").write_text("2")
+        config.train.dump_hlo = True
+        run(config, workdir, resume=True)
+    return workdir
+
+
+def test_repeated_steps_are_lost_and_the_spans_fill_the_wall_time(resumed):
+    found = json.loads((resumed / "goodput.json").read_text())
+    assert found["lost_steps"] == STEPS - 2
+    assert [(start["first_step"], start["lost_steps"]) for start in found["starts"]] == [(0, 0), (2, STEPS - 2)]
+    assert set(found["spans"]) == {"init", "restore", "compile", "step", "data", "checkpoint", "other"}
+    assert sum(found["spans"].values()) + found["down_s"] == pytest.approx(found["wall_s"])
+    steps_s = sum(line["step_s"] - line["input_wait_s"] for line in read_metrics(resumed))
+    assert found["useful_s"] == pytest.approx(steps_s)
+    assert 0 < found["goodput"] == found["useful_s"] / found["wall_s"] < 1
+
+
+def test_a_resumed_run_is_profiled_where_it_goes_on(resumed):
+    assert traced_steps(resumed / "profiles" / "step_2") == [2, 3]
+
+
+def test_the_compiled_step_is_written_with_its_memory_and_cost(resumed):
+    text = (resumed / "hlo" / "step.hlo.txt").read_text()
+    memory, cost = (json.loads((resumed / "hlo" / f"{name}.json").read_text()) for name in ("memory", "cost"))
+    assert text.startswith("HloModule jit_step")
+    assert memory["argument_size_in_bytes"] > memory["alias_size_in_bytes"] > 1e6  # the state is donated
+    assert cost["flops"] > 1e8
+
+
+def test_the_run_card_has_every_start(resumed, clustered_store):
+    first, second = json.loads((resumed / "run_card.json").read_text())["starts"]
+    state = built_step(clustered_store, "joint").abstract_state
+    assert (first["step"], second["step"]) == (0, 2)
+    assert first["config"] != second["config"]  # dump_hlo
+    assert first["store"] == second["store"] == open_store(clustered_store).fingerprint
+    assert first["versions"]["jax"] == jax.__version__
+    assert first["devices"]["count"] == 1 and first["devices"]["kind"] == "cpu" and first["devices"]["processes"] == 1
+    assert sum(first["parameters"]["trained"].values()) == count(state.trainable)
+    assert first["flags"]["XLA_FLAGS"] == "--xla_dump_to="
+    assert first["at"] <= second["at"]
+
+
+def test_a_cpu_has_no_mfu(resumed):
+    assert all("mfu" not in line for line in read_metrics(resumed))
+
+
+def test_overwriting_deletes_all_that_a_run_wrote(resumed):
+    (resumed / "profile").write_text("")
+    written = {path.name for path in resumed.iterdir()}
+    assert {"goodput.json", "run_card.json", "profile", "profiles", "hlo", "tensorboard"} < written
+    prepare_workdir(resumed, resume=False, overwrite=True)
+    assert list(resumed.iterdir()) == []
+
+
 # Telemetry
 
 
 def test_lines_are_means_over_the_window_and_shares_of_time(tmp_path, capsys):
-    telemetry = Telemetry(tmp_path, first_step=0, last_step=4, log_every=2)
+    telemetry = Telemetry(tmp_path, Goodput(tmp_path), first_step=0, last_step=4, log_every=2)
     telemetry.start()
     for step in range(4):
         values = {"loss": step, "loss_video": 2.0 * step, "grad_norm": 1.0, "lr": 0.1, "events": 10}
@@ -204,12 +274,14 @@ def test_lines_are_means_over_the_window_and_shares_of_time(tmp_path, capsys):
         ["step 2/4", "loss 0.5000 (video 1.0000)"],
         ["step 4/4", "loss 2.5000 (video 5.0000)"],
     ]
-    assert all(re.search(r"events/s  .* ms/step  input wait 0.0 %  left 0:00", line) for line in lines)
+    assert all(
+        re.search(r"events/s  .* ms/step  input wait 0.0 %  goodput [\d.]+ %  left 0:00", line) for line in lines
+    )
     assert [line["loss"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_metrics_are_settled_one_step_late(tmp_path):
-    telemetry = Telemetry(tmp_path, first_step=0, last_step=9, log_every=9)
+    telemetry = Telemetry(tmp_path, Goodput(tmp_path), first_step=0, last_step=9, log_every=9)
     metrics = {"loss": np.float32(1), "grad_norm": np.float32(1), "events": np.int32(1)}
     telemetry.record(0, metrics, 0.0)
     assert read_metrics(tmp_path) == []
@@ -221,7 +293,7 @@ def test_metrics_are_settled_one_step_late(tmp_path):
 def test_a_resumed_run_cuts_what_comes_again_and_a_torn_line(tmp_path):
     path = tmp_path / METRICS_FILE
     path.write_text("".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in range(5)) + '{"step": 5, "lo')
-    Telemetry(tmp_path, first_step=3, last_step=9, log_every=1).close()
+    Telemetry(tmp_path, Goodput(tmp_path), first_step=3, last_step=9, log_every=1).close()
     assert path.read_text() == "".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in range(3))
 
 

@@ -107,6 +107,19 @@ def use_prepared_steps(monkeypatch: Any, store_path: Path) -> None:
     monkeypatch.setattr(train_step, "build_train_step", build)
 
 
+def traced_steps(directory: Path) -> list[int]:
+    """Numbers of the train steps in the profile under `directory`."""
+    (file,) = directory.rglob("*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    return sorted(dict(event.stats)["step_num"] for event in events)
+
+
 def device_batch(config: ConfigDict, built: TrainStep, seed: int = 0) -> dict[str, jax.Array]:
     """A random packed batch where the step wants it."""
     return jax.device_put(random_batch(config, seed), built.rows)

@@ -1,12 +1,14 @@
-"""What every command shares: errors a person can act on, progress bars, phase lines, and one way to start and stop."""
+"""What every command shares: errors a person can act on, progress bars, phase lines, whole files, start and stop."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from absl import app, flags
@@ -47,6 +49,13 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     if seconds is not None:
         seconds[name] = seconds.get(name, 0.0) + spent
     print(f"    {name}: done in {spent:.1f} s", flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once, so that nobody ever reads half of it; for files that one process writes."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def run_command(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None:

@@ -34,7 +34,10 @@ SIGTERM or preemption; 75 another process of the run was lost, or a phase hung (
 the same command with --resume goes on, with any number of processes.
 
 The workdir then holds checkpoints/ (parameters, average, optimizer, statistics), metrics.jsonl (one line per step),
-tensorboard/ and config.json. On several hosts run the same command on each with --distributed.
+tensorboard/, config.json, run_card.json (code, versions, devices of every start) and goodput.json (where the time
+went). To look into a run that goes on, `touch WORKDIR/profile`: it traces its next steps to WORKDIR/profiles/;
+--config.train.dump_hlo writes the compiled step to WORKDIR/hlo/. On several hosts run the same command on each with
+--distributed.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +77,7 @@ class Outcome:
     Attributes:
       step: updates made in all.
       stopped_by: "" at the end of the schedule, else "max_seconds" or "preemption".
-      seconds: time per phase, by name; none when there was nothing left to do.
+      seconds: time per span (`training.goodput`), by name; none when there was nothing left to do.
     """
 
     step: int
@@ -112,13 +116,15 @@ def run(
     from wallwm_jax.parallel.mesh import make_mesh, row_shards
     from wallwm_jax.parallel.sharding import host_rows
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
+    from wallwm_jax.training.goodput import Goodput
     from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
+    from wallwm_jax.training.profiling import Profiler, dump_program
     from wallwm_jax.training.resume import check_resumed
-    from wallwm_jax.training.telemetry import Telemetry
-    from wallwm_jax.training.train_state import count
+    from wallwm_jax.training.run_card import add_start
+    from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
-    seconds: dict[str, float] = {}
+    began = time.monotonic()
 
     # Paths, config and store.
     host = this_host()
@@ -144,6 +150,9 @@ def run(
         )
 
     with contextlib.ExitStack() as stack:
+        goodput = Goodput(workdir, since=began, writes=host.is_first)
+        stack.callback(goodput.close)
+        profiler = stack.enter_context(Profiler(workdir, watches=host.is_first))
         checkpointer = Checkpointer(
             workdir,
             keep=config.train.keep_checkpoints,
@@ -153,7 +162,7 @@ def run(
             look_every=config.train.log_every,
             max_failed=config.train.max_failed_saves,
         )
-        stack.callback(checkpointer.close)
+        stack.callback(goodput.span("checkpoint")(checkpointer.close))
         watchdog = stack.enter_context(Watchdog(config.train.hang_seconds, aborts=config.train.hang_aborts))
         stack.enter_context(end_together(lambda: watchdog.phase))
         stack.enter_context(explained_disk_full())
@@ -163,13 +172,13 @@ def run(
             check_resumed(saved_config, assets, checkpointer)
         if first >= config.train.steps:
             print(f"    already trained: step {first} of {config.train.steps}")
-            return Outcome(first, "", seconds)
+            return Outcome(first, "", {})
         if host.is_first:
             (workdir / CONFIG_FILE).write_text(to_json(config) + "\n")
 
         # State.
         watchdog.enter("initialise")
-        with phase(f"restore step {first}" if first else "initialise", seconds):
+        with phase(f"restore step {first}" if first else "initialise"), goodput.span("restore" if first else "init"):
             state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
             first = checkpointer.start_step  # an older one, where the newest turned out to be damaged
             checkpointer.keep_frozen(state.frozen)
@@ -181,32 +190,37 @@ def run(
             blind = uncalibrated_views(store, config.data.views) if config.model.sight_cone.on else ()
             if blind:
                 print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
-            groups = ", ".join(f"{name} {count(tree):,}" for name, tree in state.trainable.items())
-            print(f"    training {count(state.trainable):,} parameters ({groups}); {count(state.frozen):,} frozen")
+            print(add_start(workdir, config, mesh, state, store=store.fingerprint, first_step=first))
             if built.muon_cost is not None and mesh.size > 1:
                 print(textwrap.indent(built.muon_cost.table(), "    "))
 
         # Compile, ahead of time: a batch of another shape would be an error, never a second compilation.
         watchdog.enter("compile")
         batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))
-        with phase("compile", seconds):
-            step_fn = built.step.lower(built.abstract_state, batch_shapes).compile()
+        with phase("compile"), goodput.span("compile"):
+            program = built.step.lower(built.abstract_state, batch_shapes).compile()
+        if config.train.dump_hlo and host.is_first:
+            dump_program(program, workdir)
+        step_fn = profiler.around(program, first)
 
         # Loop.
         telemetry = Telemetry(
             workdir,
+            goodput,
             first_step=first,
             last_step=config.train.steps,
             log_every=config.train.log_every,
+            ideal_step_s=ideal_step_s(config, mesh),
             writes=host.is_first,
         )
         stack.callback(telemetry.close)
-        with phase("train", seconds), feed(loader, built.rows) as batches:
+        with phase("train"), feed(loader, built.rows) as batches, goodput.span("step"):
             limit = TimeLimit(config)
             telemetry.start()
             for step in range(first, config.train.steps):
                 watchdog.enter(f"data of step {step}")
-                batch, _, waited = next(batches)
+                with goodput.span("data"):
+                    batch, _, waited = next(batches)
                 watchdog.enter(f"step {step}")
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
@@ -215,7 +229,9 @@ def run(
                 if checkpointer.wants(done):
                     telemetry.flush()
                     watchdog.enter(f"checkpoint of step {done}")
-                    checkpointer.save(done, state, assets, saved_config)
+                    with goodput.span("checkpoint"):
+                        checkpointer.save(done, state, assets, saved_config)
+                    telemetry.start()
                 stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
                 if stopped_by:
                     break
@@ -223,11 +239,12 @@ def run(
 
         # The last checkpoint.
         watchdog.enter("last checkpoint")
-        checkpointer.save(done, state, assets, saved_config)
-        checkpointer.wait()
+        with goodput.span("checkpoint"):
+            checkpointer.save(done, state, assets, saved_config)
+            checkpointer.wait()
     if host.is_first:
         print(f"==> {f'stopped by {stopped_by}' if stopped_by else 'done'}: step {done} saved in {workdir}", flush=True)
-    return Outcome(done, stopped_by, seconds)
+    return Outcome(done, stopped_by, goodput.spans)
 
 
 def check_config(config: ConfigDict) -> None:

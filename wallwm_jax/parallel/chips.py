@@ -1,4 +1,4 @@
-"""What a TPU chip can do, by generation: the table that preflight's projections stand on.
+"""What a chip can do: the one table that preflight's projections and a run's MFU stand on.
 
 Figures of the vendor's public system descriptions; `link` is one link of the torus in one direction, `cycles` the clock
 at which the compiler's cycle estimates give the vendor's peak.
@@ -31,6 +31,33 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9.0e10, 2, 1.75e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7.38e12, 9.0e10, 3, 1.75e9),
 }
+
+
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops / 2,  # a device is one of the chip's two cores
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+}
+"""Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; a slice of a GPU has another name."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, such as "TPU v5 lite" or "NVIDIA H200"; None where the kind is unknown."""
+    return _PEAKS.get(device_kind)
 
 
 def chip_of(topology: str) -> Chip:

@@ -44,7 +44,8 @@ CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 CONFIG_FILE = "config.json"
 COMPILE_CACHE = "compile_cache"
-_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, "tensorboard", CONFIG_FILE, COMPILE_CACHE)
+_REPORTS = ("tensorboard", "goodput.json", "run_card.json", "profile", "profiles", "hlo")
+_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS)
 """What a run writes into its workdir, and all that overwriting may delete."""
 
 _ITEMS = ("state", "ema", "assets", "config")

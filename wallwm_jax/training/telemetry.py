@@ -3,13 +3,16 @@
 Metrics are read from the device one step late, after the next step has been dispatched, so reading never holds the
 device up. `metrics.jsonl` has one line per step; its numbers are written in full, so that two runs can be compared bit
 by bit.
+
+MFU is what a step's model FLOPs (`models.model_flops`) would take at the devices' bfloat16 peak, over what the step
+took. As in preflight, rows count as full of events of the greatest length: with shorter events, or padding, less is
+needed than counted. Devices whose peak is unknown have no MFU.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,12 +21,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from wallwm_jax.console import UserError
+from wallwm_jax.console import UserError, write_text
+from wallwm_jax.models.model_flops import RowShape, training_flops
+from wallwm_jax.parallel.chips import peak_flops
+from wallwm_jax.training.goodput import Goodput
 
 METRICS_FILE = "metrics.jsonl"
-_TIMING = ("step_s", "input_wait_s")
+_TIMING = ("step_s", "input_wait_s", "mfu")
 """Fields of a line that depend on the machine; every other field is a pure function of config, data and step."""
 
 
@@ -40,17 +48,30 @@ class Telemetry:
     Call `record` right after dispatching a step, `flush` before saving or ending, `close` at the end.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, last_step: int, log_every: int, writes: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        goodput: Goodput,
+        *,
+        first_step: int,
+        last_step: int,
+        log_every: int,
+        ideal_step_s: float | None = None,
+        writes: bool = True,
+    ):
         """Opens the files; what they hold of steps from `first_step` on is cut off, since those steps come again.
 
         Args:
           workdir: of the run.
+          goodput: learns which steps count.
           first_step: index of the first step to come.
           last_step: number of steps of the whole run.
           log_every: steps per printed line and TensorBoard point.
+          ideal_step_s: from `ideal_step_s`; None leaves MFU out.
           writes: False in all processes but one.
         """
         self.last_step, self.log_every = last_step, log_every
+        self._goodput, self._ideal_step_s = goodput, ideal_step_s
         self._pending: _Pending | None = None
         self._window: deque[dict[str, float]] = deque(maxlen=log_every)
         self._mark = time.perf_counter()
@@ -58,12 +79,13 @@ class Telemetry:
         self._board: SummaryWriter | None = None
         if writes:
             path = workdir / METRICS_FILE
-            _cut(path, first_step)
+            kept, lost = _cut(path, first_step)
+            goodput.begin(first_step, useful_s=sum(map(_useful_s, kept)), lost_steps=len(lost))
             self._file = path.open("a")
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
 
     def start(self) -> None:
-        """Starts the clock of the first step; compilation is not counted."""
+        """Starts the clock of the next step: before the first one, and after whatever is no part of a step."""
         self._mark = time.perf_counter()
 
     def record(self, step: int, metrics: Mapping[str, jax.Array], input_wait_s: float) -> None:
@@ -101,7 +123,10 @@ class Telemetry:
         values = {name: float(value) for name, value in jax.device_get(dict(done.metrics)).items()}
         now = time.perf_counter()
         line = {"step": done.step, **values, "step_s": now - self._mark, "input_wait_s": done.input_wait_s}
+        if self._ideal_step_s:
+            line["mfu"] = self._ideal_step_s / max(line["step_s"], 1e-9)
         self._mark = now
+        self._goodput.step_done(_useful_s(line))
         self._window.append(line)
         if self._file:
             self._file.write(json.dumps(line) + "\n")
@@ -123,6 +148,8 @@ class Telemetry:
             "events_per_s": means["events"] / seconds,
             "step_s": means["step_s"],
             "input_wait_share": means["input_wait_s"] / seconds,
+            "goodput": self._goodput.totals()["goodput"],
+            **({"mfu": self._ideal_step_s / seconds} if self._ideal_step_s else {}),
         }
         if self._board:
             for name, value in shown.items():
@@ -130,12 +157,28 @@ class Telemetry:
         if self._file:
             streams = " ".join(f"{name[5:]} {value:.4f}" for name, value in shown.items() if name.startswith("loss_"))
             left = (self.last_step - step - 1) * seconds
+            shares = {"MFU": "mfu", "input wait": "input_wait_share", "goodput": "goodput"}
+            percent = "".join(f"  {label} {100 * shown[name]:.1f} %" for label, name in shares.items() if name in shown)
             print(
                 f"step {step + 1:>{len(str(self.last_step))}}/{self.last_step}  loss {shown['loss']:.4f} ({streams})"
                 f"  grad {shown['grad_norm']:.2f}  {shown['events_per_s']:.1f} events/s  {1e3 * seconds:.0f} ms/step"
-                f"  input wait {100 * shown['input_wait_share']:.1f} %  left {clock(left)}",
+                f"{percent}  left {clock(left)}",
                 flush=True,
             )
+
+
+def ideal_step_s(config: ConfigDict, mesh: Mesh) -> float | None:
+    """Seconds that the model FLOPs of a step would take at the peak of all devices; None where that is unknown.
+
+    Args:
+      config: with `data.views` named.
+      mesh: over all devices of the run.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    if peak is None:
+        return None
+    row = training_flops(config, RowShape.of(config, len(config.data.views)), config.train.stage)
+    return config.data.rows * row / (mesh.size * peak)
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -167,14 +210,19 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut(path: Path, first_step: int) -> None:
-    """Keeps the lines of steps before `first_step`, atomically."""
+def _cut(path: Path, first_step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Keeps the lines of steps before `first_step`, atomically; returns these, and those that it cut off."""
     if not path.is_file():
-        return
-    kept = [line for line in _lines(path) if line["step"] < first_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+        return [], []
+    lines = _lines(path)
+    kept = [line for line in lines if line["step"] < first_step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept, [line for line in lines if line["step"] >= first_step]
+
+
+def _useful_s(line: Mapping[str, float]) -> float:
+    """Seconds of a step without the wait for its batch."""
+    return line.get("step_s", 0.0) - line.get("input_wait_s", 0.0)
 
 
 def _mean(values: list[float]) -> float:
