@@ -138,8 +138,13 @@ def get_config() -> ConfigDict:
             steps=1000,
             max_seconds=0.0,  # safety stop after this much training time, whatever the schedule; 0 never
             log_every=10,
-            save_every=500,
-            keep_checkpoints=3,
+            save_every=500,  # steps between checkpoints
+            save_minutes=0.0,  # also save when the last one is this old, looked at every log_every steps; 0 never
+            keep_checkpoints=3,  # newest ones kept
+            keep_every=0,  # keep those at multiples of this many steps for good; 0 none
+            max_failed_saves=3,  # abort when more saves in a row than this fail, as on a full disk
+            hang_seconds=1800.0,  # a phase (step, data, compile, ...) longer than this prints all stacks; 0 never
+            hang_aborts=False,  # also end the process then, so that a launcher can start all again with --resume
             dump_hlo=False,  # write the compiled step, its memory and cost to WORKDIR/hlo
             ema_decay=0.9999,
         )

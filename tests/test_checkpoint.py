@@ -1,7 +1,12 @@
-"""Checkpoints: a killed run goes on bit for bit; what is on disk, what inference reads, and what is refused."""
+"""Checkpoints: a killed run goes on bit for bit; what is on disk, what inference reads, and what is refused; what
+becomes of a checkpoint that is damaged, cannot be written, or grows old; and the command that looks at them.
+"""
 
+import contextlib
 import dataclasses
 import json
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,15 +25,19 @@ from training_setup import (
     use_prepared_steps,
 )
 
+from wallwm_jax import checkpoints
 from wallwm_jax.config import to_json
 from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.train import run
-from wallwm_jax.training.checkpoint import Checkpointer, checksum, load_params, prepare_workdir
+from wallwm_jax.training import checkpoint
+from wallwm_jax.training.checkpoint import Checkpointer, load_params, prepare_workdir
+from wallwm_jax.training.integrity import checksum, damage, write_manifest
 from wallwm_jax.training.telemetry import read_metrics
 from wallwm_jax.training.train_state import flatten
 
 TIMING = ("step_s", "input_wait_s")  # and mfu, which a CPU has not
+ASSETS, CONFIG = {"store": {"fingerprint": "f00d"}, "stats": {}}, {"train": {"stage": "joint"}}
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +214,93 @@ def test_frozen_parameters_that_were_replaced_are_refused(frozen_run, tmp_path):
         load_params(copy)
 
 
+@pytest.fixture
+def copy(straight, tmp_path):
+    """A copy of the workdir of `straight`, with checkpoints at 2, 4 and 6, to do harm to."""
+    return shutil.copytree(straight[0], tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def state(clustered_store):
+    return random_state(training_config(clustered_store), built_step(clustered_store, "joint"))
+
+
+def largest_file(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step_directory):
+    path = largest_file(step_directory / "state")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_a_file(step_directory):
+    largest_file(step_directory / "ema").unlink()
+
+
+def flip_bits(step_directory):
+    path = largest_file(step_directory / "state")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [(truncate, r"state/\S+ has \d+ of \d+ bytes"), (flip_bits, "")],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_last_whole_one(
+    copy, straight, clustered_store, harm, reason, capfd, monkeypatch
+):
+    use_prepared_steps(monkeypatch, clustered_store)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    harm(copy / "checkpoints" / "4")
+    outcome = run(training_config(clustered_store), copy, resume=True)
+    said = capfd.readouterr().err
+    assert re.search(rf"warning: checkpoint of step 4 is damaged \(.*{reason}", said), said
+    assert "4.damaged', and the run goes on from step 2" in said
+    assert outcome.step == STEPS
+    assert curve(copy) == curve(straight[0])
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"2", "4", "6", "4.damaged"}
+    ours, theirs = (flatten(load_params(workdir).params) for workdir in (copy, straight[0]))
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path])
+
+
+def test_with_no_whole_checkpoint_nothing_is_renamed_and_each_is_named(copy, clustered_store):
+    for step in (2, 4, STEPS):
+        truncate(copy / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"can be read \(step 2: state/.*; step 4: .*; step 6: .*\); nothing was chan"):
+        run(training_config(clustered_store), copy, resume=True)
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"2", "4", "6"}
+
+
+def test_inference_takes_the_newest_whole_checkpoint_and_refuses_a_damaged_one_by_name(copy):
+    lose_a_file(copy / "checkpoints" / str(STEPS))
+    assert load_params(copy).step == 4
+    with pytest.raises(UserError, match=r"checkpoint 6 of .* is damaged: ema/\S+ is missing"):
+        load_params(copy, STEPS)
+
+
+def test_a_manifest_sees_what_is_missing_short_or_torn(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("12345")
+    (tmp_path / "b").write_text("1")
+    assert damage(tmp_path) == ""  # nobody noted anything
+    write_manifest(tmp_path, ["a", "b"])
+    assert damage(tmp_path) == ""
+    (tmp_path / "a" / "x").write_text("123")
+    assert damage(tmp_path) == "a/x has 3 of 5 bytes"
+    assert damage(tmp_path, ["b"]) == ""
+    (tmp_path / "b").unlink()
+    assert damage(tmp_path, ["b"]) == "b is missing"
+    (tmp_path / "manifest.json").write_text('{"files": {"a/')
+    assert damage(tmp_path) == "manifest.json is torn"
+
+
 def test_a_checksum_sees_every_bit_and_where_it_is():
     tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, "bfloat16")}
     same = checksum(jax.device_put(tree))
@@ -214,6 +310,115 @@ def test_a_checksum_sees_every_bit_and_where_it_is():
     assert checksum({**tree, "a": bits.view(np.float32)}) != same
     assert checksum({**tree, "a": tree["a"][::-1]}) != same
     assert checksum({"a": tree["a"], "c": tree["b"]}) != same
+
+
+# What cannot be written
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The kernel refuses longer files, as it refuses any on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_leaves_nothing_behind_and_the_next_one_works(tmp_path, state, capfd):
+    workdir = prepare_workdir(tmp_path / "run", resume=False, overwrite=False)
+    saver = Checkpointer(workdir, keep=1, save_every=1, max_failed=2)
+    saver.save(1, state, ASSETS, CONFIG)
+    saver.wait()
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints" / "1").rglob("*")}
+    with files_of_at_most(20_000):
+        for step in (2, 3):
+            saver.save(step, state, ASSETS, CONFIG)
+            with pytest.raises(UserError, match=r"could not be saved in .* newest checkpoint is that of step 1\. Make"):
+                saver.wait()
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints" / "1").rglob("*")} == before
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(" was not written")[0] for line in said] == [
+        "warning: checkpoint of step 2",
+        "warning: checkpoint of step 3",
+    ]
+    assert "File too large" in said[0] and said[1].endswith("[2 of at most 2 failures in a row]")
+    assert saver.save(4, state, ASSETS, CONFIG)
+    saver.close()
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]  # keep=1
+    assert damage(workdir / "checkpoints" / "4") == ""
+
+
+def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path, state):
+    workdir = prepare_workdir(tmp_path / "run", resume=False, overwrite=False)
+    saver = Checkpointer(workdir, keep=1, save_every=1, max_failed=1)
+    with files_of_at_most(20_000):
+        saver.save(1, state, ASSETS, CONFIG)
+        saver.save(2, state, ASSETS, CONFIG)
+        with pytest.raises(UserError, match=r"of step 2 was not written: .* Make room in .*, then --resume"):
+            saver.save(3, state, ASSETS, CONFIG)
+    assert not list((workdir / "checkpoints").iterdir())
+
+
+# When to save, what to keep
+
+
+def test_the_newest_are_kept_and_every_so_many_steps_one_for_good(tmp_path, state):
+    workdir = prepare_workdir(tmp_path / "run", resume=False, overwrite=False)
+    saver = Checkpointer(workdir, keep=1, keep_every=2, save_every=1)
+    for step in range(1, 6):
+        saver.save(step, state, ASSETS, CONFIG)
+    saver.close()
+    assert saved_steps(workdir) == [2, 4, 5]
+
+
+def test_a_checkpoint_is_due_after_some_minutes_whatever_the_step(tmp_path, state, monkeypatch):
+    now = time.monotonic()
+    workdir = prepare_workdir(tmp_path / "run", resume=False, overwrite=False)
+    saver = Checkpointer(workdir, keep=2, save_every=100, save_minutes=5, look_every=10)
+    assert [step for step in range(1, 250) if saver.wants(step)] == [100, 200]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 310)
+    assert [step for step in range(1, 31) if saver.wants(step)] == [10, 20, 30]
+    saver.save(30, state, ASSETS, CONFIG)
+    assert [step for step in range(31, 99) if saver.wants(step)] == []
+    saver.close()
+
+
+# Looking
+
+
+def test_the_command_lists_steps_sizes_parameters_and_what_changed(copy, clustered_store, capsys):
+    truncate(copy / "checkpoints" / "4")
+    changed = json.loads((copy / "config.json").read_text())
+    changed["optim"]["lr"] = 7.0
+    found = checkpoints.report(copy, changed)
+    assert [one["step"] for one in found["checkpoints"]] == [2, 4, STEPS]
+    assert [one["whole"] for one in found["checkpoints"]] == [True, False, True]
+    newest = found["checkpoints"][-1]
+    parameters = {name: tree for name, tree in load_params(copy).params.items()}
+    for group, tree in parameters.items():
+        assert newest["arrays"][f"params/{group}"] == {"float32": sum(leaf.size for leaf in jax.tree.leaves(tree))}
+    assert newest["arrays"]["ema"] == {"float32": sum(leaf.size for leaf in jax.tree.leaves(parameters))}
+    assert (
+        newest["bytes"] > newest["items"]["state"] > newest["items"]["ema"] > 4 * newest["arrays"]["ema"]["float32"] / 2
+    )
+    assert newest["config_changes"] == {"optim.lr": [training_config(clustered_store).optim.lr, 7.0]}
+    assert newest["written"].startswith("20") and newest["store"]
+    text = checkpoints.table(found)
+    assert "no: state/" in text and "config: optim.lr was 0.001 and is now 7.0" in text
+
+
+def test_reading_every_array_finds_what_sizes_do_not_show(copy):
+    flip_bits(copy / "checkpoints" / "2")
+    shutil.rmtree(copy / "checkpoints" / "4")
+    assert damage(copy / "checkpoints" / "2") == ""
+    assert [one["whole"] for one in checkpoints.report(copy, verify=True)["checkpoints"]] == [False, True]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not the workdir of a training run"):
+        checkpoints.report(tmp_path)
 
 
 # The workdir

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import base
 from wallwm_jax.console import UserError
@@ -20,6 +20,8 @@ from wallwm_jax.data.device_feed import feed
 from wallwm_jax.data.event_store import open_store, write_index
 from wallwm_jax.data.packing import META_FIELDS, batch_spec
 from wallwm_jax.data.pipeline import RowSource, check_store, make_loader, resolve_views, uncalibrated_views
+from wallwm_jax.parallel.mesh import AXES
+from wallwm_jax.parallel.sharding import host_rows
 
 _LOAD_FOREVER = """
 import multiprocessing, sys, time
@@ -90,6 +92,56 @@ def test_resume_is_the_step_number(store, batches):
     assert_same(take(store, configured(), 2, start_step=3), batches[3:])
     (far,) = take(store, configured(), 1, start_step=10**9)
     assert far["row"].tolist() == [2 * 10**9, 2 * 10**9 + 1]
+
+
+class Chip:
+    """All that the index math knows of a device."""
+
+    def __init__(self, number):
+        self.id, self.process_index = number, number // 4
+
+
+def pod(hosts, tensor):
+    """A mesh over hosts of four chips each, without devices: rows over "fsdp", and `tensor` chips that share rows."""
+    chips = np.array([Chip(number) for number in range(4 * hosts)]).reshape(1, 1, 4 * hosts // tensor, 1, tensor)
+    return Mesh(chips, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def test_512_hosts_serve_each_row_once_and_384_or_one_go_on_with_the_rows_that_come_next(store):
+    """Three steps of 3072 rows on 512 hosts, then two on 384, then one on a single host."""
+    rows, config = 3072, configured(rows=3072)
+    served: list[int] = []
+    for hosts, start, steps in ((512, 0, 3), (384, 3, 2), (1, 5, 1)):
+        mesh = pod(hosts, tensor=2)
+        sources = []
+        for host in range(hosts):
+            index, parts = host_rows(mesh, rows, process=host)
+            sources.append(RowSource(store, config, host_index=index, host_count=parts, start_step=start))
+        for step in range(steps):
+            made = [
+                [source.global_row(number) for number in range(step * source.share, (step + 1) * source.share)]
+                for source in sources
+            ]
+            assert {len(part) for part in made} == {rows // hosts}
+            served += [row for part in made for row in part]
+    assert served == list(range(6 * rows))  # each once, none left out, in the order of the global batch
+
+
+def test_hosts_that_share_rows_make_the_same_ones():
+    """Eight chips, two hosts, form one model replica."""
+    mesh = pod(512, tensor=8)
+    assert [host_rows(mesh, 1024, process=host) for host in range(512)] == [(host // 2, 256) for host in range(512)]
+
+
+def test_a_row_is_the_same_whichever_of_any_number_of_hosts_makes_it(store):
+    config, row = configured(rows=1536), 4 * 1536 + 1027
+    made = []
+    for hosts, start in ((1, 0), (384, 4), (512, 3)):
+        share = 1536 // hosts
+        source = RowSource(store, config, host_index=1027 // share, host_count=hosts, start_step=start)
+        made.append(source[(4 - start) * share + 1027 % share])
+    assert [int(batch["row"]) for batch in made] == [row] * 3
+    assert_same(made[1:], made[:1] * 2)
 
 
 def test_a_worker_process_loads_the_same_batches_and_reports_bad_records(clustered_store, tmp_path, capfd):

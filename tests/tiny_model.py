@@ -42,7 +42,7 @@ def save_run(
     state = TrainState(np.int32(step), params, {"momentum": params}, average, {})
     checkpointer = Checkpointer(workdir, keep=1, save_every=1)
     assets = {"store": store.meta, "stats": store.stats.to_dict()}
-    checkpointer.save(step, state, assets, json.loads(to_json(config)), force=True)
+    checkpointer.save(step, state, assets, json.loads(to_json(config)))
     checkpointer.close()
     return average
 

@@ -16,6 +16,9 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
+TRY_AGAIN = 75
+"""Exit code of a run that nothing is wrong with (EX_TEMPFAIL): it lost a peer, or hung. With --resume it goes on."""
+
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do. Commands print it in one line, exit code 2."""

@@ -23,6 +23,16 @@ Two knobs bound a run. `train.steps` is its length: warm-up and the cosine of th
 the result. `train.max_seconds` is a safety stop only: it ends a run that turns out too slow, with a checkpoint but with
 the learning rate still high; a warning says so early and names the number of steps that would fit.
 
+A checkpoint is written every `train.save_every` steps, every `train.save_minutes` minutes, on SIGTERM or a preemption
+notice, and at the end, while training goes on. One that is damaged is renamed, and --resume goes on from the last whole
+one; one that cannot be written is named, and the next tried (`train.max_failed_saves`). To look at them:
+
+    python -m wallwm_jax.checkpoints runs/a
+
+Exit codes: 0 the schedule or the time limit has ended; 2 something is wrong, and the message says what; 143 stopped by
+SIGTERM or preemption; 75 another process of the run was lost, or a phase hung (`train.hang_aborts`). After 143 and 75
+the same command with --resume goes on, with any number of processes.
+
 The workdir then holds checkpoints/ (parameters, average, optimizer, statistics), metrics.jsonl (one line per step),
 tensorboard/, config.json, run_card.json (code, versions, devices of every start) and goodput.json (where the time
 went). To look into a run that goes on, `touch WORKDIR/profile`: it traces its next steps to WORKDIR/profiles/;
@@ -36,13 +46,13 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -54,6 +64,7 @@ from wallwm_jax.console import UserError, phase, run_command
 if TYPE_CHECKING:
     from wallwm_jax.data.event_store import EventStore
     from wallwm_jax.training.checkpoint import Checkpointer
+    from wallwm_jax.training.limits import TimeLimit
     from wallwm_jax.training.telemetry import Telemetry
     from wallwm_jax.training.train_state import TrainState
     from wallwm_jax.training.train_step import TrainStep
@@ -101,13 +112,15 @@ def run(
     from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.packing import batch_spec
     from wallwm_jax.data.pipeline import check_store, make_loader, uncalibrated_views
-    from wallwm_jax.parallel.distributed import this_host
+    from wallwm_jax.parallel.distributed import end_together, this_host
     from wallwm_jax.parallel.mesh import make_mesh, row_shards
     from wallwm_jax.parallel.presets import mesh_sizes
     from wallwm_jax.parallel.sharding import host_rows
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
     from wallwm_jax.training.goodput import Goodput
+    from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
     from wallwm_jax.training.profiling import Profiler, dump_program
+    from wallwm_jax.training.resume import check_resumed
     from wallwm_jax.training.run_card import add_start
     from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
@@ -141,25 +154,39 @@ def run(
         goodput = Goodput(workdir, since=began, writes=host.is_first)
         stack.callback(goodput.close)
         profiler = stack.enter_context(Profiler(workdir, watches=host.is_first))
-        checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints, save_every=config.train.save_every)
+        checkpointer = Checkpointer(
+            workdir,
+            keep=config.train.keep_checkpoints,
+            keep_every=config.train.keep_every,
+            save_every=config.train.save_every,
+            save_minutes=config.train.save_minutes,
+            look_every=config.train.log_every,
+            max_failed=config.train.max_failed_saves,
+        )
         stack.callback(goodput.span("checkpoint")(checkpointer.close))
-        first = checkpointer.latest_step or 0
+        watchdog = stack.enter_context(Watchdog(config.train.hang_seconds, aborts=config.train.hang_aborts))
+        stack.enter_context(end_together(lambda: watchdog.phase))
+        stack.enter_context(explained_disk_full())
+        saved_config = json.loads(to_json(config))
+        first = checkpointer.start_step
         if first:
-            _check_resumed(config, assets, checkpointer)
+            check_resumed(saved_config, assets, checkpointer)
         if first >= config.train.steps:
             print(f"    already trained: step {first} of {config.train.steps}")
             return Outcome(first, "", {})
         if host.is_first:
             (workdir / CONFIG_FILE).write_text(to_json(config) + "\n")
 
+        # State.
+        watchdog.enter("initialise")
+        with phase(f"restore step {first}" if first else "initialise"), goodput.span("restore" if first else "init"):
+            state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
+            first = checkpointer.start_step  # an older one, where the newest turned out to be damaged
+            checkpointer.keep_frozen(state.frozen)
+
         # Data: worker processes start now and fill their buffers while the step compiles.
         index, parts = host_rows(mesh, config.data.rows)
         loader = stack.enter_context(make_loader(store, config, host_index=index, host_count=parts, start_step=first))
-
-        # State.
-        with phase(f"restore step {first}" if first else "initialise"), goodput.span("restore" if first else "init"):
-            state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
-            checkpointer.keep_frozen(state.frozen)
         if host.is_first:
             blind = uncalibrated_views(store, config.data.views) if config.model.sight_cone.on else ()
             if blind:
@@ -169,6 +196,7 @@ def run(
                 print(textwrap.indent(built.muon_cost.table(), "    "))
 
         # Compile, ahead of time: a batch of another shape would be an error, never a second compilation.
+        watchdog.enter("compile")
         batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))
         with phase("compile"), goodput.span("compile"):
             program = built.step.lower(built.abstract_state, batch_shapes).compile()
@@ -187,30 +215,34 @@ def run(
             writes=host.is_first,
         )
         stack.callback(telemetry.close)
-        saved_config = json.loads(to_json(config))
         with phase("train"), feed(loader, built.rows) as batches, goodput.span("step"):
-            budget = _Budget(config, host.count)
+            limit = TimeLimit(config)
             telemetry.start()
             for step in range(first, config.train.steps):
+                watchdog.enter(f"data of step {step}")
                 with goodput.span("data"):
                     batch, _, waited = next(batches)
+                watchdog.enter(f"step {step}")
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 telemetry.record(step, metrics, waited)
                 done = step + 1
                 if checkpointer.wants(done):
                     telemetry.flush()
+                    watchdog.enter(f"checkpoint of step {done}")
                     with goodput.span("checkpoint"):
                         checkpointer.save(done, state, assets, saved_config)
                     telemetry.start()
-                stopped_by = _reason_to_stop(done, stop, budget, checkpointer, telemetry)
+                stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
                 if stopped_by:
                     break
             telemetry.flush()
 
         # The last checkpoint.
+        watchdog.enter("last checkpoint")
         with goodput.span("checkpoint"):
-            checkpointer.save(done, state, assets, saved_config, force=True)
+            checkpointer.save(done, state, assets, saved_config)
+            checkpointer.wait()
     if host.is_first:
         print(f"==> {f'stopped by {stopped_by}' if stopped_by else 'done'}: step {done} saved in {workdir}", flush=True)
     return Outcome(done, stopped_by, goodput.spans)
@@ -231,6 +263,11 @@ def check_config(config: ConfigDict) -> None:
     ):
         if config[section][name] < 1:
             raise UserError(f"{section}.{name}={config[section][name]} must be at least 1")
+    if config.train.keep_every % config.train.save_every:
+        raise UserError(
+            f"train.keep_every={config.train.keep_every} must be a multiple of train.save_every="
+            f"{config.train.save_every}: only what is saved can be kept"
+        )
     if config.data.window_kind not in stage.window_kinds:
         raise UserError(
             f"stage {stage.name!r} cannot train on data.window_kind={config.data.window_kind!r}; "
@@ -284,79 +321,12 @@ def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
     return state
 
 
-def _check_resumed(config: ConfigDict, assets: Mapping[str, Any], checkpointer: Checkpointer) -> None:
-    """Refuses to go on with another model, stage, seed or store; prints whatever else changed since the checkpoint."""
-    saved, given = checkpointer.read_assets()["store"]["fingerprint"], assets["store"]["fingerprint"]
-    if saved != given:
-        raise UserError(
-            f"{str(checkpointer.workdir)!r} was trained on event store {saved}, but {config.data.store!r} is {given}; "
-            "give the old store, or train into another workdir"
-        )
-    before, now = _leaves(checkpointer.read_config()), _leaves(json.loads(to_json(config)))
-    for knob in sorted(set(before) | set(now)):
-        if before.get(knob) == now.get(knob):
-            continue
-        change = f"{knob} was {before.get(knob)} and is now {now.get(knob)}"
-        if knob.startswith("model.") or knob in ("train.stage", "seed"):
-            raise UserError(f"cannot resume: {change}; give the old value, or train into another workdir")
-        print(f"    changed since the checkpoint: {change}")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"section.knob": value} of a nested dict."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return leaves
-
-
-class _Budget:
-    """`train.max_seconds`, on the clock of the first process, so that all processes stop at the same step."""
-
-    def __init__(self, config: ConfigDict, host_count: int):
-        self._limit, self._steps, self._every = config.train.max_seconds, config.train.steps, config.train.log_every
-        self._several, self._start, self._warned = host_count > 1, time.monotonic(), False
-
-    def exceeded(self, done: int, step_s: float) -> bool:
-        """Whether the time is up; looked at every `log_every` steps. Warns once if the schedule will not fit."""
-        if not self._limit or done % self._every:
-            return False
-        spent = time.monotonic() - self._start
-        if self._several:
-            from jax.experimental import multihost_utils
-
-            spent = float(multihost_utils.broadcast_one_to_all(spent))
-        need = spent + (self._steps - done) * step_s
-        if need > self._limit and not self._warned:
-            from wallwm_jax.training.telemetry import clock
-
-            self._warned = True
-            fits = done + int(max(0.0, self._limit - spent) / max(step_s, 1e-9))
-            print(
-                f"warning: {self._steps} steps need {clock(need)}, but train.max_seconds ends the run at "
-                f"{clock(self._limit)}, with the learning rate still high; --config.train.steps={fits} would fit",
-                flush=True,
-            )
-        return spent > self._limit
-
-
 def _reason_to_stop(
-    done: int, stop: threading.Event | None, budget: _Budget, checkpointer: Checkpointer, telemetry: Telemetry
+    done: int, stop: threading.Event | None, limit: TimeLimit, checkpointer: Checkpointer, telemetry: Telemetry
 ) -> str:
     if (stop is not None and stop.is_set()) or checkpointer.preempted(done):
         return "preemption"
-    return "max_seconds" if budget.exceeded(done, telemetry.mean_step_s()) else ""
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets: clusters send it some seconds before they take a machine away."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return "max_seconds" if limit.exceeded(done, telemetry.mean_step_s()) else ""
 
 
 def _define_flags() -> None:
@@ -372,8 +342,9 @@ def main(_: list[str]) -> int:
     """The command."""
     import jax
 
-    from wallwm_jax.parallel.distributed import initialize
+    from wallwm_jax.parallel.distributed import initialize, leave
     from wallwm_jax.training.checkpoint import COMPILE_CACHE
+    from wallwm_jax.training.limits import stop_on_sigterm
 
     values = flags.FLAGS
     if not values.workdir:
@@ -387,8 +358,14 @@ def main(_: list[str]) -> int:
         )
     with contextlib.ExitStack() as stack:
         # With several processes JAX itself listens for SIGTERM and agrees on a step with the others.
-        stop = None if values.distributed else stack.enter_context(_stop_on_sigterm())
-        outcome = run(values.config, values.workdir, resume=values.resume, overwrite=values.overwrite, stop=stop)
+        stop = None if values.distributed else stack.enter_context(stop_on_sigterm())
+        try:
+            outcome = run(values.config, values.workdir, resume=values.resume, overwrite=values.overwrite, stop=stop)
+        except UserError as error:
+            if not values.distributed:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            leave(2)
     return 128 + signal.SIGTERM if outcome.stopped_by == "preemption" else 0
 
 

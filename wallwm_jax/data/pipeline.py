@@ -133,10 +133,14 @@ class RowSource:
 
     def __getitem__(self, number: int) -> Batch:
         """The arrays of one row, see `packing.pack_row`."""
-        step, offset = divmod(int(number), self.share)
-        row = self._first + step * self._rows + offset
+        row = self.global_row(int(number))
         windows = self.sampler.row(row)
         return pack_row(self._store, self._config, windows, row, self._views)
+
+    def global_row(self, number: int) -> int:
+        """The global row that this host makes as its row `number`."""
+        step, offset = divmod(number, self.share)
+        return self._first + step * self._rows + offset
 
     def __repr__(self) -> str:
         return f"RowSource({str(self._store.path)!r}, first={self._first}, share={self.share} of {self._rows})"

@@ -1,4 +1,5 @@
-"""Several processes as one run: start-up from the environment, who am I, and a barrier that gives up with a message.
+"""Several processes as one run: start-up from the environment, who am I, a barrier that gives up with a message, and
+the end of all when one is lost.
 
 A pod needs no settings: JAX finds its peers on TPU pods, Slurm and Kubernetes. Anywhere else set
 JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, the same command in every
@@ -7,13 +8,19 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from wallwm_jax.console import UserError
+from wallwm_jax.console import TRY_AGAIN, UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -80,3 +87,40 @@ def barrier(name: str, timeout_s: int = 300) -> None:
             f"process {host.index} of {host.count} waited {timeout_s} s at barrier {name!r} for the others; "
             f"look at the last lines of their logs ({str(error).splitlines()[0][:160]})"
         ) from error
+
+
+def first_says(value: float) -> float:
+    """The first process's `value`, in all of them: for decisions that depend on its clock or its view of the disk."""
+    return value if this_host().count == 1 else multihost_utils.broadcast_one_to_all(np.asarray(value)).item()
+
+
+@contextlib.contextmanager
+def end_together(doing: Callable[[], str]) -> Iterator[None]:
+    """Where several processes form the run and JAX fails inside the block, ends this one at once: a peer is lost.
+
+    Nothing may be waited for then, neither a checkpoint half written nor JAX's own farewell, since both need the peer.
+    The exit code is `console.TRY_AGAIN`.
+
+    Args:
+      doing: names what is being done, for the message.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        host = this_host()
+        if host.count == 1:
+            raise
+        print(
+            f"error: process {host.index} of {host.count} failed in phase {doing()!r}, most likely because another "
+            f"process of the run has ended; look at the last lines of their logs, then start all again with --resume "
+            f"({' '.join(str(error).split())[:300]})",
+            file=sys.stderr,
+        )
+        leave(TRY_AGAIN)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without the farewell to the others, for which JAX waits minutes when one of them is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

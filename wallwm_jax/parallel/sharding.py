@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -87,21 +88,27 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def host_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): this process holds part `index` of the `count` equal, contiguous parts of a batch of `rows` rows.
+def host_rows(mesh: Mesh, rows: int, process: int | None = None) -> tuple[int, int]:
+    """(index, count): a process holds part `index` of the `count` equal, contiguous parts of a batch of `rows` rows.
 
     Processes whose devices hold the same rows (a mesh whose context or tensor axis crosses hosts) get the same index.
 
+    Args:
+      mesh: of the run.
+      rows: B, of all processes together.
+      process: its index; None is this one.
+
     Raises:
-      UserError: the rows of this process are not one such part.
+      UserError: the rows of the process are not one such part.
     """
-    places = rows_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    ranges = sorted({place[0].indices(rows)[:2] for place in places if place is not None})
+    process = jax.process_index() if process is None else process
+    places: Any = rows_sharding(mesh).devices_indices_map((rows,)).items()
+    ranges = sorted({place[0].indices(rows)[:2] for device, place in places if device.process_index == process})
     start, stop = ranges[0][0], ranges[-1][1]
     share = sum(end - begin for begin, end in ranges)
     if share != stop - start or rows % share or start % share:
         raise UserError(
-            f"process {jax.process_index()} would hold the rows {ranges} of {rows}, which is not one contiguous part; "
+            f"process {process} would hold the rows {ranges} of {rows}, which is not one contiguous part; "
             "reorder the axes of config.mesh so that row axes are the outer ones on each host"
         )
     return start // share, rows // share

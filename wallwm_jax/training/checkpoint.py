@@ -1,21 +1,26 @@
 """Checkpoints: what a run leaves on disk, how it resumes, how others read its parameters. Only this file knows Orbax.
 
-    workdir/checkpoints/<step>/state    step, trained parameters, optimizer state: all that resuming needs
-                              /ema      moving average of the trained parameters: what inference loads
-                              /assets   JSON: store description (codec, clock, views ...), statistics
-                              /config   JSON: the resolved config
-    workdir/frozen                      frozen parameters, written once, referred to by checksum
+    workdir/checkpoints/<step>/state          step, trained parameters, optimizer state: all that resuming needs
+                              /ema            moving average of the trained parameters: what inference loads
+                              /assets         JSON: store description (codec, clock, views ...), statistics
+                              /config         JSON: the resolved config
+                              /manifest.json  sizes of all files, checksum of the arrays, when it was written
+    workdir/frozen                            frozen parameters, written once, referred to by checksum
 
-Steps are written to a temporary directory and renamed, so a killed run leaves only whole checkpoints.
+Steps are written to a temporary directory and renamed, so a killed run leaves only whole checkpoints. What happens to
+one afterwards is found out by its manifest: sizes before it is read, the checksum of the arrays, which does not
+depend on the mesh, after it. Resuming takes the newest whole one and renames what is newer to `<step>.damaged`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import datetime
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from wallwm_jax.console import UserError
 from wallwm_jax.models.convert import stream
 from wallwm_jax.models.view_attention import from_self_attention
-from wallwm_jax.parallel.distributed import barrier, this_host
+from wallwm_jax.parallel.distributed import barrier, first_says, this_host
+from wallwm_jax.training.integrity import Checksum, changed_bits, checksum, damage, read_manifest, sizes, write_manifest
 from wallwm_jax.training.telemetry import METRICS_FILE
 from wallwm_jax.training.train_state import TrainState, flatten
 
@@ -41,6 +47,36 @@ COMPILE_CACHE = "compile_cache"
 _REPORTS = ("tensorboard", "goodput.json", "run_card.json", "profile", "profiles", "hlo")
 _OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS)
 """What a run writes into its workdir, and all that overwriting may delete."""
+
+_ITEMS = ("state", "ema", "assets", "config")
+_FOR_INFERENCE = ("ema", "assets", "config")
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_DAMAGED = ".damaged"
+_DISK_ERRORS = (OSError, ValueError, LookupError)
+"""What Orbax and TensorStore raise when files cannot be written, or hold something else than they should."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a checkpoint on disk is.
+
+    Attributes:
+      step: number of updates behind it.
+      written: when, in UTC; "" where it does not say.
+      damage: what is wrong with it; "" if it is whole.
+      item_bytes: size on disk of each item.
+      arrays: {"group": {dtype: number of elements}} of "params/<group>", "ema" and "opt_state".
+      assets: as saved.
+      config: as saved.
+    """
+
+    step: int
+    written: str
+    damage: str
+    item_bytes: dict[str, int]
+    arrays: dict[str, dict[str, int]]
+    assets: dict[str, Any]
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,96 +135,160 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
 class Checkpointer:
     """Saves and restores the state of one run, in the background; call `close` at the end."""
 
-    def __init__(self, workdir: Path, *, keep: int, save_every: int):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep: int,
+        save_every: int,
+        keep_every: int = 0,
+        save_minutes: float = 0.0,
+        look_every: int = 1,
+        max_failed: int = 0,
+    ):
         """Opens `workdir/checkpoints`.
 
         Args:
           workdir: from `prepare_workdir`.
           keep: newest checkpoints kept.
           save_every: steps between checkpoints.
+          keep_every: checkpoints at multiples of this many steps are kept for good; 0 none.
+          save_minutes: minutes after a checkpoint when the next is due, whatever the step; 0 never.
+          look_every: steps between looks at that clock, which all processes read from the first.
+          max_failed: saves in a row that may fail.
+
+        Raises:
+          UserError: there are checkpoints, and none of them is whole.
         """
         self.workdir = workdir
         self._frozen_checksum = ""
+        self._minutes, self._look_every, self._last_save = save_minutes, look_every, time.monotonic()
+        self._saving: int | None = None
+        self._checksum: Checksum | None = None
+        self._failed, self._max_failed = 0, max_failed
+        kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
+        if keep_every:
+            kept.append(preservation_policy.EveryNSteps(keep_every))
+        _delete_unfinished(workdir / CHECKPOINTS)  # what a killed run was writing
         self._manager = _open(
             workdir,
             ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(keep),
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
                 save_decision_policy=save_decision_policy.AnySavePolicy(
                     [
                         save_decision_policy.FixedIntervalPolicy(save_every),
                         save_decision_policy.PreemptionCheckpointingPolicy(),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
+        self._damaged: dict[int, str] = {}
+        self._start = self._newest_whole()
 
     @property
-    def latest_step(self) -> int | None:
-        """Updates made in the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+    def start_step(self) -> int:
+        """Updates behind the newest whole checkpoint that was found, from which the run goes on; 0 if there is none."""
+        return self._start
 
     def wants(self, step: int) -> bool:
-        """Whether `save` without `force` would save at `step`."""
-        return self._manager.should_save(step)
+        """Whether a checkpoint is due at `step`.
+
+        Raises:
+          UserError: too many saves in a row have failed.
+        """
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+        return self._manager.should_save(step) or self._is_time(step)
 
     def preempted(self, step: int) -> bool:
         """Whether the cluster has announced that it takes these machines away."""
         return this_host().count > 1 and self._manager.reached_preemption(step)
 
     def keep_frozen(self, frozen: PyTree) -> None:
-        """Writes the frozen parameters once; later checkpoints refer to them by checksum."""
+        """Writes the frozen parameters once; later checkpoints refer to them by checksum.
+
+        Raises:
+          UserError: they cannot be written.
+        """
         if not frozen:
             return
         self._frozen_checksum = checksum(frozen)
-        if not (self.workdir / FROZEN).exists():
+        if (self.workdir / FROZEN).exists():
+            return
+        try:
             with ocp.StandardCheckpointer() as writer:
                 writer.save(self.workdir / FROZEN, frozen)
+        except _DISK_ERRORS as error:
+            _delete_unfinished(self.workdir)
+            raise UserError(f"{str(self.workdir / FROZEN)!r} could not be written: {_line(error)}") from error
 
-    def save(
-        self, step: int, state: TrainState, assets: Mapping[str, Any], config: Mapping[str, Any], *, force: bool = False
-    ) -> bool:
+    def save(self, step: int, state: TrainState, assets: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         """Starts saving; returns whether it did. A step that is already saved is not saved again.
+
+        A save that fails, here or in the background, leaves no trace but a warning, and the older checkpoints stay.
 
         Args:
           step: `state.step` on the host.
           state: copied before this returns, so it may be donated right after.
           assets: plain JSON, "store" and "stats".
           config: the resolved config as plain JSON.
-          force: save even if `save_every` does not ask for it.
-        """
-        if step in self._manager.all_steps():
-            return False
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_state_item(state)),
-                ema=ocp.args.StandardSave(state.ema),
-                assets=ocp.args.JsonSave({**assets, "frozen_checksum": self._frozen_checksum}),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
-            force=force,
-        )
-
-    def restore(self, abstract: TrainState) -> TrainState:
-        """The newest checkpoint's state, placed as `abstract` says.
 
         Raises:
-          UserError: there is no checkpoint, its arrays differ from those of this config, or the frozen parameters are
-            not those of the run.
+          UserError: too many saves in a row have failed.
         """
-        step = self.latest_step
-        if step is None:
+        self._settle()
+        if step in self._manager.all_steps():
+            return False
+        items = {"state": _state_item(state), "ema": state.ema}
+        self._checksum = Checksum(items)
+        self._saving, self._last_save = step, time.monotonic()
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    assets=ocp.args.JsonSave({**assets, "frozen_checksum": self._frozen_checksum}),
+                    config=ocp.args.JsonSave(dict(config)),
+                ),
+                force=True,
+            )
+        except _DISK_ERRORS as error:
+            self._report_failure(error)
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        self._settle()
+        if self._failed:
+            raise UserError(
+                f"the last step could not be saved in {str(self.workdir)!r}; its newest checkpoint is that of step "
+                f"{self._manager.latest_step()}. Make room, then --resume trains the steps since then again"
+            )
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest whole checkpoint's state, placed as `abstract` says; `start_step` is its step.
+
+        Newer checkpoints that turn out to be damaged are renamed once an older one has been read.
+
+        Raises:
+          UserError: there is no checkpoint, none can be read, its arrays differ from those of this config, or the
+            frozen parameters are not those of the run.
+        """
+        reason = "none was found"
+        while self._start and reason:
+            items, reason = self._read(self._start, abstract)
+            if reason:
+                self._damaged[self._start] = reason
+                self._start = self._newest_whole(before=self._start)
+        if reason:
             raise UserError(f"{str(self.workdir)!r} holds no checkpoint to resume from")
-        _require_same_arrays(self._manager, step, abstract)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_state_item(abstract)),
-                ema=ocp.args.StandardRestore(abstract.ema),
-                assets=ocp.args.JsonRestore(),
-            ),
-        )
+        self._set_aside_damaged()
         frozen: dict[str, Any] = {}
         if abstract.frozen:
             frozen = _read_frozen(self.workdir, items.assets["frozen_checksum"], abstract.frozen)
@@ -196,17 +296,110 @@ class Checkpointer:
         return TrainState(**items.state, ema=items.ema, frozen=frozen)
 
     def read_config(self) -> dict[str, Any]:
-        """The config saved with the newest checkpoint."""
-        return self._manager.restore(self.latest_step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        """The config saved with the newest whole checkpoint."""
+        return self._manager.restore(self._start, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
 
     def read_assets(self) -> dict[str, Any]:
-        """The assets saved with the newest checkpoint."""
-        return self._manager.restore(self.latest_step, args=ocp.args.Composite(assets=ocp.args.JsonRestore())).assets
+        """The assets saved with the newest whole checkpoint."""
+        return self._manager.restore(self._start, args=ocp.args.Composite(assets=ocp.args.JsonRestore())).assets
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        self._settle()
         self._manager.close()
+
+    def _is_time(self, step: int) -> bool:
+        if not self._minutes or step % self._look_every:
+            return False
+        return bool(first_says(time.monotonic() - self._last_save > 60 * self._minutes))
+
+    def _seal(self) -> None:
+        """Writes the manifest; Orbax calls this in the background, before the checkpoint gets its name."""
+        assert self._checksum is not None
+        digits = self._checksum.digits()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        for directory in (self.workdir / CHECKPOINTS).glob(f"{self._saving}{_UNFINISHED}*"):
+            write_manifest(directory, _ITEMS, checksum=digits, written=now)
+
+    def _settle(self) -> None:
+        """Waits for the save in the background, and counts it if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except _DISK_ERRORS as error:
+            self._report_failure(error)
+        else:
+            self._failed = 0 if self._saving is not None else self._failed
+            self._saving = None
+            _delete_unfinished(self.workdir / CHECKPOINTS)  # also what threads of a failed save wrote after it
+
+    def _report_failure(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self._failed += 1
+        _delete_unfinished(self.workdir / CHECKPOINTS)
+        self._manager.reload()
+        what = (
+            f"checkpoint of step {step} was not written: {_line(error)}; the newest one is of step "
+            f"{self._manager.latest_step()} [{self._failed} of at most {self._max_failed} failures in a row]"
+        )
+        if self._failed > self._max_failed:
+            raise UserError(f"{what}. Make room in {str(self.workdir)!r}, then --resume") from error
+        print(f"warning: {what}", file=sys.stderr, flush=True)
+
+    def _newest_whole(self, before: float = math.inf) -> int:
+        """The newest step below `before` whose files are all there, as the first process sees them."""
+        steps = [step for step in sorted(self._manager.all_steps(), reverse=True) if step < before]
+        newest = 0
+        if this_host().is_first:
+            for step in steps:
+                reason = damage(self.workdir / CHECKPOINTS / str(step))
+                if not reason:
+                    newest = step
+                    break
+                self._damaged[step] = reason
+        newest = int(first_says(newest))
+        if not newest and self._manager.all_steps():
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(self._damaged.items()))
+            raise UserError(f"no checkpoint of {str(self.workdir)!r} can be read ({reasons}); nothing was changed")
+        return newest
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[Any, str]:
+        """The items of a checkpoint, or what is wrong with it."""
+        try:
+            _require_same_arrays(self._manager, step, abstract)
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_state_item(abstract)),
+                    ema=ocp.args.StandardRestore(abstract.ema),
+                    assets=ocp.args.JsonRestore(),
+                ),
+            )
+        except _DISK_ERRORS as error:
+            host = this_host()
+            if host.count > 1:  # the others have read their parts and wait for this one
+                raise UserError(
+                    f"process {host.index} of {host.count} cannot read the checkpoint of step {step}: {_line(error)}; "
+                    f"if it is damaged, move {str(self.workdir / CHECKPOINTS / str(step))!r} away and --resume"
+                ) from error
+            return None, _line(error)
+        return items, changed_bits(self.workdir / CHECKPOINTS / str(step), {"state": items.state, "ema": items.ema})
+
+    def _set_aside_damaged(self) -> None:
+        if this_host().is_first:
+            for step, reason in sorted(self._damaged.items()):
+                source = self.workdir / CHECKPOINTS / str(step)
+                target = source.with_name(f"{step}{_DAMAGED}")
+                shutil.rmtree(target, ignore_errors=True)
+                source.rename(target)
+                print(
+                    f"warning: checkpoint of step {step} is damaged ({reason}); it is now {str(target)!r}, and the run "
+                    f"goes on from step {self._start}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        barrier("damaged checkpoints set aside")
+        self._damaged = {}
+        self._manager.reload()
 
 
 def load_params(path: str | Path, step: int | None = None) -> Loaded:
@@ -230,7 +423,12 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
             raise UserError(f"{str(workdir)!r} holds no finished checkpoint yet")
         if step is not None and step not in steps:
             raise UserError(f"{str(workdir)!r} has no checkpoint at step {step}; it has {', '.join(map(str, steps))}")
-        step = steps[-1] if step is None else step
+        wanted = steps[::-1] if step is None else [step]
+        reasons = {number: damage(workdir / CHECKPOINTS / str(number), _FOR_INFERENCE) for number in wanted}
+        whole = [number for number in wanted if not reasons[number]]
+        if not whole:
+            raise UserError(f"checkpoint {wanted[0]} of {str(workdir)!r} is damaged: {reasons[wanted[0]]}")
+        step = whole[0]
         items = manager.restore(
             step,
             args=ocp.args.Composite(
@@ -244,6 +442,55 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
         frozen = _read_frozen(workdir, items.assets["frozen_checksum"])
         params |= jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
     return Loaded(params=params, assets=items.assets, config=items.config, step=step)
+
+
+def describe_checkpoints(workdir: Path, *, verify: bool = False) -> list[Described]:
+    """All checkpoints of a run, oldest first; changes nothing.
+
+    Args:
+      workdir: of the run.
+      verify: also read every array and compare the checksum; takes the memory of one checkpoint on this host.
+
+    Raises:
+      UserError: no checkpoints directory.
+    """
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise UserError(f"{str(workdir)!r} is not the workdir of a training run: it has no {CHECKPOINTS}/")
+    with _open(workdir, ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)) as manager:
+        return [_describe(manager, workdir / CHECKPOINTS / str(step), verify) for step in sorted(manager.all_steps())]
+
+
+def _describe(manager: ocp.CheckpointManager, directory: Path, verify: bool) -> Described:
+    step, reason = int(directory.name), damage(directory)
+    arrays: dict[str, dict[str, int]] = {}
+    texts: dict[str, Any] = {"assets": {}, "config": {}}
+    try:
+        shapes = dict(manager.item_metadata(step).items())
+        state = dict(shapes["state"])
+        groups = {f"params/{name}": tree for name, tree in state["trainable"].items()}
+        for name, tree in {**groups, "ema": shapes["ema"], "opt_state": state["opt_state"]}.items():
+            arrays[name] = {}
+            for leaf in jax.tree.leaves(tree):
+                arrays[name][str(leaf.dtype)] = arrays[name].get(str(leaf.dtype), 0) + math.prod(leaf.shape)
+        for name in texts:
+            texts[name] = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]
+        if verify and not reason:
+            wanted = {name: ocp.args.StandardRestore(_abstract_local(shapes[name])) for name in ("state", "ema")}
+            reason = changed_bits(directory, dict(manager.restore(step, args=ocp.args.Composite(**wanted)).items()))
+    except (*_DISK_ERRORS, TypeError, AttributeError) as error:  # metadata that is missing is None
+        reason = reason or _line(error)
+    item_bytes = dict.fromkeys(_ITEMS, 0)
+    for name, size in sizes(directory).items():
+        item = name.split("/")[0]
+        item_bytes[item] = item_bytes.get(item, 0) + size
+    return Described(
+        step=step,
+        written=read_manifest(directory).get("written", ""),
+        damage=reason,
+        item_bytes={name: size for name, size in item_bytes.items() if name in _ITEMS},
+        arrays=arrays,
+        **texts,
+    )
 
 
 def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -263,21 +510,6 @@ def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
     return {**params, "video": video}, "converted weights"
 
 
-def checksum(tree: PyTree) -> str:
-    """Sixteen hex digits that change with any bit, path, shape or dtype of the arrays; the same for every sharding."""
-    sums = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_bit_sum, leaves))(tree))
-    shapes = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in flatten(tree).items()}
-    lines = [f"{path} {shapes[path]} {int(value)}" for path, value in sorted(flatten(sums).items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _bit_sum(leaf: jax.Array) -> jax.Array:
-    """Sum modulo 2^32 of the array's bits times odd weights that depend on the position."""
-    width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).reshape(-1)
-    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-
 def _open(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {
         "state": ocp.StandardCheckpointHandler(),
@@ -285,20 +517,26 @@ def _open(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpoin
         "assets": ocp.JsonCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
     }
-    with _quiet():
-        return ocp.CheckpointManager(workdir / CHECKPOINTS, options=options, item_handlers=handlers)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    return ocp.CheckpointManager(workdir / CHECKPOINTS, options=options, item_handlers=handlers)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Orbax's remarks about its own options; errors still show."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs remarks on its own options, and failures with the stacks of its threads; those we report in a line."""
+    return "orbax" not in record.pathname and _UNFINISHED not in record.getMessage()
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 240 else f"{text[:80]} ... {text[-140:]}"
+
+
+def _delete_unfinished(directory: Path) -> None:
+    """Deletes what saves that ended early left in `directory`; for a moment when none is under way."""
+    if this_host().is_first:
+        for rest in directory.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _state_item(state: TrainState) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Whether what is read is what was written: a manifest of files and their sizes, and a checksum of arrays.
+
+The manifest is written last, before a directory gets its final name. A file that was truncated, or lost in a copy, no
+longer fits it, which is seen without reading it. Bits that changed inside a file are found by the checksum, which the
+devices compute where the arrays live: it costs one pass over the memory and does not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallwm_jax.training.train_state import flatten
+
+PyTree = Any
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(directory: Path, parts: Sequence[str], **notes: Any) -> None:
+    """Notes the size in bytes of each file in the entries `parts` of `directory`, and `notes`, plain JSON."""
+    files = {name: size for name, size in sizes(directory).items() if name.split("/")[0] in parts}
+    (directory / MANIFEST).write_text(json.dumps({"files": files, **notes}, indent=1, sort_keys=True))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The "files" and the notes of a directory; empty where there is no manifest, or a torn one."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes of each file below `directory`, by its relative path."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def damage(directory: Path, parts: Sequence[str] = ()) -> str:
+    """What is wrong with the files of `directory`, in a few words; "" if all are there with their sizes.
+
+    Args:
+      directory: that once was finished; without a manifest there is nothing to compare.
+      parts: look only at these entries of it; none means all.
+    """
+    manifest = read_manifest(directory)
+    if not manifest and (directory / MANIFEST).exists():
+        return f"{MANIFEST} is torn"
+    found = sizes(directory)
+    for name, size in sorted(manifest.get("files", {}).items()):
+        if parts and name.split("/")[0] not in parts:
+            continue
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} of {size} bytes"
+    return ""
+
+
+def changed_bits(directory: Path, arrays: PyTree) -> str:
+    """What is wrong with `arrays`, read from `directory`, by the "checksum" in its manifest; "" if nothing."""
+    noted = read_manifest(directory).get("checksum")
+    return "its arrays are not those that were saved" if noted and checksum(arrays) != noted else ""
+
+
+def checksum(tree: PyTree) -> str:
+    """Sixteen hex digits that change with any bit, path, shape or dtype of the arrays; the same for every sharding."""
+    return Checksum(tree).digits()
+
+
+class Checksum:
+    """A checksum on its way: the devices add up while the host goes on. It holds none of the arrays."""
+
+    def __init__(self, tree: PyTree):
+        """Starts; the arrays may be donated right after."""
+        self._shapes = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in flatten(tree).items()}
+        self._sums = _summing(jax.default_backend())(tree)
+
+    def digits(self) -> str:
+        """Waits for the devices; sixteen hex digits."""
+        sums = flatten(jax.device_get(self._sums))
+        lines = [f"{path} {self._shapes[path]} {int(value)}" for path, value in sorted(sums.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _summing(platform: str) -> jax.stages.Wrapped:
+    """`_bit_sum` of all leaves in one program; on CPU it is compiled quickly rather than well."""
+    options = {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
+    return jax.jit(lambda tree: jax.tree.map(_bit_sum, tree), compiler_options=options)
+
+
+def _bit_sum(leaf: jax.Array) -> jax.Array:
+    """Sum modulo 2^32 of the array's bits times odd weights that depend on the position; keeps the sharding."""
+    width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    position = jnp.zeros((), jnp.uint32)
+    for axis in range(leaf.ndim):
+        stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+        position += np.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
