@@ -75,6 +75,48 @@ def test_loops_fusions_collectives_and_kernels_are_counted():
     assert "splash_fwd" in found.table() and "all-gather" in found.table()
 
 
+OVERLAPPED = """HloModule overlapped
+
+%start (shard: bf16[1,8192,512]) -> (bf16[1,8192,2048], u32[]) {
+  %shard = bf16[1,8192,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)} all-gather(%shard), replica_groups=[2,4]<=[8], dimensions={2}
+  ROOT %begun = (bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (shard: bf16[1,8192,512], a: bf16[64,128], b: bf16[128,32]) -> (bf16[64,32], bf16[1,8192,2048]) {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %b = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(2)
+  %dot = bf16[64,32]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %shard.1 = bf16[1,8192,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gather.2 = bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)} all-gather(%shard.1), replica_groups=[2,4]<=[8], dimensions={2}
+  ROOT %both = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)}) tuple(%dot, %gather.2)
+}
+
+%end (shard: bf16[1,8192,512]) -> bf16[1,8192,2048] {
+  %shard.2 = bf16[1,8192,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gather.3 = bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)} all-gather(%shard.2), replica_groups=[2,4]<=[8], dimensions={2}
+  ROOT %ended = bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (shard: bf16[1,8192,512], a: bf16[64,128], b: bf16[128,32]) -> bf16[1,8192,2048] {
+  %p = bf16[1,8192,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %r = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(2)
+  %first = (bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%p), kind=kCustom, calls=%start
+  %during = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)}) fusion(%p, %q, %r), kind=kOutput, calls=%async_collective_fusion.7, backend_config={"window_config":{"estimated_cycles":"900"}}
+  ROOT %last = bf16[1,8192,2048]{2,1,0:T(8,128)(2,1)} fusion(%p), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_collective_inside_a_product_is_counted_once_and_beside_it():
+    found = count_instructions(OVERLAPPED)
+    moved = found.traffic["all-gather", 4]
+    assert (moved.count, moved.exposed, moved.beside) == (1, 0, 900)
+    assert moved.received == 8192 * 2048 * 2 * 3 / 4
+    assert (found.flops, found.product_cycles, found.cycles) == (2 * 64 * 32 * 128, 900, 900)
+
+
 @pytest.fixture(scope="module")
 def devices():
     pytest.importorskip("libtpu", reason="needs the tpu extra")

@@ -108,6 +108,13 @@ def test_the_projection_adds_its_parts():
     assert times["projections"][-1].mfu == pytest.approx(0.25)
 
 
+def test_what_runs_beside_products_is_waited_for_only_where_it_takes_longer():
+    chip = chip_of("v5p:2x2x1")
+    assert preflight._waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock), chip) == pytest.approx(0.75)
+    assert preflight._waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock), chip) == pytest.approx(0.5)
+    assert preflight._waited(Traffic(1, 1.8e11, 0.0), chip) == 0.0
+
+
 def test_groups_are_named_by_their_axes():
     sizes = {"slice": 1, "data": 4, "fsdp": 32, "context": 1, "tensor": 2}
     names = [preflight._axes(sizes, chips) for chips in (32, 4, 128, 256, 7)]

@@ -20,7 +20,7 @@ from wallwm_jax.benchmarks.random_batch import with_views
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.optim.muon_cost import MuonCost
-from wallwm_jax.parallel.aot import Statistics, statistics, topology_devices
+from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
 from wallwm_jax.parallel.chips import GIB, Chip, chip_of
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.parallel.presets import mesh_sizes
@@ -192,7 +192,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
 def _times(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
     products = found.product_cycles / chip.clock
     other = (found.cycles - found.product_cycles) / chip.clock
-    exchange = sum(moved.exposed for moved in found.traffic.values()) / (2 * chip.link)
+    exchange = sum(_waited(moved, chip) for moved in found.traffic.values())
     projections = []
     for eta in ETAS:
         step = products + other + exchange + found.kernel_flops / (eta * chip.flops)
@@ -204,6 +204,13 @@ def _times(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
         "exchange_seconds": exchange,
         "projections": tuple(projections),
     }
+
+
+def _waited(moved: Traffic, chip: Chip) -> float:
+    """Seconds that the program waits for collectives of one kind: for all that nothing overlaps, and for what takes
+    longer than the products that it was put into."""
+    hidden = (moved.received - moved.exposed) / (2 * chip.link)
+    return moved.exposed / (2 * chip.link) + (max(0.0, hidden - moved.beside / chip.clock) if moved.beside else 0.0)
 
 
 def _local_bytes(tree: Any) -> float:

@@ -62,11 +62,13 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 @dataclass
 class Traffic:
     """Collectives of one kind over groups of one size: executions, bytes that a chip receives, and how many of these
-    while it waits, because the program does not overlap the collective with anything."""
+    while it waits, because the program does not overlap the collective with anything. `beside` are the estimated cycles
+    of the products that the compiler has put the others into."""
 
     count: int = 0
     received: float = 0.0
     exposed: float = 0.0
+    beside: float = 0.0
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Statistics:
             mine.count += moved.count
             mine.received += moved.received
             mine.exposed += moved.exposed
+            mine.beside += moved.beside
 
     @property
     def collectives(self) -> Counter[str]:
@@ -163,11 +166,13 @@ def count_instructions(hlo: str) -> Statistics:
 @dataclass(frozen=True)
 class _Inside:
     """What a computation is inside of: a fusion, whose cycles are already counted; the compiler's reduce-scatter, an
-    all-reduce on paper; or a collective that runs beside other work."""
+    all-reduce on paper; a collective that runs beside other work; or that other work, which names the collective again.
+    """
 
     fusion: bool = False
     reduce_scatter: bool = False
     asynchronous: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def _count(
             result.kernels[name] += times
             result.kernel_flops += times * _attention_flops(name, instruction)
         kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        if kind in COLLECTIVES and not inside.beside:
             _count_collective(kind, instruction, times, result, inside)
         if opcode in ("reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map") or kind in COLLECTIVES:
             continue  # what they call runs per element
@@ -271,11 +276,29 @@ def _count(
             within = _Inside(
                 inside.fusion or opcode == "fusion",
                 inside.reduce_scatter or name.startswith("all-reduce-scatter"),
-                inside.asynchronous or opcode == "async-start",
+                inside.asynchronous or opcode == "async-start" or _calls(computations[name], "AsyncCollectiveStart"),
+                inside.beside or _is_beside(name, computations[name]),
             )
             _count(computations, name, inner, result, within)
+            if within.beside and not inside.beside:
+                _count_beside(computations[name], cycles, result)
         if opcode == "fusion" and not inside.fusion and result.flops > before:
             result.product_cycles += cycles
+
+
+def _is_beside(name: str, computation: dict[str, _Instruction]) -> bool:
+    """Whether it is a product with a collective's transfer inside, or the end of that transfer."""
+    return name.startswith("async_collective_fusion") or _calls(computation, "AsyncCollectiveDone")
+
+
+def _calls(computation: dict[str, _Instruction], target: str) -> bool:
+    return any(f'custom_call_target="{target}"' in i.attributes for i in computation.values())
+
+
+def _count_beside(computation: dict[str, _Instruction], cycles: float, result: Statistics) -> None:
+    for instruction in computation.values():
+        if instruction.opcode in COLLECTIVES:
+            result.traffic[instruction.opcode, _group_size(instruction.attributes)].beside += cycles
 
 
 def _count_collective(kind: str, instruction: _Instruction, times: int, result: Statistics, inside: _Inside) -> None:
