@@ -13,7 +13,7 @@ from wallwm_jax.evaluation.sweeps import Sweep
 
 MUON = (4e-3, 1e-2, 2.5e-2, 6e-2)
 ADAMW = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
-BEST_MUON, BEST_ADAMW = 1e-2, 6e-3
+BEST_MUON, BEST_ADAMW = 2.5e-2, 6e-3
 
 
 def get_sweep(part: str) -> Sweep:

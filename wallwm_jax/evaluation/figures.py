@@ -113,6 +113,8 @@ def sweep(
                 first = len(line) // 20  # the start would hide the differences
                 curve_panel.plot(range(first, len(line)), line[first:], color=colour, linewidth=1.2)
         curve_panel.set(title="training loss, smoothed", xlabel="step", yscale="log")
+        for axis in (curve_panel.yaxis.set_major_formatter, curve_panel.yaxis.set_minor_formatter):
+            axis("{x:g}")
         for panel, measure in zip(measure_panels, measures):
             for y, (colour, row) in enumerate(zip(colours, arms.values())):
                 entry = row.get(measure, {})

@@ -114,30 +114,34 @@ class TimeEmbedding(nnx.Module):
 
 
 class _Form(NamedTuple):
-    """Axes of a linear map, a letter each, in einsum's language; `?` are the leading axes, of any number."""
+    """Axes of a linear map in einsum's letters, those of its bias too; `?` are the leading axes, of any number."""
 
     x: str
     kernel: str
     y: str
+    bias: str
 
-    def einsum(self, form: str, left: jax.Array, right: jax.Array, leading: int, **kwargs: Any) -> jax.Array:
-        return jnp.einsum(form.replace("?", "ABCDEF"[:leading]), left, right, **kwargs)
+    def einsum(self, form: str, left: jax.Array, right: jax.Array, leading: str, **kwargs: Any) -> jax.Array:
+        return jnp.einsum(form.replace("?", leading), left, right, **kwargs)
+
+    def leading(self, x: jax.Array) -> str:
+        return "ABCDEF"[: x.ndim - len(self.x) + 1]
 
 
-_PLAIN = _Form("?i", "io", "?o")
-_TO_HEADS = _Form("?si", "ihd", "?hsd")
-_FROM_HEADS = _Form("?hsd", "hdo", "?so")
+_PLAIN = _Form("?i", "io", "?o", "o")
+_TO_HEADS = _Form("?si", "ihd", "?hsd", "hd")
+_FROM_HEADS = _Form("?hsd", "hdo", "?so", "o")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def affine(form: _Form, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x @ kernel + bias` over the axes that `form` names.
+    """`x @ kernel + bias` over the axes that `form` names; `bias` broadcasts to the result.
 
     Its own derivative fixes how the parameters' gradients are computed, as products that accumulate in float32: JAX's
     default makes XLA's CPU backend copy a transposed gradient for every kernel, and its TPU backend sum the gradient of
     a bias in the compute dtype, several times slower than it reads it.
     """
-    return form.einsum(f"{form.x},{form.kernel}->{form.y}", x, kernel, _leading(form, x)) + bias
+    return form.einsum(f"{form.x},{form.kernel}->{form.y}", x, kernel, form.leading(x)) + bias
 
 
 def _affine_forward(
@@ -150,21 +154,15 @@ def _affine_backward(
     form: _Form, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel, bias = saved
-    leading = _leading(form, x)
-    einsum = functools.partial(form.einsum, leading=leading)
+    einsum = functools.partial(form.einsum, leading=form.leading(x))
     of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
     of_kernel = einsum(f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=jnp.float32)
-    summed = form.y.replace("h", "").replace("d", "").replace("o", "")
-    kept = "".join(letter for letter in form.y if letter in "hdo")
-    sizes = [size for letter, size in zip("ABCDEF"[:leading] + form.y[1:], gradient.shape) if letter not in "hdo"]
-    ones = jnp.ones((_SUBLANES, *sizes), gradient.dtype)
-    of_bias = einsum(f"k{summed},{form.y}->k{kept}", ones, gradient, preferred_element_type=jnp.float32)
-    of_bias = jnp.mean(of_bias, 0).reshape(bias.shape)
+    axes = form.y.replace("?", form.leading(x))
+    tokens = {axis: size for axis, size in zip(axes, gradient.shape) if axis not in form.bias}
+    ones = jnp.ones((_SUBLANES, *tokens.values()), gradient.dtype)
+    sums = f"k{''.join(tokens)},{form.y}->k{form.bias}"
+    of_bias = jnp.mean(einsum(sums, ones, gradient, preferred_element_type=jnp.float32), 0).reshape(bias.shape)
     return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
-
-
-def _leading(form: _Form, x: jax.Array) -> int:
-    return x.ndim - len(form.x) + 1
 
 
 affine.defvjp(_affine_forward, _affine_backward)
