@@ -72,6 +72,9 @@ def test_runs_are_compared_seed_by_seed_with_intervals(tmp_path):
     results = sweeps.collect(sweep, tmp_path)
     row = results.arms["a 1"]
     assert row["steps to b 2's final loss"]["values"] == [53, 53]
+    less = row["below b 2's, seed by seed"]
+    assert less["mean"] == pytest.approx(0.98) and less["high"] - less["low"] == pytest.approx(0.0, abs=1e-9)
+    assert set(results.arms["b 2"]) == {"final loss"}  # the reference is not held against itself
     assert row["final loss"]["values"] == pytest.approx([0.04, 1.04])
     assert row["final loss"]["mean"] == pytest.approx(0.54)
     assert row["final loss"]["high"] - row["final loss"]["mean"] == pytest.approx(12.706 * 0.5, rel=1e-3)

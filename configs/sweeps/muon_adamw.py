@@ -5,7 +5,11 @@ r"""Muon against AdamW on the quickstart's model: does it learn faster?
 
 `rates` trains each optimizer at four learning rates with one seed, `seeds` the best of each with three. The rate is
 that of the matrices; embeddings, norms and heads are AdamW's in both, at the same rate as in the quickstart with Muon,
-at the swept one without. Runs of 200 steps, about two minutes each on two CPU cores.
+at the swept one without. Runs of 200 steps, about two and a half minutes each on two CPU cores.
+
+Measured on the quickstart's store. Final loss by rate, Muon 2.35, 2.10, 2.10, 2.23; AdamW 2.82, 2.34, 2.23, 2.36. At
+the best rates, seed by seed, Muon ends 0.130 [0.058, 0.201] below AdamW (2.13 against 2.26) and passes AdamW's final
+loss after 151, 138 and 176 of the 200 steps: a fifth fewer in the mean, which three seeds do not prove.
 """
 
 from wallwm_jax.console import UserError

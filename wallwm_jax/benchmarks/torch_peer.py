@@ -72,7 +72,8 @@ def _train(asked: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(**asked["model"]).to(device).train()
+    model: Any = diffusers.WanTransformer3DModel(**asked["model"])
+    model = model.to(device).train()
     if asked["remat"]:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -103,7 +103,7 @@ def sweep(
 ) -> bytes:
     """Left the loss curves of the arms, one line per seed; then a panel per measure: each seed, the mean's interval."""
     measures = list(dict.fromkeys(measure for row in arms.values() for measure in row))
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     with matplotlib.rc_context(STYLE):
         panels = 1 + len(measures)
         figure = Figure(figsize=(max(_WIDTH, 3.4 * panels), 1.6 + 0.3 * max(6, len(arms))), layout="constrained")

@@ -166,9 +166,11 @@ def collect(sweep: Sweep, out: Path) -> Results:
             continue
         row = arms[arm] = {}
         curves[arm] = [list(smoothed(losses[arm, run.seed])) for run in mine]
-        row["final loss"] = _over_seeds([float(smoothed(losses[arm, run.seed])[-1]) for run in mine])
-        paired = [run.seed for run in mine if (sweep.reference, run.seed) in losses]
+        row["final loss"] = _over_seeds([_final(losses[arm, run.seed]) for run in mine])
+        paired = [run.seed for run in mine if (sweep.reference, run.seed) in losses and arm != sweep.reference]
         if paired:
+            less = [_final(losses[sweep.reference, seed]) - _final(losses[arm, seed]) for seed in paired]
+            row[f"below {sweep.reference}'s, seed by seed"] = _over_seeds(less)
             steps = [steps_to_reach(losses[arm, seed], losses[sweep.reference, seed]) for seed in paired]
             row[f"steps to {sweep.reference}'s final loss"] = _over_seeds(steps)
         reports = [_report(out / run.directory) for run in mine] if sweep.evaluate is not None else []
@@ -195,8 +197,12 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 def steps_to_reach(losses: np.ndarray, reference: np.ndarray) -> float | None:
     """Steps until the smoothed loss is at most the reference's final one; None if it never is."""
-    reached = np.flatnonzero(smoothed(losses) <= smoothed(reference)[-1])
+    reached = np.flatnonzero(smoothed(losses) <= _final(reference))
     return float(reached[0] + 1) if len(reached) else None
+
+
+def _final(losses: np.ndarray) -> float:
+    return float(smoothed(losses)[-1])
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
