@@ -58,22 +58,22 @@ def test_the_final_loss_is_the_mean_of_the_last_twentieth():
 
 
 def test_steps_to_reach_is_the_first_step_not_above_the_references_end():
-    slow, fast = np.linspace(2.0, 1.0, 101), np.linspace(2.0, 0.0, 101)
+    slow, fast = np.linspace(2.0, 1.005, 101), np.linspace(2.0, 0.0, 101)
     assert sweeps.steps_to_reach(slow, slow) == 101
-    assert sweeps.steps_to_reach(fast, slow) == 53  # where its mean of five passes 1.02
+    assert sweeps.steps_to_reach(fast, slow) == 52  # where its mean of five passes 1.0249
     assert sweeps.steps_to_reach(slow, fast) is None
 
 
 def test_runs_are_compared_seed_by_seed_with_intervals(tmp_path):
     sweep = small(reference="b 2")
     for run in sweeps.plan(sweep):
-        end = {"a 1": 0.0, "b 2": 1.0}[run.arm]
+        end = {"a 1": 0.0, "b 2": 1.005}[run.arm]
         write_run(tmp_path, run, np.linspace(2.0, end, 101) + run.seed)
     results = sweeps.collect(sweep, tmp_path)
     row = results.arms["a 1"]
-    assert row["steps to b 2's final loss"]["values"] == [53, 53]
+    assert row["steps to b 2's final loss"]["values"] == [52, 52]
     less = row["below b 2's, seed by seed"]
-    assert less["mean"] == pytest.approx(0.98) and less["high"] - less["low"] == pytest.approx(0.0, abs=1e-9)
+    assert less["mean"] == pytest.approx(0.9849) and less["high"] - less["low"] == pytest.approx(0.0, abs=1e-9)
     assert set(results.arms["b 2"]) == {"final loss"}  # the reference is not held against itself
     assert row["final loss"]["values"] == pytest.approx([0.04, 1.04])
     assert row["final loss"]["mean"] == pytest.approx(0.54)
