@@ -200,15 +200,24 @@ def test_a_run_outlives_its_launcher_and_is_found_again(launch, checkout, world)
     endings(world, 0)
     (world / "hold").touch()
     up = ["bash", "launch/tpu_queued.sh", "up", *QUEUED, *training(world)]
-    launcher = subprocess.Popen(up, cwd=checkout, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launcher = subprocess.Popen(
+        up,
+        cwd=checkout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
+    )
     wait_for(world, "follow", times=1)
     os.killpg(launcher.pid, signal.SIGINT)
-    assert "a run that has started goes on" in launcher.communicate()[1]
+    assert "a run that has started goes on" in launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 130
     again = subprocess.Popen(up, cwd=checkout, stderr=subprocess.PIPE, text=True)
     wait_for(world, "follow", times=2)
     (world / "hold").unlink()
-    assert "run runs a command already; following that one" in again.communicate()[1]
+    assert "run runs a command already; following that one" in again.communicate(timeout=60)[1]
     assert again.returncode == 0
     assert len(started(world)) == len(started(world, worker=1)) == 1
     assert verbs(world).count("create") == verbs(world).count("start") == 1
