@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from wallwm_jax.console import UserError, progress, run_command
+from wallwm_jax.console import UserError, progress, run_command, write_text
 
 if TYPE_CHECKING:
     from wallwm_jax.evaluation.sweeps import Run, Sweep
@@ -97,9 +97,7 @@ def _execute(sweep: Sweep, run: Run, out: Path, store: str) -> str:
                 log.flush()
                 last = (directory / "log.txt").read_text().strip().splitlines()[-1:] or [""]
                 return f"{command[0]} ended with code {code}: {last[0]}"
-    temporary = directory / ".done.json"
-    temporary.write_text(json.dumps(commands))
-    temporary.replace(directory / "done.json")
+    write_text(directory / "done.json", json.dumps(commands))
     return ""
 
 
@@ -130,13 +128,9 @@ def main(argv: list[str]) -> int:
         return 0
     failed = run_sweep(sweep, out, store, values.slots)
     results = sweeps.collect(sweep, out)
-    for name, content in (
-        ("results.json", json.dumps(results.to_json(), indent=1).encode()),
-        ("results.md", results.table().encode()),
-        ("results.png", results.picture()),
-    ):
-        (out / f".{name}").write_bytes(content)
-        (out / f".{name}").replace(out / name)
+    write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
+    write_text(out / "results.md", results.table())
+    (out / "results.png").write_bytes(results.picture())
     print(results.table())
     print(f"results: {out / 'results.md'}, {out / 'results.png'}")
     return 1 if failed else 0
