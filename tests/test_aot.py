@@ -47,6 +47,7 @@ HloModule step
   %gathered = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=[4,32]<=[128], dimensions={0}
   %splash_fwd = (f32[8]{0}, f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,3]{1,0}, bf16[2,3,64,16]{3,2,1,0}, bf16[2,3,128,16]{3,2,1,0}}, frontend_attributes={kernel_metadata={
 "kernel_name": "splash"}}, metadata={op_name="x"}
+  %splash_dkv = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,3,3]{2,1,0}, bf16[3,64,16]{2,1,0}, bf16[3,128,16]{2,1,0}, s32[8,64]{1,0}}
   ROOT %next = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%limit, %product)
 }
 
@@ -70,8 +71,8 @@ def test_loops_fusions_collectives_and_kernels_are_counted():
     assert found.collectives == {"all-gather": trips, "all-reduce": 2}
     assert found.received["all-gather"] == pytest.approx(trips * 64 * 128 * 2 * 31 / 32)
     assert found.received["all-reduce"] == pytest.approx(2 * (100 + 50) * 4 * 3 / 4)
-    assert found.kernels == {"splash_fwd": trips}
-    assert found.kernel_flops == trips * 4 * 2 * 3 * 64 * 128 * 16
+    assert found.kernels == {"splash_fwd": trips, "splash_dkv": trips}
+    assert found.kernel_flops == trips * (4 * 2 + 10) * 3 * 64 * 128 * 16  # forward of two rows, backward of one
     assert "splash_fwd" in found.table() and "all-gather" in found.table()
 
 

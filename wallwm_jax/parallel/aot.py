@@ -313,12 +313,12 @@ def _count_collective(kind: str, instruction: _Instruction, times: int, result: 
 
 
 def _attention_flops(name: str, instruction: _Instruction) -> float:
-    """Of a splash kernel: its first two arrays of four axes are queries `[B, H, S, d]` and keys `[B, H, T, d]`."""
+    """Of a splash kernel: its first two floating-point arrays are queries `[B, H, S, d]` and keys `[B, H, T, d]`, without
+    B where it is 1."""
     _, _, layout = instruction.attributes.partition("operand_layout_constraints={")
-    shapes = [shape for _, shape in _parts(layout[: _end(layout, "}")])]
-    arrays = [shape for shape in shapes if len(shape) == 4]
+    arrays = [shape for kind, shape in _parts(layout[: _end(layout, "}")]) if "f" in kind]
     per_pair = 4 if "fwd" in name else 10 if "dkv" in name else 0
-    return per_pair * math.prod(arrays[0]) * arrays[1][2] if len(arrays) > 1 else 0.0
+    return per_pair * math.prod(arrays[0]) * arrays[1][-2] if len(arrays) > 1 else 0.0
 
 
 def _trips(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int:
