@@ -33,7 +33,7 @@ class Rule:
     kind: str
 
 
-_BLOCK = r"(video|action|text)/blocks/"
+_BLOCK = r"(video|action|text|vlm/vision)/blocks/"
 _ATTENTION = _BLOCK + r"(\w*attention/)+"
 
 RULES = (
@@ -80,6 +80,18 @@ RULES = (
     Rule(r"duration/down/kernel", ("embed", "quantile"), TABLE),
     Rule(r"duration/up/bias", ("embed",), VECTOR),
     Rule(r"duration/down/bias", ("quantile",), VECTOR),
+    Rule(r"vlm/vision/blocks/qkv/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(r"vlm/vision/blocks/qkv/bias", ("layers", "heads"), VECTOR),
+    Rule(r"vlm/vision/blocks/output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(r"vlm/vision/blocks/output/bias", ("layers", "embed"), VECTOR),
+    Rule(r"vlm/vision/patch_embedding/kernel", ("patch", "embed"), TABLE),
+    Rule(r"vlm/vision/patch_embedding/bias", ("embed",), VECTOR),
+    Rule(r"vlm/vision/position_embedding", ("patch", "embed"), VECTOR),
+    Rule(r"vlm/vision/merger/norm/(scale|bias)", ("embed",), VECTOR),
+    Rule(r"vlm/vision/merger/up/kernel", ("embed", "mlp"), TABLE),
+    Rule(r"vlm/vision/merger/up/bias", ("mlp",), VECTOR),
+    Rule(r"vlm/vision/merger/down/kernel", ("mlp", "embed"), TABLE),
+    Rule(r"vlm/vision/merger/down/bias", ("embed",), VECTOR),
 )
 
 

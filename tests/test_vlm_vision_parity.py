@@ -1,0 +1,158 @@
+"""Qwen3.5 with images is transformers' Qwen3_5ForConditionalGeneration: pixels, positions, tower, logits, gradients.
+
+The twin runs in float64 and in float32: ours is held against the first; its own float32 error is printed beside.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from wallwm_jax.models.convert import qwen3_5_vision
+from wallwm_jax.models.convert.rules import Table
+from wallwm_jax.models.vlm import images as pictures
+from wallwm_jax.models.vlm import vision_tower
+from wallwm_jax.models.vlm.vision_tower import VisionConfig
+
+torch = pytest.importorskip("torch", reason="needs the parity extra")
+transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
+from transformers.models.qwen3_5 import modeling_qwen3_5 as twins  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 5e-5  # relative to the largest value of the tensor, float32
+# What a test runs once need not be optimised: half the compile time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+VISION = dict(
+    depth=3, hidden_size=24, intermediate_size=40, num_heads=2, patch_size=4, temporal_patch_size=2,
+    spatial_merge_size=2, out_hidden_size=32, num_position_embeddings=25,
+)  # fmt: skip
+
+
+def randomise(twin: torch.nn.Module) -> torch.nn.Module:
+    """Weights of the size that keeps activations near one; norms and biases that matter."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return twin.eval()
+
+
+@functools.cache
+def make_tower() -> torch.nn.Module:
+    config = transformers.models.qwen3_5.Qwen3_5VisionConfig(**VISION, attn_implementation="eager")
+    return randomise(twins.Qwen3_5VisionModel(config))
+
+
+def processor(**limits) -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        patch_size=4, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, **limits
+    )
+
+
+def random_images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def exactly(patch: pytest.MonkeyPatch) -> None:
+    """Lets a float64 twin be one: it asks for float32 by name in its norms, rotary angles and interpolation."""
+    patch.setattr(torch, "float32", torch.float64)
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0))
+
+
+def patches_of(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin's processor on `[N, H, W, 3]`: flat patches and grids."""
+    out = processor(min_pixels=1).preprocess(list(images), return_tensors="np")
+    return torch.tensor(out["pixel_values"]), torch.tensor(out["image_grid_thw"])
+
+
+def run_tower(images: np.ndarray, cotangent: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, dict]:
+    twin = copy.deepcopy(make_tower()).to(dtype)
+    patches, grids = patches_of(images)
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype == torch.float64:
+            exactly(patch)
+        output = twin(patches.to(dtype), grid_thw=grids).pooler_output
+    assert output.dtype == dtype
+    (output * torch.tensor(cotangent.reshape(output.shape)).to(dtype)).sum().backward()
+    prefix = qwen3_5_vision.SOURCE
+    return output.detach().numpy(), {prefix + name: value.grad.numpy() for name, value in twin.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 16), (24, 40), (48, 48)])
+def test_image_tokens_and_gradients_equal_the_twins(size):
+    config = VisionConfig.from_json(make_tower().config.to_dict(), compute_dtype="float32")
+    table = Table("transformers", {}, tuple(qwen3_5_vision.vision_rules(config)))
+    weights = {qwen3_5_vision.SOURCE + name: value.detach().numpy() for name, value in make_tower().named_parameters()}
+    table.check({name: value.shape for name, value in weights.items()}, "twin")
+    images = random_images((2, 2, *size))
+    rows, columns = config.token_grid(*size)
+    cotangent = np.random.default_rng(1).normal(size=(2, 2, rows * columns, 32)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, images, cotangent):
+        value, pull = jax.vjp(lambda params: vision_tower.encode(params, config, pictures.normalise(images)), params)
+        return value, pull(cotangent)[0]
+
+    params = table.to_params(weights)["vision"]
+    expected = jax.tree.map(lambda leaf: leaf.shape, vision_tower.abstract_params(config))
+    assert jax.tree.map(np.shape, params) == expected
+    ours, grads = jax.device_get(run(params, images, cotangent))
+    grads = table.to_tensors({"vision": grads})
+
+    flat = images.reshape(-1, *size, 3)
+    theirs, exact_grads = run_tower(flat, cotangent, torch.float64)
+    same, twin_grads = run_tower(flat, cotangent, torch.float32)
+    assert grads.keys() == exact_grads.keys()
+    output = relative_error(ours.reshape(theirs.shape), theirs)
+    errors = {name: relative_error(grad, exact_grads[name]) for name, grad in grads.items()}
+    own = max(relative_error(grad, exact_grads[name]) for name, grad in twin_grads.items())
+    worst = max(errors, key=errors.__getitem__)
+    print(
+        f"{size}: tokens {output:.1e} (twin's own {relative_error(same, theirs):.1e}); "
+        f"gradients {errors[worst]:.1e} at {worst} (twin's own {own:.1e})"
+    )
+    assert output <= TOLERANCE
+    assert errors[worst] <= TOLERANCE, worst
+
+
+def test_pixels_are_exactly_the_twins_processors():
+    """Without a resize, and with one, up or down, to an area limit or a multiple of a token: all bits equal."""
+    side = 8
+    for height, width, limits in [
+        (64, 96, dict(min_pixels=1, max_pixels=10**6)),
+        (50, 77, dict(min_pixels=1, max_pixels=10**6)),
+        (60, 90, dict(min_pixels=1, max_pixels=2000)),
+        (20, 33, dict(min_pixels=5000, max_pixels=10**6)),
+    ]:
+        images = random_images((2, height, width))
+        theirs = processor(**limits).preprocess(list(images), return_tensors="np")
+        fitted = pictures.fit(images, side, **limits)
+        rows, columns = np.array(fitted.shape[1:3]) // 4
+        assert theirs["image_grid_thw"].tolist() == [[1, rows, columns]] * 2
+        ours = np.asarray(jax.jit(pictures.normalise)(fitted))
+        grid = ours.reshape(2, rows // 2, 2, 4, columns // 2, 2, 4, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+        flat = np.repeat(grid[:, :, :, :, :, :, None], 2, 6).reshape(2 * rows * columns, -1)
+        np.testing.assert_array_equal(flat, theirs["pixel_values"])
+
+
+def test_every_grey_level_is_exactly_the_twins():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    theirs = processor(min_pixels=1).preprocess([levels], return_tensors="np")["pixel_values"]
+    assert set(np.asarray(jax.jit(pictures.normalise)(levels)).ravel()) == set(theirs.ravel())
