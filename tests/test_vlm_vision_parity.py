@@ -16,6 +16,7 @@ from wallwm_jax.models.convert import qwen3_5_vision
 from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.vlm import images as pictures
 from wallwm_jax.models.vlm import vision_tower
+from wallwm_jax.models.vlm.positions import multimodal_positions
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
@@ -156,3 +157,54 @@ def test_every_grey_level_is_exactly_the_twins():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     theirs = processor(min_pixels=1).preprocess([levels], return_tensors="np")["pixel_values"]
     assert set(np.asarray(jax.jit(pictures.normalise)(levels)).ravel()) == set(theirs.ravel())
+
+
+TEXT = dict(
+    vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
+)  # fmt: skip
+IMAGE, VISION_START, VISION_END = 70, 71, 72
+
+
+@functools.cache
+def make_twin(tied: bool = False) -> torch.nn.Module:
+    config = transformers.Qwen3_5Config(
+        text_config=TEXT, vision_config=VISION, image_token_id=IMAGE, vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END, tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
+    return randomise(twins.Qwen3_5ForConditionalGeneration(config))
+
+
+def sequence(rng: np.random.Generator, length: int, images: int, tokens: int) -> np.ndarray:
+    """Ids `[S]` of random text with `images` images at random places in it."""
+    ids = list(rng.integers(0, 70, length - images * (tokens + 2)))
+    for place in sorted(rng.choice(len(ids) + 1, images), reverse=True):
+        ids[place:place] = [VISION_START, *[IMAGE] * tokens, VISION_END]
+    return np.array(ids)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 2)])
+def test_positions_and_delta_equal_the_twins(grid, padding):
+    rng = np.random.default_rng(sum(grid))
+    rows, columns = grid
+    ids = np.stack([sequence(rng, 40, 3, rows * columns) for _ in range(4)])
+    mask = np.ones_like(ids, bool)
+    if padding != "none":
+        for row, count in enumerate((5, 0, 3, 1)):
+            pads = [0] * count
+            ids[row] = [*pads, *sequence(rng, 40 - count, 3, rows * columns)]
+            mask[row] = np.arange(40) >= count
+            if padding == "right":
+                ids[row], mask[row] = np.roll(ids[row], -count), mask[row][::-1]
+    expected, delta = make_twin().model.get_rope_index(
+        torch.tensor(ids),
+        torch.tensor((ids == IMAGE).astype(np.int32)),
+        torch.tensor([[1, 2 * rows, 2 * columns]] * 12),
+        attention_mask=torch.tensor(mask.astype(np.int64)),
+    )
+    ours, ours_delta = multimodal_positions(ids, IMAGE, grid, mask)
+    np.testing.assert_array_equal(ours, expected.numpy())
+    np.testing.assert_array_equal(ours_delta, delta.numpy()[:, 0])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from wallwm_jax.models.convert.rules import LINEAR, SAME, Reshape, Rule, Shape, Transform, Transpose, chain
 from wallwm_jax.models.vlm.vision_tower import CHANNELS, VisionConfig
@@ -34,12 +32,6 @@ _NAMES = {
     "merger/down/kernel": "merger.linear_fc2.weight",
     "merger/down/bias": "merger.linear_fc2.bias",
 }
-
-
-def vision_sizes(config: VisionConfig) -> dict[str, Any]:
-    """What rebuilds the tower's config, plain JSON."""
-    sizes = dataclasses.asdict(config)
-    return {name: value for name, value in sizes.items() if name not in ("compute_dtype", "remat")}
 
 
 def vision_rules(config: VisionConfig) -> list[Rule]:

@@ -66,9 +66,9 @@ class VisionConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> VisionConfig:
-        """A tower that trains on a CPU: tokens of 16 x 16 pixels, 64 wide."""
+        """A tower that trains on a CPU: tokens of 16 x 16 pixels, 128 wide."""
         sizes: dict[str, Any] = dict(
-            width=32, heads=2, ffn=64, depth=2, patch=8, out_width=64, positions=16, compute_dtype="float32"
+            width=32, heads=2, ffn=64, depth=2, patch=8, out_width=128, positions=16, compute_dtype="float32"
         )
         return cls(**(sizes | changes))
 
