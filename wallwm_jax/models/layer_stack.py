@@ -45,6 +45,24 @@ def run(
     return jax.lax.scan(body, carry, (states, inputs))
 
 
+def take(blocks: Block, index: int) -> Block:
+    """One block of a stack; of a stack of stacks, one stack."""
+    graph, state = nnx.split(blocks)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def group(blocks: Block, first: int, groups: int, size: int) -> Block:
+    """A stack of `groups` stacks of `size` blocks each (0 is allowed): those of a stack from `first` on."""
+    graph, state = nnx.split(blocks)
+    return nnx.merge(graph, group_leaves(state, first, groups, size))
+
+
+def group_leaves(tree: Any, first: int, groups: int, size: int) -> Any:
+    """Leaves `[L, ...]` to `[groups, size, ...]`: the entries from `first` on."""
+    cut = slice(first, first + groups * size)
+    return jax.tree.map(lambda leaf: leaf[cut].reshape(groups, size, *leaf.shape[1:]), tree)
+
+
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """`function`, with all its intermediates kept for the backward pass ("none") or recomputed there ("full"); with
     "selective" those are kept that cost most to compute for their size (`KEPT`).
