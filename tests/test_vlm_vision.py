@@ -13,14 +13,27 @@ from wallwm_jax.console import UserError
 from wallwm_jax.models import param_axes
 from wallwm_jax.models.vlm import images as pictures
 from wallwm_jax.models.vlm import vision_tower, vlm
+from wallwm_jax.models.vlm.config import LanguageConfig
 from wallwm_jax.models.vlm.positions import multimodal_positions
 from wallwm_jax.models.vlm.tokenizer import BytesTokenizer, FolderTokenizer, pad, prompt
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
 from wallwm_jax.models.vlm.vlm import VLMConfig
 
-CONFIG = VLMConfig.tiny()
+# Two layers, one of each kind: what is asked here does not depend on their number, compile time does.
+CONFIG = VLMConfig(
+    LanguageConfig.tiny(depth=2, interval=2, width=32, ffn=48), VisionConfig.tiny(out_width=32), BytesTokenizer.image_id
+)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOKENIZER = BytesTokenizer()
-TEXTS = ["", "press the red button", "naïve café", "按下红色按钮", "🤖 ok\n\ttab", "<|image_pad|><|im_end|>", "\x00\x7f"]
+TEXTS = [
+    "",
+    "press the red button",
+    "naïve café",
+    "按下红色按钮",
+    "🤖 ok\n\ttab",
+    "<|image_pad|><|im_end|>",
+    "\x00\x7f",
+]
 
 
 @functools.cache
@@ -41,7 +54,7 @@ def batch(instructions=("press the red button", "lift it"), images: int = 2, siz
 
 @functools.cache
 def jitted(name: str, **options):
-    return jax.jit(functools.partial(getattr(vlm, name), config=CONFIG, **options))
+    return jax.jit(functools.partial(getattr(vlm, name), **({"config": CONFIG} | options)), compiler_options=QUICK)
 
 
 def test_a_changed_image_of_one_row_leaves_the_others_bit_unchanged():
@@ -60,9 +73,9 @@ def test_images_attend_within_themselves_and_keep_their_order():
     images = pictures.normalise(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 16, 3), np.uint8))
     encode = jax.jit(lambda images: vision_tower.encode(params()["vision"], CONFIG.vision, images))
     tokens = np.asarray(encode(images))
-    assert tokens.shape == (1, 3, 2, 128)
+    assert tokens.shape == (1, 3, 2, 32)
     np.testing.assert_array_equal(np.asarray(encode(images[:, ::-1])), tokens[:, ::-1])
-    changed = np.asarray(encode(images.at[0, 1].set(0.0)))
+    changed = np.asarray(encode(jnp.asarray(images).at[0, 1].set(0.0)))
     np.testing.assert_array_equal(changed[0, [0, 2]], tokens[0, [0, 2]])
     assert np.abs(changed[0, 1] - tokens[0, 1]).max() > 1e-3
 
@@ -73,7 +86,7 @@ def test_image_tokens_stand_at_their_placeholders():
     encoded = vision_tower.encode(params()["vision"], CONFIG.vision, pictures.normalise(inputs.images))
     for row in range(2):
         is_image = inputs.ids[row] == CONFIG.image_id
-        np.testing.assert_allclose(embedded[row, is_image], np.asarray(encoded[row]).reshape(-1, 128), atol=1e-5)
+        np.testing.assert_allclose(embedded[row, is_image], np.asarray(encoded[row]).reshape(-1, 32), atol=1e-5)
         text = params()["language"]["embedding"][inputs.ids[row, ~is_image]]
         np.testing.assert_array_equal(embedded[row, ~is_image], text)
 
@@ -127,50 +140,31 @@ def test_cached_decoding_with_images_equals_the_full_forward():
 
 def test_greedy_generation_picks_the_likeliest_token_and_stops_at_the_end():
     inputs = batch(("press it", "press the red button"))
-    run = functools.partial(vlm.generate, config=CONFIG, steps=4, pad_id=TOKENIZER.pad_id)
-    free = np.asarray(jax.jit(functools.partial(run, end_id=-1))(params(), inputs=inputs))
+    run = jitted("generate", steps=3, pad_id=TOKENIZER.pad_id)
+    free = np.asarray(run(params(), inputs=inputs, end_id=-1))
+    assert CONFIG.image_id not in free
     for row, length in enumerate(inputs.mask.sum(1)):
-        ids = list(inputs.ids[row, :length])
-        if CONFIG.image_id in free[row]:
-            pytest.fail("the random model says an image; take another seed")
-        for token in free[row]:
-            whole = vlm.prepare(CONFIG, np.array([ids]), np.ones((1, len(ids)), bool), inputs.images[row : row + 1])
-            hidden = vlm.forward(params(), CONFIG, whole)[0, -1]
-            assert int(jnp.argmax(vlm.logits(params(), CONFIG, hidden))) == token
-            ids.append(token)
-    stopped = np.asarray(jax.jit(functools.partial(run, end_id=int(free[0, 1])))(params(), inputs=inputs))
+        ids = np.concatenate([inputs.ids[row, :length], free[row]])[None]
+        whole = vlm.prepare(CONFIG, ids, np.ones_like(ids, bool), inputs.images[row : row + 1])
+        scores = vlm.logits(params(), CONFIG, jitted("forward")(params(), inputs=whole))
+        np.testing.assert_array_equal(np.argmax(scores[0, length - 1 : -1], -1), free[row])
+    stopped = np.asarray(run(params(), inputs=inputs, end_id=int(free[0, 1])))
     end = list(free[0]).index(free[0, 1])
-    assert stopped[0].tolist() == [*free[0, : end + 1], *[TOKENIZER.pad_id] * (3 - end)]
+    assert stopped[0].tolist() == [*free[0, : end + 1], *[TOKENIZER.pad_id] * (2 - end)]
 
 
 def test_bfloat16_is_close_to_float32():
     inputs = batch()
     exact = np.asarray(jitted("forward")(params(), inputs=inputs))
     config = VLMConfig.from_sizes(CONFIG.sizes(), compute_dtype="bfloat16")
-    ours = vlm.forward(params(), config, inputs)
+    ours = jitted("forward", config=config)(params(), inputs=inputs)
     assert ours.dtype == jnp.bfloat16
     error = np.abs(np.asarray(ours, np.float32) - exact)[inputs.mask].max() / np.abs(exact).max()
     assert 1e-4 < error < 0.05
 
 
-def test_every_part_gets_a_finite_gradient():
-    inputs = batch()
-
-    @jax.jit
-    def gradient(params):
-        def loss(params):
-            scores = vlm.logits(params, CONFIG, vlm.forward(params, CONFIG, inputs))
-            picked = jnp.take_along_axis(jax.nn.log_softmax(scores), inputs.ids[..., None], -1)
-            return -jnp.sum(jnp.where(inputs.mask[..., None], picked, 0))
-
-        return jax.grad(loss)(params)
-
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params())):
-        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
-
-
 def test_every_parameter_has_one_rule_and_the_blocks_are_muons():
-    tree = {"vlm": vlm.abstract_params(CONFIG)}
+    tree = {"vlm": {"vision": vision_tower.abstract_params(CONFIG.vision)}}
     matrices = param_axes.map_params(lambda path, rule, leaf: rule.kind == param_axes.MATRIX, tree)["vlm"]["vision"]
     assert jax.tree.leaves(matrices["patch_embedding"]) == [False, False]
     assert matrices["blocks"]["qkv"] == {"kernel": True, "bias": False}
@@ -180,7 +174,7 @@ def test_every_parameter_has_one_rule_and_the_blocks_are_muons():
 
 def test_bytes_round_trip_and_no_text_yields_a_special_id():
     rng = np.random.default_rng(0)
-    codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    codes = np.setdiff1d(np.arange(0x110000), np.arange(0xD800, 0xE000))
     for text in [*TEXTS, *("".join(map(chr, rng.choice(codes, 12))) for _ in range(200))]:
         ids = TOKENIZER.encode(text)
         assert TOKENIZER.decode(ids) == text

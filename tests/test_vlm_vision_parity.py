@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from wallwm_jax.models.convert import qwen3_5_vision
+from wallwm_jax.console import UserError
+from wallwm_jax.models.convert import qwen3_5, qwen3_5_vision, stream
 from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.vlm import images as pictures
-from wallwm_jax.models.vlm import vision_tower
+from wallwm_jax.models.vlm import vision_tower, vlm
 from wallwm_jax.models.vlm.positions import multimodal_positions
+from wallwm_jax.models.vlm.tokenizer import BytesTokenizer, FolderTokenizer, pad, prompt
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
+from wallwm_jax.models.vlm.vlm import VLMConfig
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the parity extra")
 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 from transformers.models.qwen3_5 import modeling_qwen3_5 as twins  # noqa: E402
@@ -38,14 +44,21 @@ VISION = dict(
 
 
 def randomise(twin: torch.nn.Module) -> torch.nn.Module:
-    """Weights of the size that keeps activations near one; norms and biases that matter."""
+    """Norms and biases that matter; branches of the language model scaled as deep models start, by 1 / sqrt(2 depth),
+    and decays of the delta nets near one: else a rounding at the input grows a thousandfold to the output."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in twin.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(-1, 1)
+            elif parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "embed_tokens" in name:
+                parameter.normal_()
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                parameter.mul_(0.25)
     return twin.eval()
 
 
@@ -161,7 +174,7 @@ def test_every_grey_level_is_exactly_the_twins():
 
 TEXT = dict(
     vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+    num_key_value_heads=2, head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
     linear_num_value_heads=4,
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
 )  # fmt: skip
@@ -208,3 +221,164 @@ def test_positions_and_delta_equal_the_twins(grid, padding):
     ours, ours_delta = multimodal_positions(ids, IMAGE, grid, mask)
     np.testing.assert_array_equal(ours, expected.numpy())
     np.testing.assert_array_equal(ours_delta, delta.numpy()[:, 0])
+
+
+def ours_from(twin: torch.nn.Module) -> tuple[dict, VLMConfig, Table]:
+    tensors = {name: value.detach().numpy() for name, value in twin.named_parameters() if name not in tied_names(twin)}
+    table = qwen3_5.table({name: value.shape for name, value in tensors.items()}, twin.config.to_dict())
+    table.check({name: value.shape for name, value in tensors.items()}, "twin")
+    config = VLMConfig.from_sizes(table.sizes, compute_dtype="float32")
+    params = table.to_params(tensors)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, vlm.abstract_params(config))
+    return params, config, table
+
+
+def tied_names(twin: torch.nn.Module) -> set[str]:
+    return {"lm_head.weight"} if twin.config.tie_word_embeddings else set()
+
+
+def batch(config: VLMConfig, size: tuple[int, int], images: int, lengths: list[int], seed: int = 0) -> vlm.Inputs:
+    """Rows of random text with images in it, padded on the right."""
+    rng, tokens = np.random.default_rng(seed), config.image_tokens(*size)
+    ids, mask = pad(BytesTokenizer(), [sequence(rng, length, images, tokens) for length in lengths])
+    return vlm.prepare(config, np.where(mask, ids, 0), mask, random_images((len(lengths), images, *size), seed))
+
+
+def run_twin(
+    twin: torch.nn.Module, inputs: vlm.Inputs, cotangent: np.ndarray, dtype: torch.dtype
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits, and gradients of sum(logits * cotangent) by name."""
+    twin = copy.deepcopy(twin).to(dtype)
+    patches, grids = patches_of(inputs.images.reshape(-1, *inputs.images.shape[2:]))
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype == torch.float64:
+            exactly(patch)
+        output = twin(
+            input_ids=torch.tensor(inputs.ids.astype(np.int64)),
+            attention_mask=torch.tensor(inputs.mask.astype(np.int64)),
+            mm_token_type_ids=torch.tensor((inputs.ids == IMAGE).astype(np.int32)),
+            pixel_values=patches.to(dtype),
+            image_grid_thw=grids,
+        ).logits
+        assert output.dtype == dtype
+        (output * torch.tensor(cotangent).to(dtype)).sum().backward()
+    return output.detach().numpy(), {name: value.grad.numpy() for name, value in twin.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("tied", "size", "images", "lengths"), [(False, (24, 16), 2, [40, 31, 40]), (True, (16, 16), 1, [70, 12])]
+)
+def test_logits_and_gradients_with_images_equal_the_twins(tied, size, images, lengths):
+    twin = make_twin(tied)
+    params, config, table = ours_from(twin)
+    inputs = batch(config, size, images, lengths)
+    shape = (*inputs.ids.shape, TEXT["vocab_size"])
+    cotangent = np.random.default_rng(1).normal(size=shape).astype(np.float32) * inputs.mask[..., None]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, inputs, cotangent):
+        value, pull = jax.vjp(lambda params: vlm.logits(params, config, vlm.forward(params, config, inputs)), params)
+        return value, pull(cotangent)[0]
+
+    ours, grads = jax.device_get(run(params, inputs, cotangent))
+    grads = table.to_tensors(grads)
+    theirs, exact_grads = run_twin(twin, inputs, cotangent, torch.float64)
+    same, twin_grads = run_twin(twin, inputs, cotangent, torch.float32)
+    assert grads.keys() == exact_grads.keys()
+    output = relative_error(ours[inputs.mask], theirs[inputs.mask])
+    errors = {name: relative_error(grad, exact_grads[name]) for name, grad in grads.items()}
+    own = {name: relative_error(grad, exact_grads[name]) for name, grad in twin_grads.items()}
+    worst = max(errors, key=errors.__getitem__)
+    twins_output = relative_error(same[inputs.mask], theirs[inputs.mask])
+    print(
+        f"{size}, tied {tied}: logits {output:.1e} (twin's own {twins_output:.1e}); "
+        f"gradients {errors[worst]:.1e} at {worst} (twin's own {max(own.values()):.1e}, there {own[worst]:.1e})"
+    )
+    assert output <= TOLERANCE
+    assert errors[worst] <= TOLERANCE, worst
+
+
+def test_cached_decoding_with_images_equals_the_full_forward_and_the_twins():
+    twin = make_twin()
+    params, config, _ = ours_from(twin)
+    inputs = batch(config, (24, 16), 1, [17, 24])
+    start = 20
+    first = jax.tree.map(lambda x: x, inputs)._replace(
+        ids=inputs.ids[1:, :start], mask=inputs.mask[1:, :start], positions=inputs.positions[:, 1:, :start],
+        images=inputs.images[1:],
+    )  # fmt: skip
+    whole = vlm.Inputs(inputs.ids[1:], inputs.mask[1:], inputs.positions[:, 1:], inputs.images[1:])
+    assert (whole.ids[:, start:] != IMAGE).all()
+    full = np.asarray(jax.jit(lambda: vlm.logits(params, config, vlm.forward(params, config, whole)))())
+    hidden, cache = jax.jit(functools.partial(vlm.prefill, config=config, slots=24))(params, inputs=first)
+    steps = [hidden]
+    extend = jax.jit(functools.partial(vlm.extend, config=config))
+    for at in range(start, 24):
+        hidden, cache = extend(params, ids=whole.ids[:, at : at + 1], cache=cache)
+        steps.append(hidden)
+    ours = np.asarray(vlm.logits(params, config, np.concatenate(steps, 1)))
+    theirs, _ = run_twin(twin, whole, np.zeros_like(ours), torch.float64)
+    errors = relative_error(ours, full), relative_error(ours, theirs)
+    print("cached decoding: {:.1e} from the full forward, {:.1e} from the twin's".format(*errors))
+    assert max(errors) <= TOLERANCE
+
+
+def test_files_written_by_the_twin_load_and_go_back_byte_for_byte(tmp_path):
+    """A folder saved by transformers, with a tokenizer, through the converter: same logits, same files."""
+    twin = make_twin()
+    twin.save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    stream.import_weights("qwen3_5", tmp_path / "source", tmp_path / "ours")
+    params, config, tokenizer = vlm.load(tmp_path / "ours", "float32")
+    assert (tokenizer.image_id, tokenizer.vocabulary) == (IMAGE, 76)
+    inputs = batch(config, (16, 24), 1, [20, 20])
+    expected, config_in_memory, _ = ours_from(twin)
+    assert config == config_in_memory
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected)
+    ours = np.asarray(jax.jit(lambda: vlm.logits(params, config, vlm.forward(params, config, inputs)))())
+    theirs, _ = run_twin(twin, inputs, np.zeros_like(ours), torch.float64)
+    assert relative_error(ours, theirs) <= TOLERANCE
+    stream.export_weights("qwen3_5", tmp_path / "ours", tmp_path / "back")
+    for file in (tmp_path / "source").iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-pair tokenizer of 70 letters, laid out as the published one: special ids behind its pieces."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789<|>_,.!?-ĠĊABCDEFGHIJKLMNOPQRSTUVWX"[:70]
+    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+
+
+def test_the_folders_tokenizer_is_the_public_one_and_text_yields_no_special_id(tmp_path):
+    write_tokenizer(tmp_path)
+    ours = FolderTokenizer(tmp_path)
+    public = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert (ours.image_id, ours.vision_start_id, ours.end_id, ours.pad_id) == (70, 71, 74, 75)
+    for text in ["press the red button", "lift it, then put it down!", "a\nb  c"]:
+        assert ours.encode(text) == public(text)["input_ids"]
+        assert ours.decode([ours.start_id, *ours.encode(text), ours.end_id]) == text
+    assert ours.encode("") == []
+    for name in ("<|image_pad|>", "<|im_end|>"):
+        assert public(name)["input_ids"] in ([70], [74])
+        assert max(ours.encode(name)) < 70
+        assert ours.decode(ours.encode(name)) == name
+    for images, seen in enumerate(["", "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"]):
+        text = f"<|im_start|>user\n{seen}press it<|im_end|>\n<|im_start|>assistant\n"
+        assert prompt(ours, "press it", images, 2) == public(text)["input_ids"]
+
+
+def test_a_damaged_tokenizer_and_another_models_are_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        FolderTokenizer(tmp_path)
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"has no <\|endoftext\|>; is it Qwen3\.5's"):
+        FolderTokenizer(tmp_path)

@@ -1,11 +1,40 @@
-"""Names and shapes of the Qwen3.5 language model, in the layout of transformers."""
+"""Names and shapes of Qwen3.5, in the layout of transformers: the language model here, the vision tower beside it.
+
+Published weights carry a head that predicts one token further ahead (`mtp.*`). Our model has no use for it; it is kept
+as the parameters "mtp/...", so that going back gives the same files.
+"""
 
 from __future__ import annotations
 
-from wallwm_jax.models.convert.rules import LINEAR, SAME, Reshape, Rule, Shape, Transform, Transpose, chain
-from wallwm_jax.models.vlm.config import LanguageConfig
+from collections.abc import Mapping
+from typing import Any
 
-_EMBEDDING, _NORM, _HEAD = "model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "lm_head.weight"
+from wallwm_jax.models.convert import qwen3_5_vision
+from wallwm_jax.models.convert.rules import (
+    LINEAR,
+    SAME,
+    Reshape,
+    Rule,
+    Shape,
+    Table,
+    Transform,
+    Transpose,
+    chain,
+    read_size,
+    require,
+)
+from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.vlm import VLMConfig
+
+FOLDER = ""
+COMPANIONS = ("tokenizer.json",)
+OPTIONAL = (
+    "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+_EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_NORM = "model.language_model.norm.weight"
 _LAYER = "model.language_model.layers.{}."
 
 _EVERY_LAYER = {
@@ -34,6 +63,30 @@ _FULL = {
     "attention/query_norm/scale": "self_attn.q_norm.weight",
     "attention/key_norm/scale": "self_attn.k_norm.weight",
 }
+_AHEAD = {
+    "fc/kernel": "fc.weight",
+    "norm/scale": "norm.weight",
+    "embedding_norm/scale": "pre_fc_norm_embedding.weight",
+    "hidden_norm/scale": "pre_fc_norm_hidden.weight",
+}
+
+
+def table(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Table:
+    """The rules of a whole Qwen3.5: language model, vision tower and, where the file has it, the `mtp` head.
+
+    Args:
+      shapes: of every tensor in the file.
+      config: its config.json.
+
+    Raises:
+      UserError: another model, or a variant that ours is not.
+    """
+    require(config, "model_type", ["qwen3_5"], None)
+    vlm = VLMConfig.from_json(config)
+    rules = [*language_rules(vlm.language), *qwen3_5_vision.vision_rules(vlm.vision)]
+    if any(name.startswith("mtp.") for name in shapes):
+        rules += _ahead_rules(vlm.language, read_size(config["text_config"], "mtp_num_hidden_layers"))
+    return Table("transformers", vlm.sizes(), tuple(rules), tuple(language_aliases(vlm.language)))
 
 
 def language_rules(config: LanguageConfig, prefix: str = "language/") -> list[Rule]:
@@ -60,6 +113,19 @@ def language_rules(config: LanguageConfig, prefix: str = "language/") -> list[Ru
 def language_aliases(config: LanguageConfig) -> list[tuple[str, str]]:
     """The copy of a tied embedding that a file may hold as its head."""
     return [(_HEAD, _EMBEDDING)] if config.tied else []
+
+
+def _ahead_rules(config: LanguageConfig, layers: int) -> list[Rule]:
+    """The `mtp` head: embedding and features, normed, to the stream; layers with full attention; norm."""
+    width, shapes = config.width, _shapes(config)
+    rules = [
+        Rule(f"mtp.{name}", f"mtp/{path}", *(((width, 2 * width), LINEAR) if "fc/" in path else ((width,), SAME)))
+        for path, name in _AHEAD.items()
+    ]
+    names = _EVERY_LAYER | _FULL
+    return rules + [
+        Rule(f"mtp.layers.{{}}.{name}", f"mtp/layers/{path}", *shapes[path], layers) for path, name in names.items()
+    ]
 
 
 def _shapes(config: LanguageConfig) -> dict[str, tuple[Shape, Transform]]:

@@ -184,9 +184,7 @@ def extend(params: Params, config: VLMConfig, ids: jax.Array, cache: Cache) -> t
     return language_model.extend(params["language"], config.language, ids, cache)
 
 
-def generate(
-    params: Params, config: VLMConfig, inputs: Inputs, *, steps: int, end_id: int, pad_id: int
-) -> jax.Array:
+def generate(params: Params, config: VLMConfig, inputs: Inputs, *, steps: int, end_id: int, pad_id: int) -> jax.Array:
     """The likeliest continuation, token by token: ids `[B, steps]`, `pad_id` after the `end_id` that ends a row."""
     hidden, cache = prefill(params, config, inputs, slots=inputs.ids.shape[1] + steps)
     last = jnp.max(jnp.where(inputs.mask, jnp.arange(inputs.ids.shape[1]), 0), 1)
