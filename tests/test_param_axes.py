@@ -7,6 +7,8 @@ import pytest
 from random_batch import tiny_config
 
 from wallwm_jax.models import param_axes
+from wallwm_jax.models.vlm import language_model
+from wallwm_jax.models.vlm.config import LanguageConfig
 from wallwm_jax.models.world_action_model import abstract_params
 from wallwm_jax.optim.ownership import ADAMW, MatrixSpec
 
@@ -23,7 +25,8 @@ def params():
     model = tiny_config().model.copy_and_resolve_references()
     with model.unlocked():
         model.place_embedding = True
-    return abstract_params(model)
+    language = language_model.abstract_params(LanguageConfig.tiny(tied=False))
+    return {**abstract_params(model), "vlm": {"language": language}}
 
 
 def test_every_parameter_matches_exactly_one_rule_of_its_rank(params):
@@ -65,4 +68,4 @@ def test_decay_spares_biases_norms_and_modulation(params):
 
 
 def test_groups_are_the_top_level_parts(params):
-    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration"}
+    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration", "vlm"}

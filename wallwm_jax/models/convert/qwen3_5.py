@@ -5,7 +5,11 @@ from __future__ import annotations
 from wallwm_jax.models.convert.rules import LINEAR, SAME, Reshape, Rule, Shape, Transform, Transpose, chain
 from wallwm_jax.models.vlm.config import LanguageConfig
 
-_EMBEDDING, _NORM, _HEAD = "model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "lm_head.weight"
+_EMBEDDING, _NORM, _HEAD = (
+    "model.language_model.embed_tokens.weight",
+    "model.language_model.norm.weight",
+    "lm_head.weight",
+)
 _LAYER = "model.language_model.layers.{}."
 
 _EVERY_LAYER = {
