@@ -164,7 +164,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_every_parameter_has_one_rule_and_the_blocks_are_muons():
-    tree = {"vlm": {"vision": vision_tower.abstract_params(CONFIG.vision)}}
+    tree = {"vlm": vlm.abstract_params(CONFIG)}
     matrices = param_axes.map_params(lambda path, rule, leaf: rule.kind == param_axes.MATRIX, tree)["vlm"]["vision"]
     assert jax.tree.leaves(matrices["patch_embedding"]) == [False, False]
     assert matrices["blocks"]["qkv"] == {"kernel": True, "bias": False}

@@ -40,6 +40,8 @@ RULES: dict[str, MeshAxes] = {
             "vocabulary",
             "features",
             "quantile",
+            "tap",
+            "head_dim",
         )
     ),
 }

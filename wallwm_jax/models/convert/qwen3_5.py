@@ -33,8 +33,11 @@ OPTIONAL = (
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
-_EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-_NORM = "model.language_model.norm.weight"
+_EMBEDDING, _NORM, _HEAD = (
+    "model.language_model.embed_tokens.weight",
+    "model.language_model.norm.weight",
+    "lm_head.weight",
+)
 _LAYER = "model.language_model.layers.{}."
 
 _EVERY_LAYER = {

@@ -55,8 +55,8 @@ class LanguageConfig:
         object.__setattr__(self, "mrope_section", tuple(self.mrope_section))  # JSON has lists
         if self.interval < 2 or self.depth % self.interval:
             raise UserError(
-                f"{self.depth} layers with full attention at every {self.interval}-th: the layers must be whole groups of "
-                "at least two"
+                f"{self.depth} layers with full attention at every {self.interval}-th: layers must come in whole "
+                "groups of at least two"
             )
         if self.heads % self.kv_heads or self.linear_value_heads % self.linear_key_heads:
             raise UserError(

@@ -67,34 +67,34 @@ def chunked(
     query, key = (_in_chunks(x, size, 1) for x in (query, key))  # [N, B, H, C, K]
     values, log_decay, beta = (_in_chunks(_by_key_head(x, heads), size, 2) for x in (value, log_decay, beta))
 
-    total = jnp.cumsum(log_decay, -1)  # [N, B, H, R, C]: decay since the chunk began
-    decay = jnp.exp(jnp.where(jnp.tri(size, dtype=bool), total[..., :, None] - total[..., None, :], -jnp.inf))
+    # From token j to token i, [N, B, H, R, C, C]: summed apart, since differences of long sums lose their small digits.
+    between = _einsum("...il,lj->...ij", jnp.tri(size) * log_decay[..., None, :], jnp.tri(size, k=-1))
+    decay = jnp.tri(size) * jnp.exp(between)
+    since_start = jnp.exp(jnp.cumsum(log_decay, -1))
     system = beta[..., None] * decay * _einsum("nbhik,nbhjk->nbhij", key, key)[:, :, :, None]
-    sides = jnp.concatenate([values, jnp.exp(total)[..., None] * key[:, :, :, None]], -1)
+    sides = jnp.concatenate([values, since_start[..., None] * key[:, :, :, None]], -1)
     solved = jax.lax.linalg.triangular_solve(
         system, beta[..., None] * sides, left_side=True, lower=True, unit_diagonal=True
     )
     mixing = decay * _einsum("nbhik,nbhjk->nbhij", query, key)[:, :, :, None]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        query, key, solved, mixing, total = chunk
+        query, key, solved, mixing, since_start, to_end = chunk
         fresh, reading = jnp.split(solved, [value.shape[-1]], -1)
         correction = fresh - _einsum("bhrck,bhrkv->bhrcv", reading, state)
-        out = jnp.exp(total)[..., None] * _einsum("bhck,bhrkv->bhrcv", query, state)
+        out = since_start[..., None] * _einsum("bhck,bhrkv->bhrcv", query, state)
         out = out + _einsum("bhrij,bhrjv->bhriv", mixing, correction)
-        kept = jnp.exp(total[..., -1:] - total)[..., None] * correction
-        state = state * jnp.exp(total[..., -1])[..., None, None] + _einsum("bhck,bhrcv->bhrkv", key, kept)
+        state = state * since_start[..., -1, None, None]
+        state = state + _einsum("bhck,bhrcv->bhrkv", key, to_end[..., None] * correction)
         return state, out
 
     start = state.astype(jnp.float32).reshape(len(state), heads, -1, *state.shape[2:])
-    last, out = jax.lax.scan(step, start, (query, key, solved, mixing, total))
+    last, out = jax.lax.scan(step, start, (query, key, solved, mixing, since_start, decay[..., -1, :]))
     out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, N, C, H, R, V]
     return out.reshape(len(out), -1, *value.shape[2:])[:, :length], last.reshape(state.shape)
 
 
-def causal_conv(
-    x: jax.Array, kernel: jax.Array, before: jax.Array, end: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def causal_conv(x: jax.Array, kernel: jax.Array, before: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Convolves every channel with its own taps over time.
 
     Args:

@@ -112,9 +112,7 @@ class GatedAttention(nnx.Module):
         self.query_norm = OffsetNorm(config.head_dim)
         self.key_norm = OffsetNorm(config.head_dim)
 
-    def __call__(
-        self, x: jax.Array, angles: jax.Array, slots: Slots, before: KeyValue
-    ) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, angles: jax.Array, slots: Slots, before: KeyValue) -> tuple[jax.Array, KeyValue]:
         """`x [B, S, D]` and the keys before it to outputs `[B, S, D]` and the keys of `x` alone.
 
         Args:
@@ -167,9 +165,7 @@ class FullBlock(nnx.Module):
         self.attention = GatedAttention(config, rngs=rngs)
         self.ffn = _feed_forward(config, rngs)
 
-    def __call__(
-        self, x: jax.Array, angles: jax.Array, slots: Slots, before: KeyValue
-    ) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, angles: jax.Array, slots: Slots, before: KeyValue) -> tuple[jax.Array, KeyValue]:
         """As `GatedAttention`, on the stream `[B, S, D]`."""
         update, fresh = self.attention(self.mixer_norm(x), angles, slots, before)
         x = x + update

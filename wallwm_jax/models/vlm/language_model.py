@@ -1,9 +1,9 @@
 """The Qwen3.5 language model: embedding, groups of delta nets closed by full attention, norm, head.
 
 The same function as transformers' Qwen3_5ForCausalLM. Parameters are a nested dict: `embedding [V, D]`, `blocks` with
-`linear` and `full` stacks in the order of the layers, `norm`, and `head` unless tied. Tokens stand in slots: the order of
-the slots is that of causality, the positions that rotate keys are given apart. Padding may stand on either side of a
-text; it leaves no trace.
+the stacks `linear` and `full` in the order of the layers, `norm`, and `head` unless tied. Tokens stand in slots:
+causality goes by the order of the slots, while the positions that rotate keys are given apart. Padding may stand on
+either side of a text; it leaves no trace.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Params = dict[str, Any]
 
 
 class LayerStates(NamedTuple):
-    """States of consecutive layers, stacked in their order; None where there is no layer of the kind.
+    """States of consecutive layers, stacked in their order.
 
-    `linear`: leaves `[L, B, ...]` of the delta nets. `full`: keys and values `[L, B, kv_heads, T, d]`.
+    `linear`: of the delta nets, leaves `[L, B, ...]`. `full`: keys and values `[L, B, kv_heads, T, d]`.
     """
 
-    linear: LinearState | None
-    full: KeyValue | None
+    linear: LinearState
+    full: KeyValue
 
 
 class Cache(NamedTuple):
@@ -90,7 +90,7 @@ def abstract_params(config: LanguageConfig) -> Params:
 
 
 def embed(params: Params, config: LanguageConfig, ids: jax.Array) -> jax.Array:
-    """Embeddings `[B, S, D]` of `ids [B, S]`, in the compute dtype; those of image tokens are the caller's to put in."""
+    """Embeddings `[B, S, D]` of `ids [B, S]`, in the compute dtype; the caller puts in those of images."""
     return params["embedding"][ids].astype(config.compute_dtype)
 
 
@@ -139,9 +139,7 @@ def prefill(
     """
     if slots < inputs.shape[1]:
         raise ValueError(f"{inputs.shape[1]} tokens do not fit into {slots} slots")
-    hidden, states, mask, positions = _run(
-        params, config, inputs, empty_cache(config, len(inputs), 0), positions, mask
-    )
+    hidden, states, mask, positions = _run(params, config, inputs, empty_cache(config, len(inputs), 0), positions, mask)
     return hidden, append(empty_cache(config, len(inputs), slots), states, positions, mask)
 
 
@@ -176,8 +174,8 @@ def run_layers(
 ) -> tuple[jax.Array, LayerStates]:
     """Runs S positions through the layers `first <= layer < last`, after what the cache holds of these layers.
 
-    The cache is read, not changed: a branch with parameters of its own may run from the backbone's cache, range of layers
-    by range of layers, with more positions in later ranges. It needs S free slots, or none at all (`empty_cache` of 0).
+    The cache is read, not changed: a branch with parameters of its own may run from the backbone's cache, one range of
+    layers after the other, with more positions in later ranges. The cache has S free slots, or no slots at all.
 
     Args:
       blocks: `params["blocks"]`, of all layers.
@@ -207,14 +205,17 @@ def run_layers(
         """One group of layers; stacks and states have those of each kind on their leading axis."""
         linear, full = [], []
         for i in range(len(before.linear.state)):
-            block, state = layer_stack.take(stacks[0], i), jax.tree.map(lambda leaf: leaf[i], before.linear)
-            hidden, after = layer_stack.remat(block.__call__, config.remat)(hidden, mask, state)
+            delta_net = layer_stack.remat(layer_stack.take(stacks[0], i).__call__, config.remat)
+            hidden, after = delta_net(hidden, mask, _layer(before.linear, i))
             linear.append(after)
         for i in range(len(before.full.key)):
-            block, kept = layer_stack.take(stacks[1], i), jax.tree.map(lambda leaf: leaf[i], before.full)
-            hidden, fresh = layer_stack.remat(block.__call__, config.remat)(hidden, angles, slots, kept)
+            attention = layer_stack.remat(layer_stack.take(stacks[1], i).__call__, config.remat)
+            hidden, fresh = attention(hidden, angles, slots, _layer(before.full, i))
             full.append(fresh)
-        return hidden, LayerStates(_over_layers(jnp.stack, linear), _over_layers(jnp.stack, full))
+        return hidden, LayerStates(
+            _joined(jnp.stack, linear, before.linear),
+            _joined(jnp.stack, full, before.full),
+        )
 
     linear, full = [], []
     for start, groups, linears, fulls in _groups(first, last, config.interval):
@@ -228,10 +229,14 @@ def run_layers(
             layer_stack.group_leaves(cache.layers.full, at[1], groups, fulls),
         )
         hidden, after = layer_stack.run(step, hidden, stacks, before)
-        after = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after)
+        after = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), after)
         linear += [after.linear] * bool(linears)
         full += [after.full] * bool(fulls)
-    return hidden, LayerStates(_over_layers(jnp.concatenate, linear), _over_layers(jnp.concatenate, full))
+    none = jax.tree.map(lambda leaf: leaf[:0], cache.layers)
+    return hidden, LayerStates(
+        _joined(jnp.concatenate, linear, none.linear),
+        _joined(jnp.concatenate, full, none.full),
+    )
 
 
 def empty_cache(config: LanguageConfig, batch: int, slots: int) -> Cache:
@@ -255,8 +260,6 @@ def append(cache: Cache, states: LayerStates, positions: jax.Array, mask: jax.Ar
       states: of all layers, from `run_layers`.
       positions: `[3, B, S]`. mask: `[B, S]`.
     """
-    assert cache.layers.full is not None
-    assert states.full is not None
     kept = KeyValue(*(written(old, new, cache.used, -2) for old, new in zip(cache.layers.full, states.full)))
     return Cache(
         LayerStates(states.linear, kept),
@@ -295,8 +298,12 @@ def _groups(first: int, last: int, interval: int) -> Iterator[tuple[int, int, in
         first = stop
 
 
-def _over_layers(join: Any, states: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: join(leaves), *states) if states else None
+def _layer(states: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], states)
+
+
+def _joined(join: Any, states: list[Any], none: Any) -> Any:
+    return jax.tree.map(lambda *leaves: join(leaves), *states) if states else none
 
 
 @functools.lru_cache(maxsize=8)
