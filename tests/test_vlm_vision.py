@@ -57,6 +57,11 @@ def jitted(name: str, **options):
     return jax.jit(functools.partial(getattr(vlm, name), **({"config": CONFIG} | options)), compiler_options=QUICK)
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def encode_images(images: jax.Array) -> jax.Array:
+    return vision_tower.encode(params()["vision"], CONFIG.vision, images)
+
+
 def test_a_changed_image_of_one_row_leaves_the_others_bit_unchanged():
     inputs = batch()
     poisoned = inputs.images.copy()
@@ -71,11 +76,10 @@ def test_a_changed_image_of_one_row_leaves_the_others_bit_unchanged():
 
 def test_images_attend_within_themselves_and_keep_their_order():
     images = pictures.normalise(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 16, 3), np.uint8))
-    encode = jax.jit(lambda images: vision_tower.encode(params()["vision"], CONFIG.vision, images))
-    tokens = np.asarray(encode(images))
+    tokens = np.asarray(encode_images(images))
     assert tokens.shape == (1, 3, 2, 32)
-    np.testing.assert_array_equal(np.asarray(encode(images[:, ::-1])), tokens[:, ::-1])
-    changed = np.asarray(encode(jnp.asarray(images).at[0, 1].set(0.0)))
+    np.testing.assert_array_equal(np.asarray(encode_images(images[:, ::-1])), tokens[:, ::-1])
+    changed = np.asarray(encode_images(jnp.asarray(images).at[0, 1].set(0.0)))
     np.testing.assert_array_equal(changed[0, [0, 2]], tokens[0, [0, 2]])
     assert np.abs(changed[0, 1] - tokens[0, 1]).max() > 1e-3
 
@@ -83,7 +87,7 @@ def test_images_attend_within_themselves_and_keep_their_order():
 def test_image_tokens_stand_at_their_placeholders():
     inputs = batch()
     embedded = np.asarray(jitted("embed")(params(), inputs=inputs))
-    encoded = vision_tower.encode(params()["vision"], CONFIG.vision, pictures.normalise(inputs.images))
+    encoded = encode_images(pictures.normalise(inputs.images))
     for row in range(2):
         is_image = inputs.ids[row] == CONFIG.image_id
         np.testing.assert_allclose(embedded[row, is_image], np.asarray(encoded[row]).reshape(-1, 32), atol=1e-5)
@@ -121,21 +125,25 @@ def test_positions_count_on_from_the_longer_side_of_an_image():
     assert delta.tolist() == [6 - 9]
 
 
+def forward_with(inputs: vlm.Inputs, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features `[B, S, D]` of the whole rows, each followed by `more [B, n]`; and where the prompts end, `[B]`."""
+    rows = [[*ids[mask], *tail] for ids, mask, tail in zip(inputs.ids, inputs.mask, more)]
+    whole = vlm.prepare(CONFIG, *pad(TOKENIZER, rows), inputs.images)
+    return np.asarray(jitted("forward")(params(), inputs=whole)), inputs.mask.sum(1)
+
+
 def test_cached_decoding_with_images_equals_the_full_forward():
     inputs = batch(("press it", "press the red button"))
     more = np.random.default_rng(1).integers(0, 256, (2, 3)).astype(np.int32)
-    slots = inputs.ids.shape[1] + 3
-    hidden, cache = jitted("prefill", slots=slots)(params(), inputs=inputs)
-    steps = [hidden]
+    hidden, cache = jitted("prefill", slots=inputs.ids.shape[1] + 3)(params(), inputs=inputs)
+    steps = []
     for token in more.T:
-        hidden, cache = jitted("extend")(params(), ids=token[:, None], cache=cache)
-        steps.append(hidden)
-    for row, length in enumerate(inputs.mask.sum(1)):
-        ids = np.concatenate([inputs.ids[row, :length], more[row]])[None]
-        whole = vlm.prepare(CONFIG, ids, np.ones_like(ids, bool), inputs.images[row : row + 1])
-        full = np.asarray(jitted("forward")(params(), inputs=whole))[0]
-        ours = np.concatenate([np.asarray(steps[0])[row, :length], *(np.asarray(step)[row] for step in steps[1:])])
-        np.testing.assert_allclose(ours, full, atol=2e-5 * np.abs(full).max())
+        step, cache = jitted("extend")(params(), ids=token[:, None], cache=cache)
+        steps.append(step)
+    full, ends = forward_with(inputs, more)
+    for row, end in enumerate(ends):
+        ours = np.concatenate([np.asarray(hidden)[row, :end], *(np.asarray(step)[row] for step in steps)])
+        np.testing.assert_allclose(ours, full[row, : end + 3], atol=2e-5 * np.abs(full).max())
 
 
 def test_greedy_generation_picks_the_likeliest_token_and_stops_at_the_end():
@@ -143,14 +151,13 @@ def test_greedy_generation_picks_the_likeliest_token_and_stops_at_the_end():
     run = jitted("generate", steps=3, pad_id=TOKENIZER.pad_id)
     free = np.asarray(run(params(), inputs=inputs, end_id=-1))
     assert CONFIG.image_id not in free
-    for row, length in enumerate(inputs.mask.sum(1)):
-        ids = np.concatenate([inputs.ids[row, :length], free[row]])[None]
-        whole = vlm.prepare(CONFIG, ids, np.ones_like(ids, bool), inputs.images[row : row + 1])
-        scores = vlm.logits(params(), CONFIG, jitted("forward")(params(), inputs=whole))
-        np.testing.assert_array_equal(np.argmax(scores[0, length - 1 : -1], -1), free[row])
+    full, ends = forward_with(inputs, free)
+    scores = np.asarray(vlm.logits(params(), CONFIG, full))
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(np.argmax(scores[row, end - 1 : end + 2], -1), free[row])
     stopped = np.asarray(run(params(), inputs=inputs, end_id=int(free[0, 1])))
-    end = list(free[0]).index(free[0, 1])
-    assert stopped[0].tolist() == [*free[0, : end + 1], *[TOKENIZER.pad_id] * (2 - end)]
+    kept = list(free[0]).index(free[0, 1]) + 1
+    assert stopped[0].tolist() == [*free[0, :kept], *[TOKENIZER.pad_id] * (3 - kept)]
 
 
 def test_bfloat16_is_close_to_float32():

@@ -45,12 +45,14 @@ VISION = dict(
 
 def randomise(twin: torch.nn.Module) -> torch.nn.Module:
     """Norms and biases that matter; branches of the language model scaled as deep models start, by 1 / sqrt(2 depth),
-    and decays of the delta nets near one: else a rounding at the input grows a thousandfold to the output."""
+    and short steps of the delta nets: else a rounding at the input grows a thousandfold, in the twin as in ours."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if name.endswith("A_log"):
                 parameter.uniform_(-1, 1)
+            elif name.endswith("dt_bias"):
+                parameter.normal_(-2, 0.3)
             elif parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "embed_tokens" in name:
