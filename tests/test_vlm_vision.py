@@ -11,6 +11,8 @@ import pytest
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models import param_axes
+from wallwm_jax.models.convert import qwen3_5, qwen3_5_vision
+from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.vlm import images as pictures
 from wallwm_jax.models.vlm import vision_tower, vlm
 from wallwm_jax.models.vlm.config import LanguageConfig
@@ -224,6 +226,30 @@ def test_images_are_fitted_to_multiples_of_a_token_within_the_area_limits():
         pictures.fit(np.zeros((2, 2, 3)), 16)
 
 
+def test_published_sizes_give_the_published_numbers_of_parameters():
+    """Qwen3.5-0.8B: 873,438,784 values in 488 tensors, of them 752,393,024 in the language model; and the tower of the
+    larger models, here with tokens 2560 wide: 448,931,056 values in 333 tensors."""
+    config = dict(
+        model_type="qwen3_5", image_token_id=248056, tie_word_embeddings=True,
+        text_config=dict(
+            vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+            full_attention_interval=4, num_attention_heads=8, num_key_value_heads=2, head_dim=256,
+            linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128,
+            linear_conv_kernel_dim=4, mtp_num_hidden_layers=1,
+            rope_parameters=dict(mrope_section=[11, 11, 10], rope_theta=1e7, partial_rotary_factor=0.25),
+        ),
+        vision_config=dict(
+            depth=12, hidden_size=768, num_heads=12, intermediate_size=3072, patch_size=16, temporal_patch_size=2,
+            spatial_merge_size=2, out_hidden_size=1024, num_position_embeddings=2304,
+        ),
+    )  # fmt: skip
+    table = qwen3_5.table({"mtp.fc.weight": ()}, config)
+    language = Table("", {}, tuple(rule for rule in table.rules if rule.path.startswith("language/")))
+    tower = Table("", {}, tuple(qwen3_5_vision.vision_rules(VisionConfig(out_width=2560))))
+    counts = [(part.parameters(), sum(len(rule.names()) for rule in part.rules)) for part in (table, language, tower)]
+    assert counts == [(873_438_784, 488), (752_393_024, 320), (448_931_056, 333)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,7 +264,7 @@ def test_images_are_fitted_to_multiples_of_a_token_within_the_area_limits():
 def test_other_towers_are_refused(change, message):
     published = dict(
         depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, in_channels=3, patch_size=16,
-        spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=3584, num_position_embeddings=2304,
+        spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=4096, num_position_embeddings=2304,
         deepstack_visual_indexes=[], hidden_act="gelu_pytorch_tanh",
     )  # fmt: skip
     assert VisionConfig.from_json(published) == VisionConfig()

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -264,7 +265,12 @@ def run_twin(
         ).logits
         assert output.dtype == dtype
         (output * torch.tensor(cotangent).to(dtype)).sum().backward()
-    return output.detach().numpy(), {name: value.grad.numpy() for name, value in twin.named_parameters()}
+    grads = {name: as_numpy(value.grad) for name, value in twin.named_parameters()}
+    return as_numpy(output.detach()), grads
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @pytest.mark.parametrize(
@@ -323,6 +329,23 @@ def test_cached_decoding_with_images_equals_the_full_forward_and_the_twins():
     errors = relative_error(ours, full), relative_error(ours, theirs)
     print("cached decoding: {:.1e} from the full forward, {:.1e} from the twin's".format(*errors))
     assert max(errors) <= TOLERANCE
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_twins():
+    """Weights as published, in bfloat16, computed in bfloat16, against the same weights in float64."""
+    twin = copy.deepcopy(make_twin()).to(torch.bfloat16)
+    _, config, table = ours_from(copy.deepcopy(twin).float())
+    inputs = batch(config, (24, 16), 1, [30, 30])
+    tensors = {name: value.detach().float().numpy() for name, value in twin.named_parameters()}
+    params = table.to_params({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()})
+    config = VLMConfig.from_sizes(config.sizes(), compute_dtype="bfloat16")
+    ours = jax.jit(lambda params: vlm.logits(params, config, vlm.forward(params, config, inputs)))(params)
+    zero = np.zeros(ours.shape, np.float32)
+    exact, _ = run_twin(twin, inputs, zero, torch.float64)
+    theirs, _ = run_twin(twin, inputs, zero, torch.bfloat16)
+    errors = relative_error(ours, exact), relative_error(theirs, exact)
+    print("bfloat16 logits error {:.1e}, twin's own {:.1e}".format(*errors))
+    assert 1e-4 < errors[0] <= 1.5 * errors[1]
 
 
 def test_files_written_by_the_twin_load_and_go_back_byte_for_byte(tmp_path):

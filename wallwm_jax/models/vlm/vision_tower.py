@@ -33,7 +33,7 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of a vision tower; the defaults are those of the largest published ones.
+    """Sizes of a vision tower; the defaults are those of the 9B model's.
 
     Attributes:
       width: of the stream. heads: of the attention. ffn: hidden width. depth: blocks.
@@ -51,7 +51,7 @@ class VisionConfig:
     patch: int = 16
     frames: int = 2
     merge: int = 2
-    out_width: int = 3584
+    out_width: int = 4096
     positions: int = 2304
     compute_dtype: str = "bfloat16"
     remat: str = "none"
