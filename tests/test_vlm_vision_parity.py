@@ -366,6 +366,11 @@ def test_files_written_by_the_twin_load_and_go_back_byte_for_byte(tmp_path):
     stream.export_weights("qwen3_5", tmp_path / "ours", tmp_path / "back")
     for file in (tmp_path / "source").iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+    changed = (tmp_path / "ours" / "tokenizer.json").read_text().replace("<|image_pad|>", "<|x|>")
+    changed = changed.replace("<|vision_end|>", "<|image_pad|>").replace("<|x|>", "<|vision_end|>")
+    (tmp_path / "ours" / "tokenizer.json").write_text(changed)
+    with pytest.raises(UserError, match="images are 72; the model has 80 and 70: they were not published together"):
+        vlm.load(tmp_path / "ours")
 
 
 def write_tokenizer(directory: Path) -> None:

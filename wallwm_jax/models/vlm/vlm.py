@@ -153,7 +153,7 @@ def embed(params: Params, config: VLMConfig, inputs: Inputs) -> jax.Array:
         return embedded
     tokens = vision_tower.encode(params["vision"], config.vision, normalise(inputs.images))
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1]).astype(embedded.dtype)
-    is_image = inputs.ids == config.image_id
+    is_image = (inputs.ids == config.image_id) & inputs.mask
     which = jnp.maximum(jnp.cumsum(is_image, 1) - 1, 0)
     return jnp.where(is_image[..., None], jnp.take_along_axis(tokens, which[..., None], 1), embedded)
 
@@ -184,21 +184,31 @@ def extend(params: Params, config: VLMConfig, ids: jax.Array, cache: Cache) -> t
     return language_model.extend(params["language"], config.language, ids, cache)
 
 
-def generate(params: Params, config: VLMConfig, inputs: Inputs, *, steps: int, end_id: int, pad_id: int) -> jax.Array:
-    """The likeliest continuation, token by token: ids `[B, steps]`, `pad_id` after the `end_id` that ends a row."""
-    hidden, cache = prefill(params, config, inputs, slots=inputs.ids.shape[1] + steps)
-    last = jnp.max(jnp.where(inputs.mask, jnp.arange(inputs.ids.shape[1]), 0), 1)
-    first = jnp.take_along_axis(hidden, last[:, None, None], 1)
+def generate(
+    params: Params, config: VLMConfig, inputs: Inputs, *, steps: int, end_id: jax.Array | int, pad_id: int
+) -> jax.Array:
+    """The likeliest continuation, token by token: ids `[B, steps]`, `pad_id` after the `end_id` that ends a row.
 
-    def step(carry: tuple[jax.Array, Cache, jax.Array], _: None) -> tuple[Any, jax.Array]:
-        hidden, cache, done = carry
+    Stops when every row has ended.
+    """
+    batch, length = inputs.ids.shape
+    hidden, cache = prefill(params, config, inputs, slots=length + steps)
+    last = jnp.max(jnp.where(inputs.mask, jnp.arange(length), 0), 1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)
+
+    def goes_on(carry: tuple[Any, ...]) -> jax.Array:
+        at, _, _, _, done = carry
+        return (at < steps) & ~jnp.all(done)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, tokens, hidden, cache, done = carry
         likeliest = jnp.argmax(logits(params, config, hidden[:, 0]), -1).astype(jnp.int32)
         token = jnp.where(done, pad_id, likeliest)
         hidden, cache = extend(params, config, token[:, None], cache)
-        return (hidden, cache, done | (token == end_id)), token
+        return at + 1, tokens.at[:, at].set(token), hidden, cache, done | (token == end_id)
 
-    _, tokens = jax.lax.scan(step, (first, cache, jnp.zeros(len(first), bool)), None, steps)
-    return tokens.T
+    tokens = jnp.full((batch, steps), pad_id, jnp.int32)
+    return jax.lax.while_loop(goes_on, step, (0, tokens, hidden, cache, jnp.zeros(batch, bool)))[1]
 
 
 def load(
