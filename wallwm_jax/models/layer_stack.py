@@ -45,12 +45,6 @@ def run(
     return jax.lax.scan(body, carry, (states, inputs))
 
 
-def take(blocks: Block, index: int) -> Block:
-    """One block of a stack; of a stack of stacks, one stack."""
-    graph, state = nnx.split(blocks)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
-
-
 def group(blocks: Block, first: int, groups: int, size: int) -> Block:
     """A stack of `groups` stacks of `size` blocks each (0 is allowed): those of a stack from `first` on."""
     graph, state = nnx.split(blocks)

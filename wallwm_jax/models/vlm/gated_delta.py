@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 CHUNK = 64
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # states add up over whole texts
@@ -57,13 +58,13 @@ def recurrent(
 def chunked(
     query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, beta: jax.Array, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`delta_rule` in chunks of `CHUNK` tokens: products of matrices within one, a scan over them.
+    """`delta_rule` in chunks of as many tokens as a key is wide, up to `CHUNK`: matrix products, a scan over chunks.
 
     Within a chunk the corrections u of all tokens solve a triangular system (the paper's section 3.3): u = beta (v -
     decayed S^T k - the corrections of earlier tokens as far as their keys overlap), which is linear in the state.
     """
     length, heads = key.shape[1:3]
-    size = min(CHUNK, length)
+    size = min(CHUNK, key.shape[-1], length)
     query, key = (_in_chunks(x, size, 1) for x in (query, key))  # [N, B, H, C, K]
     values, log_decay, beta = (_in_chunks(_by_key_head(x, heads), size, 2) for x in (value, log_decay, beta))
 
@@ -73,9 +74,7 @@ def chunked(
     since_start = jnp.exp(jnp.cumsum(log_decay, -1))
     system = beta[..., None] * decay * _einsum("nbhik,nbhjk->nbhij", key, key)[:, :, :, None]
     sides = jnp.concatenate([values, since_start[..., None] * key[:, :, :, None]], -1)
-    solved = jax.lax.linalg.triangular_solve(
-        system, beta[..., None] * sides, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = _einsum("...ij,...jv->...iv", _unit_inverse(system), beta[..., None] * sides)
     mixing = decay * _einsum("nbhik,nbhjk->nbhij", query, key)[:, :, :, None]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -111,6 +110,37 @@ def causal_conv(x: jax.Array, kernel: jax.Array, before: jax.Array, end: jax.Arr
     out = sum(x[:, i : i + length].astype(jnp.float32) * kernel[i].astype(jnp.float32) for i in range(taps))
     cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, taps - 1))
     return jnp.asarray(out), cut(x, end).astype(before.dtype)
+
+
+@jax.custom_vjp
+def _unit_inverse(matrix: jax.Array) -> jax.Array:
+    """Inverse of `[..., C, C]`, of which only what is below the diagonal is read; the diagonal is one.
+
+    Inverts diagonal blocks of twice the size at each step: few large products, where a substitution has C small ones.
+    """
+    size = matrix.shape[-1]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
+    block = 1
+    while block < size:
+        at = np.arange(size) // block
+        corners = (at[:, None] % 2 == 1) & (at[None] == at[:, None] - 1)
+        corner = _einsum("...ij,...jk->...ik", inverse, jnp.where(corners, matrix, 0.0))
+        inverse = inverse - _einsum("...ij,...jk->...ik", corner, inverse)
+        block *= 2
+    return inverse
+
+
+def _unit_inverse_forward(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = _unit_inverse(matrix)
+    return inverse, inverse
+
+
+def _unit_inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    of_matrix = -_einsum("...ji,...jk,...lk->...il", inverse, gradient, inverse)
+    return (jnp.where(np.tri(inverse.shape[-1], k=-1, dtype=bool), of_matrix, 0.0),)
+
+
+_unit_inverse.defvjp(_unit_inverse_forward, _unit_inverse_backward)
 
 
 def _by_key_head(x: jax.Array, heads: int) -> jax.Array:

@@ -184,7 +184,7 @@ def run_layers(
       positions: (time, row, column) of each, `[3, B, S]`.
       cache: of all layers, from `prefill`, `extend` or `empty_cache`.
       mask: `[B, S]`, False is padding; None is none.
-      first, last: static; None is the depth.
+      first, last: static, at least one layer; None is the depth.
 
     Returns:
       (stream after layer `last - 1`, states of the layers run: the delta nets' after the last position, and keys and
@@ -199,44 +199,32 @@ def run_layers(
     slots = Slots(cache.used, held[:, None, :] & causal)
     modules = nnx.merge(_graph(config)["blocks"], blocks)
 
-    def step(
-        hidden: jax.Array, stacks: tuple[LinearBlock, FullBlock], before: LayerStates
-    ) -> tuple[jax.Array, LayerStates]:
-        """One group of layers; stacks and states have those of each kind on their leading axis."""
-        linear, full = [], []
-        for i in range(len(before.linear.state)):
-            delta_net = layer_stack.remat(layer_stack.take(stacks[0], i).__call__, config.remat)
-            hidden, after = delta_net(hidden, mask, _layer(before.linear, i))
-            linear.append(after)
-        for i in range(len(before.full.key)):
-            attention = layer_stack.remat(layer_stack.take(stacks[1], i).__call__, config.remat)
-            hidden, fresh = attention(hidden, angles, slots, _layer(before.full, i))
-            full.append(fresh)
-        return hidden, LayerStates(
-            _joined(jnp.stack, linear, before.linear),
-            _joined(jnp.stack, full, before.full),
-        )
+    def linear_layer(hidden: jax.Array, block: tuple[LinearBlock], before: LinearState) -> Any:
+        return layer_stack.remat(block[0].__call__, config.remat)(hidden, mask, before)
 
-    linear, full = [], []
+    def full_layer(hidden: jax.Array, block: tuple[FullBlock], before: KeyValue) -> Any:
+        return layer_stack.remat(block[0].__call__, config.remat)(hidden, angles, slots, before)
+
+    def group(hidden: jax.Array, stacks: tuple[LinearBlock, FullBlock], before: LayerStates) -> Any:
+        hidden, linear = layer_stack.run(linear_layer, hidden, stacks[:1], before.linear)
+        hidden, full = layer_stack.run(full_layer, hidden, stacks[1:], before.full)
+        return hidden, LayerStates(linear, full)
+
+    pieces = []
     for start, groups, linears, fulls in _groups(first, last, config.interval):
-        at = start - start // config.interval, start // config.interval
+        full = start // config.interval
+        linear = start - full
         stacks = (
-            layer_stack.group(modules.linear, at[0], groups, linears),
-            layer_stack.group(modules.full, at[1], groups, fulls),
+            layer_stack.group(modules.linear, linear, groups, linears),
+            layer_stack.group(modules.full, full, groups, fulls),
         )
         before = LayerStates(
-            layer_stack.group_leaves(cache.layers.linear, at[0], groups, linears),
-            layer_stack.group_leaves(cache.layers.full, at[1], groups, fulls),
+            layer_stack.group_leaves(cache.layers.linear, linear, groups, linears),
+            layer_stack.group_leaves(cache.layers.full, full, groups, fulls),
         )
-        hidden, after = layer_stack.run(step, hidden, stacks, before)
-        after = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), after)
-        linear += [after.linear] * bool(linears)
-        full += [after.full] * bool(fulls)
-    none = jax.tree.map(lambda leaf: leaf[:0], cache.layers)
-    return hidden, LayerStates(
-        _joined(jnp.concatenate, linear, none.linear),
-        _joined(jnp.concatenate, full, none.full),
-    )
+        hidden, after = layer_stack.run(group, hidden, stacks, before)
+        pieces.append(jax.tree.map(lambda leaf: leaf.reshape(-1 if leaf.size else 0, *leaf.shape[2:]), after))
+    return hidden, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces)
 
 
 def empty_cache(config: LanguageConfig, batch: int, slots: int) -> Cache:
@@ -296,14 +284,6 @@ def _groups(first: int, last: int, interval: int) -> Iterator[tuple[int, int, in
         groups, fulls = max(groups, 1), int(stop % interval == 0)
         yield first, groups, (stop - first) // groups - fulls, fulls
         first = stop
-
-
-def _layer(states: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], states)
-
-
-def _joined(join: Any, states: list[Any], none: Any) -> Any:
-    return jax.tree.map(lambda *leaves: join(leaves), *states) if states else none
 
 
 @functools.lru_cache(maxsize=8)
