@@ -1,0 +1,286 @@
+"""The language model: its recurrence, padding, caches and ranges of layers all compute one function."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import quick_compilation
+
+from wallwm_jax.console import UserError
+from wallwm_jax.models.convert.qwen3_5 import language_aliases, language_rules
+from wallwm_jax.models.convert.rules import Table
+from wallwm_jax.models.vlm import gated_delta, language_model
+from wallwm_jax.models.vlm.config import LanguageConfig
+
+CONFIG = LanguageConfig.tiny(
+    vocabulary=40, width=32, ffn=48, head_dim=16, rotary_dim=12, mrope_section=(2, 2, 2), linear_key_dim=8,
+    linear_value_dim=12,
+)  # fmt: skip
+LENGTH = 21  # chunks are of 8 tokens, as keys are 8 wide
+JSON = dict(
+    model_type="qwen3_5_text", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=8,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_act="silu", linear_conv_kernel_dim=4,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    rope_parameters=dict(rope_type="default", rope_theta=10000, partial_rotary_factor=0.75, mrope_section=[2, 2, 2]),
+    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random, no norm or bias at its starting value."""
+    rng = np.random.default_rng(0)
+    shapes = language_model.abstract_params(CONFIG)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(
+            rng.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if "kernel" in str(path) else 0.5), jnp.float32
+        ),
+        shapes,
+    )
+
+
+def embeddings(length: int = LENGTH, rows: int = 2) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (rows, length, CONFIG.width))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def prefill(params, inputs, mask, config=CONFIG, slots=LENGTH):
+    return language_model.prefill(params, config, inputs, slots=slots, mask=mask)
+
+
+@jax.jit
+def extend(params, inputs, cache):
+    return language_model.extend(params, CONFIG, inputs, cache)
+
+
+def relative_error(ours, theirs) -> float:
+    return float(jnp.abs(jnp.asarray(ours) - theirs).max() / jnp.abs(theirs).max())
+
+
+def worst(ours, theirs) -> float:
+    return max(jax.tree.leaves(jax.tree.map(relative_error, ours, theirs)))
+
+
+def delta_inputs(length: int, decay: float) -> tuple[jax.Array, ...]:
+    """Two rows, 2 key heads for 4 value heads; the state is not zero before the first token."""
+    rng = np.random.default_rng(length)
+    query, key = (rng.normal(size=(2, length, 2, 8)) for _ in range(2))
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    value, state = rng.normal(size=(2, length, 4, 6)), rng.normal(size=(2, 4, 8, 6))
+    log_decay, beta = -decay * rng.random((2, length, 4)), rng.random((2, length, 4))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (query, key, value, log_decay, beta, state))
+
+
+def delta_by_definition(query, key, value, log_decay, beta, state):
+    """Token after token, head after head, in float64."""
+    query, key, value, log_decay, beta, state = (
+        np.array(x, np.float64) for x in (query, key, value, log_decay, beta, state)
+    )
+    out = np.zeros_like(value)
+    for row, t, head in np.ndindex(*value.shape[:3]):
+        q, k, held = query[row, t, head // 2], key[row, t, head // 2], state[row, head]
+        held *= np.exp(log_decay[row, t, head])
+        held += beta[row, t, head] * np.outer(k, value[row, t, head] - held.T @ k)
+        out[row, t, head] = held.T @ q
+    return out, state
+
+
+@pytest.mark.parametrize("decay", [0.1, 30.0])
+def test_chunks_and_recurrence_are_the_delta_rule(decay):
+    inputs = delta_inputs(29, decay)
+    expected = delta_by_definition(*inputs)
+    assert worst(jax.jit(gated_delta.recurrent)(*inputs), expected) < 2e-6
+    assert worst(jax.jit(gated_delta.chunked)(*inputs), expected) < 2e-6
+
+
+def test_two_halves_of_the_delta_rule_make_the_whole():
+    *tokens, state = delta_inputs(29, 1.0)
+    whole, last = gated_delta.delta_rule(*tokens, state)
+    first, state = gated_delta.delta_rule(*(x[:, :13] for x in tokens), state)
+    second, state = gated_delta.delta_rule(*(x[:, 13:] for x in tokens), state)
+    assert relative_error(jnp.concatenate([first, second], 1), whole) < 2e-6
+    assert relative_error(state, last) < 2e-6
+
+
+def test_equal_keys_without_decay_stay_exact():
+    """The hardest system of a chunk: every token corrects what the one before wrote at the same key."""
+    query, key, value, log_decay, beta, state = delta_inputs(32, 0.0)
+    inputs = query, jnp.broadcast_to(key[:, :1], key.shape), value, log_decay, jnp.ones_like(beta), state
+    assert worst(jax.jit(gated_delta.chunked)(*inputs), delta_by_definition(*inputs)) < 2e-6
+
+
+def test_the_convolution_keeps_the_inputs_before_the_end():
+    x, before = np.arange(1.0, 13.0).reshape(2, 3, 2), -np.ones((2, 3, 2))
+    kernel = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [10.0, 0.0]])
+    out, after = gated_delta.causal_conv(*map(jnp.asarray, (x, kernel, before)), jnp.array([0, 2]))
+    np.testing.assert_array_equal(out[0], [[9, -1], [29, 2], [49, 4]])
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_array_equal(after[1], [[-1, -1], [7, 8], [9, 10]])
+
+
+def test_decoding_token_by_token_is_the_full_forward(params):
+    ids = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocabulary)
+    whole, full = prefill(params, ids, None, slots=LENGTH)
+    hidden, cache = prefill(params, ids[:, :16], None, slots=LENGTH)
+    parts = [hidden]
+    for token in range(16, LENGTH):
+        hidden, cache = extend(params, ids[:, token : token + 1], cache)
+        parts.append(hidden)
+    assert relative_error(jnp.concatenate(parts, 1), whole) < 2e-5
+    assert worst(cache.layers, full.layers) < 2e-5
+    assert (int(cache.used), cache.position.tolist()) == (LENGTH, [LENGTH] * 2)
+    logits = language_model.logits(params, CONFIG, whole)
+    assert logits.shape == (2, LENGTH, CONFIG.vocabulary)
+    np.testing.assert_allclose(logits, whole @ params["embedding"].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_no_trace(params, side):
+    """Whatever stands in it, and at whichever side: what follows goes on as after the text alone."""
+    count, inputs = 13, embeddings()
+    real = np.arange(LENGTH) < count if side == "right" else np.arange(LENGTH) >= LENGTH - count
+    mask = jnp.asarray(np.stack([real, np.ones(LENGTH, bool)]))
+    hidden, cache = prefill(params, inputs, mask, slots=LENGTH + 1)
+    poisoned, same = prefill(params, jnp.where(mask[..., None], inputs, 1e4), mask, slots=LENGTH + 1)
+    np.testing.assert_array_equal(poisoned[mask], hidden[mask])
+    jax.tree.map(np.testing.assert_array_equal, same.layers.linear, cache.layers.linear)
+
+    alone, short = prefill(params, inputs[:1, real], None, slots=LENGTH + 1)
+    first = jax.tree.map(lambda leaf: leaf[:, :1], cache.layers.linear)
+    assert relative_error(hidden[:1, real], alone) < 2e-5
+    assert worst(first, short.layers.linear) < 2e-5
+    token = embeddings(1)
+    after = extend(params, token, same)[0][:1]
+    assert relative_error(after, extend(params, token[:1], short)[0]) < 2e-5
+
+
+def test_ranges_of_layers_make_the_whole_stack(params):
+    """Cut inside groups and between them, from a cache, with states of each range alone."""
+    text, more = embeddings(), embeddings(3) + 1.0
+    _, cache = prefill(params, text, None, slots=LENGTH + 3)
+    whole, grown = extend(params, more, cache)
+    positions = jnp.broadcast_to(LENGTH + jnp.arange(3), (3, 2, 3))
+
+    @jax.jit
+    def by_ranges(params, hidden, cache):
+        parts = []
+        for first, last in ((0, 2), (2, 3), (3, 5), (5, 8)):
+            run = functools.partial(language_model.run_layers, first=first, last=last)
+            hidden, states = run(params["blocks"], CONFIG, hidden, positions, cache)
+            parts.append(states)
+        return hidden, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    hidden, states = by_ranges(params, more, cache)
+    normed = hidden / jnp.sqrt(jnp.mean(hidden**2, -1, keepdims=True)) * (1 + params["norm"]["scale"])
+    assert relative_error(normed, whole) < 2e-5
+    joined = language_model.append(cache, states, positions, jnp.ones((2, 3), bool))
+    assert worst(joined.layers, grown.layers) < 2e-5
+    assert joined.position.tolist() == [LENGTH + 3] * 2
+
+
+def test_positions_of_a_picture_move_the_next_text_position(params):
+    picture = np.stack([np.full(6, 4), 4 + np.arange(6) // 3, 4 + np.arange(6) % 3])
+    positions = np.concatenate([np.tile(np.arange(4), (3, 1)), picture], 1)[:, None]
+    inputs = embeddings(10, rows=1)
+    run = jax.jit(lambda positions: language_model.prefill(params, CONFIG, inputs, slots=12, positions=positions))
+    _, cache = run(positions)
+    assert cache.position.tolist() == [7]
+    moved = run(positions + np.array([0, 0, 1])[:, None, None] * (np.arange(10) > 5))[1].layers.full.key
+    assert relative_error(moved[:, :, :, :6], cache.layers.full.key[:, :, :, :6]) == 0.0
+    assert relative_error(moved, cache.layers.full.key) > 0.01
+
+
+def test_bfloat16_is_close_to_float32(params):
+    exact, _ = prefill(params, embeddings(), None)
+    rounded, cache = prefill(params, embeddings(), None, config=LanguageConfig(**vars(CONFIG) | BFLOAT16))
+    assert (rounded.dtype, cache.layers.full.key.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert cache.layers.linear.state.dtype == jnp.float32
+    error = float(jnp.sqrt(jnp.mean((rounded - exact) ** 2) / jnp.mean(exact**2)))
+    assert 1e-3 < error < 0.1
+
+
+BFLOAT16 = dict(compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_every_parameter_has_a_gradient_and_remat_does_not_change_it(params, remat):
+    ids = jax.random.randint(jax.random.key(3), (2, 11), 0, CONFIG.vocabulary)
+    mask = jnp.arange(11) < jnp.array([[11], [6]])
+
+    def gradient(config: LanguageConfig):
+        def loss(params):
+            logits = language_model.logits(params, config, language_model.forward(params, config, ids, mask=mask))
+            return -jnp.mean(jnp.where(mask, jax.nn.log_softmax(logits)[..., 0], 0.0))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, ours = gradient(CONFIG), gradient(LanguageConfig(**vars(CONFIG) | dict(remat=remat)))
+    for leaf in jax.tree.leaves(plain):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+    assert worst(ours, plain) < 2e-5
+
+
+def test_an_untrained_model_knows_nothing():
+    """Its loss is that of a uniform guess within a tenth."""
+    config = LanguageConfig.tiny()
+    params = jax.jit(lambda key: language_model.init(config, key))(jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(3), (1, 9), 0, config.vocabulary)
+    hidden = jax.jit(lambda params: language_model.forward(params, config, ids))(params)
+    loss = -jnp.mean(jax.nn.log_softmax(language_model.logits(params, config, hidden))[..., 7])
+    assert abs(float(loss) - np.log(config.vocabulary)) < 0.1
+
+
+def test_sizes_are_read_from_a_published_config():
+    assert LanguageConfig.from_json(JSON, compute_dtype="float32", tied=True) == CONFIG
+    whole = {"text_config": JSON, "tie_word_embeddings": True}
+    assert LanguageConfig.from_json(whole, compute_dtype="float32") == CONFIG
+    without = {key: value for key, value in JSON.items() if key != "layer_types"}
+    assert LanguageConfig.from_json({**without, "full_attention_interval": 2}).interval == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(layer_types=["full_attention"] + ["linear_attention"] * 7), "layer_types must be 8 names"),
+        (dict(num_hidden_layers=12), "layer_types must be 12 names"),
+        (dict(layer_types=["linear_attention"] * 8), "whole groups"),
+        (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported"),
+        (dict(model_type="qwen3_5_moe_text"), "model_type"),
+        (dict(head_dim=None), "no 'head_dim'"),
+        (dict(num_key_value_heads=3), "4 heads over 3"),
+        (dict(head_dim=32), "must sum to half of the rotary dimensions, 24 of 32"),
+    ],
+)
+def test_a_model_that_is_not_ours_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        LanguageConfig.from_json({**JSON, **change})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_go_to_parameters_and_back(tied):
+    config = LanguageConfig.from_json(JSON, tied=tied)
+    table = Table("diffusers", {}, tuple(language_rules(config)), tuple(language_aliases(config)))
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=rule.shape) for rule in table.rules for name in rule.names()}
+    assert len(tensors) == (2 if tied else 3) + 6 * 14 + 2 * 11
+    params = table.to_params(tensors)["language"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, language_model.abstract_params(config))
+    name = "model.language_model.layers.{}.linear_attn.conv1d.weight"
+    for stacked, layer in enumerate((0, 1, 2, 4, 5, 6)):
+        kept = params["blocks"]["linear"]["delta"]["conv"][stacked]
+        np.testing.assert_array_equal(kept, tensors[name.format(layer)][:, 0].T)
+    back = table.to_tensors({"language": params})
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value)
