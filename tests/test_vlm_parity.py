@@ -57,8 +57,8 @@ def published(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1)
 
 
-def ours_from(twin: torch.nn.Module) -> tuple[dict, LanguageConfig, Table]:
-    config = LanguageConfig.from_json(twin.config.to_dict(), compute_dtype="float32")
+def ours_from(twin: torch.nn.Module, remat: str = "none") -> tuple[dict, LanguageConfig, Table]:
+    config = LanguageConfig.from_json(twin.config.to_dict(), compute_dtype="float32", remat=remat)
     table = Table("diffusers", {}, tuple(language_rules(config, prefix="")))
     tensors = {published(name): value.detach().numpy() for name, value in twin.named_parameters()}
     table.check({name: value.shape for name, value in tensors.items()}, "the twin")
@@ -108,11 +108,16 @@ def image_positions(length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("length", "rows", "tied", "image"),
-    [(5, "whole", False, False), (64, "left", True, False), (150, "right", False, True), (150, "left", False, False)],
+    ("length", "rows", "tied", "image", "remat"),
+    [
+        (5, "whole", False, False, "none"),
+        (64, "left", True, False, "full"),
+        (150, "right", False, True, "none"),
+        (150, "left", False, False, "selective"),
+    ],
 )
-def test_logits_and_gradients_equal_the_twins(length, rows, tied, image):
-    params, config, table = ours_from(make_twin(tied))
+def test_logits_and_gradients_equal_the_twins(length, rows, tied, image, remat):
+    params, config, table = ours_from(make_twin(tied), remat)
     rng = np.random.default_rng(length)
     ids, mask = rng.integers(0, VOCABULARY, (3, length)), masks(rows, length)
     labels = rng.integers(0, VOCABULARY, ids.shape)
