@@ -7,6 +7,7 @@ against the first; against the second with its own error added, which is as larg
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -158,3 +159,71 @@ def test_logits_and_gradients_equal_the_twins(length, rows, tied, image, remat):
     assert errors[worst] <= TOLERANCE, worst
     for name in errors:
         assert relative_error(grads[name], same_grads[name]) <= TOLERANCE + twins[name], name
+
+
+@pytest.mark.parametrize("rows", ["left", "right"])
+def test_cached_decoding_equals_the_twins_full_forward(rows):
+    """Rows of different lengths, padded, then 20 tokens each, one by one; states and keys are the twin's too."""
+    params, config, _ = ours_from(make_twin())
+    length, more = 75, 20
+    rng = np.random.default_rng(0)
+    mask, ids = masks(rows, length), rng.integers(0, VOCABULARY, (3, length + more))
+    prefill = jax.jit(functools.partial(language_model.prefill, config=config, slots=length + more))
+    extend = jax.jit(functools.partial(language_model.extend, config=config))
+    hidden, cache = prefill(params, inputs=ids[:, :length], mask=mask)
+    parts, start = [hidden], cache
+    for token in range(length, length + more):
+        hidden, cache = extend(params, inputs=ids[:, token : token + 1], cache=cache)
+        parts.append(hidden)
+    ours = language_model.logits(params, config, jnp.concatenate(parts, 1))
+    errors, states = [], []
+    for row in range(3):
+        real = np.concatenate([mask[row], np.ones(more, bool)])
+        exact = run_twin(exact_twin(), input_ids=ids[row : row + 1, real]).detach().numpy()
+        errors.append(relative_error(ours[row, real], exact[0]))
+        memory = transformers.DynamicCache(config=make_twin().config)
+        make_twin()(torch.tensor(ids[row : row + 1, :length][:, mask[row]]), past_key_values=memory)
+        for layer in range(config.depth):
+            index, group = layer - layer // 4, layer // 4
+            if (layer + 1) % 4:
+                theirs = memory.get_recurrent_state(layer, state_idx=0)[0]
+                found = start.layers.linear.state[index, row]
+            else:
+                theirs = memory.layers[layer].keys[0]
+                found = start.layers.full.key[group, row][:, np.flatnonzero(mask[row])]
+            states.append(relative_error(found, theirs.detach().numpy()))
+    print(f"decoding, {rows}: logits {max(errors):.1e}, states and keys {max(states):.1e} (against the float32 twin)")
+    assert max(errors) <= TOLERANCE
+    assert max(states) <= TOLERANCE
+
+
+def test_bfloat16_compute_is_as_near_to_float32_as_the_twins():
+    params, config, _ = ours_from(make_twin())
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 60))
+    exact = run_twin(exact_twin(), input_ids=ids).detach().numpy()
+    rounded = copy.deepcopy(make_twin()).to(torch.bfloat16)
+    theirs = rounded(torch.tensor(ids)).logits.detach().float().numpy()
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+    ours = language_model.logits(params, config, language_model.forward(params, config, ids))
+
+    def spread(logits: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((np.asarray(logits) - exact) ** 2) / np.mean(exact**2)))
+
+    print(f"bfloat16 logits error {spread(ours):.1e}, twin's own {spread(theirs):.1e}, root mean squares")
+    assert 1e-4 < spread(ours) <= 1.2 * spread(theirs)
+
+
+def test_default_sizes_are_those_of_the_twin():
+    with torch.device("meta"):
+        twin = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig())
+    published_sizes = {**twin.config.to_dict()}
+    published_sizes["rope_parameters"] = dict(
+        rope_type="default", rope_theta=10000000, partial_rotary_factor=0.25, mrope_section=[11, 11, 10]
+    )
+    config = LanguageConfig.from_json(published_sizes)
+    assert config == LanguageConfig()
+    leaves = jax.tree.leaves(language_model.abstract_params(config))
+    assert sum(leaf.size for leaf in leaves) == sum(p.numel() for p in twin.parameters()) == 8_953_803_264
+    Table("", {}, tuple(language_rules(config))).check(
+        {published(name): tuple(p.shape) for name, p in twin.named_parameters()}, "the twin"
+    )
