@@ -1,9 +1,10 @@
-"""Packaging of wallwm_jax. Extras: sim (OCBench demos), notebooks, parity, tpu, gpu, dev."""
+"""Packaging of wallwm_jax. Extras: sim (OCBench demos), vlm (Qwen3.5's tokenizer), notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
 SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
+VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
 
 setup(
@@ -39,6 +40,7 @@ setup(
     ],
     extras_require={
         "sim": SIMULATOR,
+        "vlm": VLM,
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
         "tpu": ["jax[tpu]>=0.10.2"],

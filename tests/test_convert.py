@@ -13,13 +13,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from weight_files import TINY_UMT5, TINY_WAN, umt5_shapes, wan_shapes, write_weights
+from weight_files import TINY_QWEN3_5, TINY_UMT5, TINY_WAN, qwen3_5_shapes, umt5_shapes, wan_shapes, write_weights
 
 from configs import base
 from wallwm_jax.console import UserError
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.convert import rules, stream, wan
 from wallwm_jax.models.convert.safetensors_files import Folder
+from wallwm_jax.models.vlm import vlm
+from wallwm_jax.models.vlm.vlm import VLMConfig
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.checkpoint import load_start
 from wallwm_jax.training.train_state import flatten, take_over
@@ -160,6 +162,58 @@ def test_umt5_with_its_tokenizer_and_tied_embedding(tmp_path):
     stream.export_weights("umt5", tmp_path / "ours", tmp_path / "back")
     (tmp_path / "back" / "spiece.model").unlink()
     same_files(tmp_path / "back", source)
+
+
+def write_qwen3_5(directory: Path, config=TINY_QWEN3_5, *, mtp: bool = True, **options) -> Folder:
+    folder = write_weights(directory, qwen3_5_shapes(config, mtp), config, **options)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (directory / name).write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize(("mtp", "tied", "shards"), [(True, False, 3), (False, True, 1)])
+def test_qwen3_5_round_trip_is_byte_identical_with_the_head_that_is_not_used(tmp_path, mtp, tied, shards):
+    config = TINY_QWEN3_5 | {"tie_word_embeddings": tied}
+    dtype = lambda name: "F32" if "A_log" in name else "BF16"  # noqa: E731
+    folder = write_qwen3_5(tmp_path / "source", config, mtp=mtp, dtype=dtype, shards=shards)
+    ahead = [name for name in folder.places if name.startswith("mtp.")]
+    assert len(ahead) == 15 * mtp
+    assert ("lm_head.weight" in folder.places) is not tied
+    summary = stream.import_weights("qwen3_5", tmp_path / "source", tmp_path / "ours")
+    assert summary.parameters == sum(place.size for place in folder.places.values())
+    loaded = stream.load(tmp_path / "ours", "qwen3_5")
+    vlm_config = VLMConfig.from_sizes(loaded.sizes)
+    assert (vlm_config.language.tied, vlm_config.language.mrope_section, vlm_config.image_id) == (tied, (2, 1, 1), 30)
+    model = {part: loaded.params[part] for part in ("language", "vision")}
+    expected = jax.tree.map(lambda leaf: leaf.shape, vlm.abstract_params(vlm_config))
+    assert jax.tree.map(lambda leaf: leaf.shape, model) == expected
+    assert ("mtp" in loaded.params) is mtp
+    stream.export_weights("qwen3_5", tmp_path / "ours", tmp_path / "back")
+    same_files(tmp_path / "back", tmp_path / "source")
+
+
+def test_qwen3_5_is_refused_with_a_missing_left_over_or_misshapen_tensor(tmp_path):
+    shapes = qwen3_5_shapes()
+    name = "model.visual.blocks.1.attn.qkv.bias"
+    for number, (change, message) in enumerate([
+        ({name: None}, f"missing tensor {name!r}"),
+        ({"mtp.layers.0.self_attn.k_norm.weight": None}, r"missing tensor 'mtp\.layers\.0\.self_attn\.k_norm"),
+        ({"model.visual.deepstack.weight": (3,)}, r"left-over tensor 'model\.visual\.deepstack\.weight'"),
+        ({"mtp.fc.weight": (12, 12)}, r"'mtp\.fc\.weight' has shape \[12, 12\], expected \[12, 24\]"),
+        ({"model.visual.patch_embed.proj.weight": (8, 3, 1, 2, 2)}, r"expected \[8, 3, 2, 2, 2\]"),
+    ]):  # fmt: skip
+        changed = {key: shape for key, shape in (shapes | change).items() if shape is not None}
+        write_weights(tmp_path / str(number), changed, TINY_QWEN3_5)
+        with pytest.raises(UserError, match=message):
+            stream.import_weights("qwen3_5", tmp_path / str(number), tmp_path / "ours")
+    write_weights(tmp_path / "bare", shapes, TINY_QWEN3_5)
+    with pytest.raises(UserError, match=r"'tokenizer\.json' is neither in"):
+        stream.import_weights("qwen3_5", tmp_path / "bare", tmp_path / "ours")
+    with pytest.raises(UserError, match="model_type = 'qwen3_5_text' is not supported, only 'qwen3_5'"):
+        qwen3_5_shapes(TINY_QWEN3_5 | {"model_type": "qwen3_5_text"})
+    with pytest.raises(UserError, match="16 wide do not fit a language model of width 12"):
+        qwen3_5_shapes(TINY_QWEN3_5 | {"vision_config": TINY_QWEN3_5["vision_config"] | {"out_hidden_size": 16}})
+    assert not (tmp_path / "ours").exists()
 
 
 def rename(header: str, old: str, new: str) -> str:

@@ -7,6 +7,9 @@ import pytest
 from random_batch import tiny_config
 
 from wallwm_jax.models import param_axes
+from wallwm_jax.models.vlm import language_model, vision_tower
+from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.vision_tower import VisionConfig
 from wallwm_jax.models.world_action_model import abstract_params
 from wallwm_jax.optim.ownership import ADAMW, MatrixSpec
 
@@ -23,7 +26,9 @@ def params():
     model = tiny_config().model.copy_and_resolve_references()
     with model.unlocked():
         model.place_embedding = True
-    return abstract_params(model)
+    language = language_model.abstract_params(LanguageConfig.tiny(tied=False))
+    vision = vision_tower.abstract_params(VisionConfig.tiny())
+    return {**abstract_params(model), "vlm": {"language": language, "vision": vision}}
 
 
 def test_every_parameter_matches_exactly_one_rule_of_its_rank(params):
@@ -65,4 +70,4 @@ def test_decay_spares_biases_norms_and_modulation(params):
 
 
 def test_groups_are_the_top_level_parts(params):
-    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration"}
+    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration", "vlm"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from wallwm_jax.models.convert import umt5, wan, wan_vae
+from wallwm_jax.models.convert import qwen3_5, umt5, wan, wan_vae
 from wallwm_jax.models.convert.rules import Table
 from wallwm_jax.models.convert.safetensors_files import Folder
 
@@ -28,6 +28,20 @@ TINY_UMT5 = dict(
     relative_attention_num_buckets=8, relative_attention_max_distance=16,
 )  # fmt: skip
 
+TINY_QWEN3_5 = dict(
+    model_type="qwen3_5", image_token_id=30, tie_word_embeddings=False,
+    text_config=dict(
+        vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=4, full_attention_interval=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1, linear_num_value_heads=2,
+        linear_key_head_dim=4, linear_value_head_dim=6, linear_conv_kernel_dim=4, mtp_num_hidden_layers=1,
+        rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=1.0, mrope_section=[2, 1, 1]),
+    ),
+    vision_config=dict(
+        depth=2, hidden_size=8, num_heads=2, intermediate_size=10, patch_size=2, temporal_patch_size=2,
+        spatial_merge_size=2, out_hidden_size=12, num_position_embeddings=9,
+    ),
+)  # fmt: skip
+
 
 def wan_shapes(layout: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a Wan transformer, layer by layer as published files have them."""
@@ -38,6 +52,11 @@ def wan_shapes(layout: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
 def umt5_shapes(config: Mapping[str, Any] = TINY_UMT5) -> dict[str, tuple[int, ...]]:
     """Every tensor of a UMT5 encoder, without the tied copy of its embedding."""
     return _shapes(umt5.table({"shared.weight": ()}, config))
+
+
+def qwen3_5_shapes(config: Mapping[str, Any] = TINY_QWEN3_5, mtp: bool = True) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Qwen3.5, without the tied copy of its embedding; `mtp`: with the head of published files."""
+    return _shapes(qwen3_5.table({"mtp.fc.weight": ()} if mtp else {}, config))
 
 
 def wan_vae_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

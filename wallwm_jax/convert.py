@@ -9,6 +9,11 @@ Its video codec, and the text encoder with its tokenizer:
     python -m wallwm_jax.convert wan_vae --source=Wan2.2-TI2V-5B-Diffusers --out=weights/wan22_vae
     python -m wallwm_jax.convert umt5 --source=Wan2.2-TI2V-5B-Diffusers --out=weights/umt5
 
+The vision-language model Qwen3.5 with its tokenizer; the `mtp.*` head of published weights is kept, unused, for the way
+back:
+
+    python -m wallwm_jax.convert qwen3_5 --source=Qwen3.5-4B --out=weights/qwen35_4b
+
 Back to the very same files:
 
     python -m wallwm_jax.convert wan --source=weights/wan22_5b --out=restored --to=safetensors
@@ -24,7 +29,7 @@ from absl import app, flags
 
 from wallwm_jax.console import phase, run_command
 
-_KINDS = ("wan", "wan_vae", "umt5")
+_KINDS = ("wan", "wan_vae", "umt5", "qwen3_5")
 
 
 def _define_flags() -> None:

@@ -46,6 +46,18 @@ def run(
     return jax.lax.scan(body, carry, (states, inputs))
 
 
+def group(blocks: Block, first: int, groups: int, size: int) -> Block:
+    """A stack of `groups` stacks of `size` blocks each (0 is allowed): those of a stack from `first` on."""
+    graph, state = nnx.split(blocks)
+    return nnx.merge(graph, group_leaves(state, first, groups, size))
+
+
+def group_leaves(tree: Any, first: int, groups: int, size: int) -> Any:
+    """Leaves `[L, ...]` to `[groups, size, ...]`: the entries from `first` on."""
+    cut = slice(first, first + groups * size)
+    return jax.tree.map(lambda leaf: leaf[cut].reshape(groups, size, *leaf.shape[1:]), tree)
+
+
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """`function`, with its intermediates recomputed in the backward pass, but for those that `REMAT[policy]` names.
 

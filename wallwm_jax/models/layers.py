@@ -22,13 +22,22 @@ _SUBLANES = 8  # rows of a TPU register: the least that goes through its matrix 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`, computed in `dtype`.
 
-    `std` is the standard deviation of the initial kernel: None gives 1 / sqrt(in), 0 gives zeros.
+    `std` is the standard deviation of the initial kernel: None gives 1 / sqrt(in), 0 gives zeros. `bias` can be absent.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, std: float | None = None):
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        std: float | None = None,
+        bias: bool = True,
+    ):
         std = 1.0 / math.sqrt(fan_in) if std is None else std
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out), jnp.float32) * std)
-        self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,7 +55,8 @@ class Linear(nnx.Module):
         return affine(_FROM_HEADS, x.astype(self.dtype), kernel.reshape(x.shape[-3], x.shape[-1], -1), bias)
 
     def _weights(self) -> tuple[jax.Array, jax.Array]:
-        return self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        bias = jnp.zeros(self.kernel.shape[1:]) if self.bias is None else self.bias[...]
+        return self.kernel[...].astype(self.dtype), bias.astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -85,10 +95,10 @@ class FeedForward(nnx.Module):
 class GatedFeedForward(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.gate = Linear(width, hidden, rngs=rngs, dtype=dtype)
-        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
-        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, bias: bool = True):
+        self.gate = Linear(width, hidden, rngs=rngs, dtype=dtype, bias=bias)
+        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype, bias=bias)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (checkpoint_name(part(x), "ffn") for part in (self.gate, self.up))

@@ -33,8 +33,11 @@ class Rule:
     kind: str
 
 
-_BLOCK = r"(video|action|text)/blocks/"
+_BLOCK = r"(video|action|text|vlm/vision)/blocks/"
 _ATTENTION = _BLOCK + r"(\w*attention/)+"
+_LANGUAGE = r"vlm/language/blocks/(linear|full)/"
+_DELTA = r"vlm/language/blocks/linear/delta/"
+_GATED = r"vlm/language/blocks/full/attention/"
 
 RULES = (
     Rule(_ATTENTION + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
@@ -80,6 +83,32 @@ RULES = (
     Rule(r"duration/down/kernel", ("embed", "quantile"), TABLE),
     Rule(r"duration/up/bias", ("embed",), VECTOR),
     Rule(r"duration/down/bias", ("quantile",), VECTOR),
+    Rule(r"vlm/language/embedding", ("vocabulary", "embed"), TABLE),
+    Rule(r"vlm/language/head/kernel", ("embed", "vocabulary"), TABLE),
+    Rule(r"vlm/language/norm/scale", ("embed",), VECTOR),
+    Rule(_LANGUAGE + r"(mixer|ffn)_norm/scale", ("layers", "embed"), VECTOR),
+    Rule(_LANGUAGE + r"ffn/(up|gate)/kernel", ("layers", "embed", "mlp"), MATRIX),
+    Rule(_LANGUAGE + r"ffn/down/kernel", ("layers", "mlp", "embed"), MATRIX),
+    Rule(_DELTA + r"(qkv|gate|beta|decay)/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(_DELTA + r"output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(_DELTA + r"conv", ("layers", "tap", "heads"), VECTOR),
+    Rule(_DELTA + r"(A_log|dt_bias)", ("layers", "heads"), VECTOR),
+    Rule(_DELTA + r"norm/scale", ("layers", "head_dim"), VECTOR),
+    Rule(_GATED + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(_GATED + r"output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(_GATED + r"(query|key)_norm/scale", ("layers", "head_dim"), VECTOR),
+    Rule(r"vlm/vision/blocks/qkv/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(r"vlm/vision/blocks/qkv/bias", ("layers", "heads"), VECTOR),
+    Rule(r"vlm/vision/blocks/output/kernel", ("layers", "heads", "embed"), MATRIX),
+    Rule(r"vlm/vision/blocks/output/bias", ("layers", "embed"), VECTOR),
+    Rule(r"vlm/vision/patch_embedding/kernel", ("patch", "embed"), TABLE),
+    Rule(r"vlm/vision/patch_embedding/bias", ("embed",), VECTOR),
+    Rule(r"vlm/vision/position_embedding", ("patch", "embed"), VECTOR),
+    Rule(r"vlm/vision/merger/norm/(scale|bias)", ("embed",), VECTOR),
+    Rule(r"vlm/vision/merger/up/kernel", ("embed", "mlp"), TABLE),
+    Rule(r"vlm/vision/merger/up/bias", ("mlp",), VECTOR),
+    Rule(r"vlm/vision/merger/down/kernel", ("mlp", "embed"), TABLE),
+    Rule(r"vlm/vision/merger/down/bias", ("embed",), VECTOR),
 )
 
 
@@ -124,5 +153,5 @@ def decay_mask(params: Any) -> Any:
 
 
 def groups(params: Any) -> Any:
-    """Per leaf its part of the model: "video", "action", "text" or "duration"; stages train and freeze by it."""
+    """Per leaf its part of the model: "video", "action", "text", "duration" or "vlm"; stages train and freeze by it."""
     return map_params(lambda path, rule, leaf: path.split("/", 1)[0], params)

@@ -25,9 +25,9 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def frequencies(dim: int) -> np.ndarray:
+def frequencies(dim: int, theta: float = THETA) -> np.ndarray:
     """Angular frequencies `[dim / 2]` of an axis that owns `dim` dimensions."""
-    return (THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+    return (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
 
 
 def position_angles(position: jax.Array, dim: int) -> jax.Array:

@@ -43,6 +43,8 @@ RULES: dict[str, MeshAxes] = {
             "vocabulary",
             "features",
             "quantile",
+            "tap",
+            "head_dim",
         )
     ),
 }

@@ -122,6 +122,7 @@ class Rule:
       shape: of one tensor in the file.
       transform: from the file's tensor to our parameter (of one layer).
       layers: 0, or the number of tensors stacked on a leading axis.
+      numbers: what "{}" stands for, one per layer; empty counts from 0.
     """
 
     source: str
@@ -129,10 +130,13 @@ class Rule:
     shape: Shape
     transform: Transform = SAME
     layers: int = 0
+    numbers: Shape = ()
 
     def names(self) -> list[str]:
         """The tensors of the file that this parameter needs, layer by layer."""
-        return [self.source.format(layer) for layer in range(self.layers)] if self.layers else [self.source]
+        if not self.layers:
+            return [self.source]
+        return [self.source.format(number) for number in self.numbers or range(self.layers)]
 
     def target_shape(self) -> Shape:
         """Shape of our parameter, with its layer axis."""

@@ -33,11 +33,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from wallwm_jax.console import UserError, progress
-from wallwm_jax.models.convert import umt5, wan, wan_vae
+from wallwm_jax.models.convert import qwen3_5, umt5, wan, wan_vae
 from wallwm_jax.models.convert.rules import Rule, Table
 from wallwm_jax.models.convert.safetensors_files import CONFIG, INDEX_SUFFIX, SUFFIX, Folder
 
-KINDS: dict[str, ModuleType] = {"wan": wan, "wan_vae": wan_vae, "umt5": umt5}
+KINDS: dict[str, ModuleType] = {"wan": wan, "wan_vae": wan_vae, "umt5": umt5, "qwen3_5": qwen3_5}
 PARAMS = "params"
 TENSORS = "tensors.tsv"
 CONVERSION = "conversion.json"
@@ -233,7 +233,8 @@ def _companions(directory: Path, module: ModuleType) -> list[Path]:
                 f"{name!r} is neither in {str(directory)!r} nor in a folder 'tokenizer' beside it; copy it there"
             )
         found.append(paths[0])
-    return found
+    optional = [directory / name for name in getattr(module, "OPTIONAL", ())]
+    return found + [path for path in optional if path.is_file()]
 
 
 def _dtype(rule: Rule, folder: Folder) -> np.dtype:

@@ -1,0 +1,1 @@
+"""The vision-language model: Qwen3.5's layout."""
