@@ -9,6 +9,7 @@ latents, cut at its true duration by masks, so there is one compilation per buck
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from wallwm_jax.models.text.umt5 import CaptionEncoder
 
 SAMPLERS = ("anchored", "symmetric")
+_KEPT_CAPTIONS = 256  # features of 512 tokens of UMT5 take 4 MB
 _LOG_SECONDS = 7.0  # predicted durations stay within 1 ms and 18 minutes, whatever an untrained head says
 
 
@@ -48,6 +50,7 @@ class EventRequest:
       state: `[32]` un-normalised state, and `state_valid` `[32]` bool (`events.actions.state_vector`).
       caption: text of the next event; "" is the null text.
       duration_s: how long the event takes; None asks the model's duration head for its median.
+      first: `[V, h, w, C]` the current frame as `EventMode.encode` fills it in, so that it is encoded only once.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -55,6 +58,7 @@ class EventRequest:
     state_valid: np.ndarray
     caption: str
     duration_s: float | None = None
+    first: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,21 @@ class EventMode:
             seconds = self._actions_per_latent * (bucket - 1) / self.store["action_hz"]
             self.plan([EventRequest(**{**vars(request), "duration_s": seconds})], video=video)
 
+    def encode(self, request: EventRequest) -> EventRequest:
+        """The request with its pictures encoded. Raises UserError: no view of the store, or a bad picture."""
+        return dataclasses.replace(request, first=self._encode(request))
+
+    def check_caption(self, caption: str) -> None:
+        """Raises UserError where a caption is longer than what the model reads; `plan` would cut it."""
+        length, limit = self._texts.tokens(caption), int(self.config.data.text_length)
+        if length > limit:
+            raise UserError(f"the caption has {length} text tokens, the model reads {limit}: {caption[:60]!r}...")
+
+    @property
+    def median(self) -> int:
+        """Which of the duration quantiles is the median."""
+        return int(np.argmin(np.abs(np.asarray(self.config.model.duration_quantiles) - 0.5)))
+
     def durations(self, requests: Sequence[EventRequest]) -> np.ndarray:
         """`[len(requests), Q]` seconds: the quantiles `config.model.duration_quantiles` of each event's duration."""
         chunks = []
@@ -241,6 +260,7 @@ class EventMode:
           UserError: a request has no view of the store, a bad picture, or a duration that is not positive.
         """
         seeds = list(seeds) if seeds is not None else [0] * len(requests)
+        requests = [self.encode(request) for request in requests]
         seconds = self._resolve_durations(requests)
         plans: list[EventPlan] = []
         for start in range(0, len(requests), self.batch_size):
@@ -267,8 +287,7 @@ class EventMode:
             if request.duration_s is not None and not 0.0 < request.duration_s < float("inf"):
                 raise UserError(f"duration {request.duration_s} s of {request.caption!r} must be positive and finite")
         unknown = [request for request in requests if request.duration_s is None]
-        quantiles = np.asarray(self.config.model.duration_quantiles)
-        medians = iter(self.durations(unknown)[:, int(np.argmin(np.abs(quantiles - 0.5)))])
+        medians = iter(self.durations(unknown)[:, self.median])
         return [float(next(medians)) if r.duration_s is None else float(r.duration_s) for r in requests]
 
     def num_actions(self, duration_s: float) -> int:
@@ -330,6 +349,8 @@ class EventMode:
 
     def _encode(self, request: EventRequest) -> np.ndarray:
         """Normalised first latents `[V, h, w, C]` of a request; zeros for an absent view."""
+        if request.first is not None:
+            return request.first
         height, width = self.store["size"]
         pictures = np.zeros((len(self.views), 1, height, width, 3), np.uint8)
         present = [view in request.frames for view in self.views]
@@ -351,6 +372,10 @@ class _ByteTexts:
     def __init__(self, config: ConfigDict) -> None:
         self._length = int(config.data.text_length)
 
+    def tokens(self, caption: str) -> int:
+        """Bytes and the end id."""
+        return len(caption.encode()) + 1
+
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """`text_ids [N, L]`, `text_length [N]`."""
         ids, lengths = zip(*(encode_bytes(caption, self._length) for caption in captions))
@@ -358,14 +383,21 @@ class _ByteTexts:
 
 
 class _FeatureTexts:
-    """Captions as features of the frozen encoder, each encoded once."""
+    """Captions as features of the frozen encoder, each encoded once; beyond `_KEPT_CAPTIONS` the memory begins anew."""
 
     def __init__(self, encoder: CaptionEncoder, config: ConfigDict) -> None:
         self._encoder, self._length = encoder, int(config.data.text_length)
         self._known: dict[str, np.ndarray] = {}
 
+    def tokens(self, caption: str) -> int:
+        """Tokens with the end id, as far as the encoder reads."""
+        self.encode([caption])
+        return len(self._known[caption])
+
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """`text_features [N, L, Dt]`, `text_length [N]`."""
+        if len(self._known) > _KEPT_CAPTIONS:
+            self._known = {}
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         self._known |= dict(zip(new, self._encoder.encode(new)))
         rows = [self._known[caption][: self._length] for caption in captions]

@@ -10,6 +10,8 @@ Loads the averaged parameters and the assets of a run (statistics, cameras, cloc
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,9 @@ class Action:
       grippers: `[T, G]` commanded closing fraction, 0 open to 1 closed.
       duration_s: how long the event takes, as given or as the model thinks; longer than `T` steps where it was cut.
       control_hz: commands per second.
+      duration_quantiles_s: `[Q]` what the model itself thinks, at `config.model.duration_quantiles`.
+      seconds: what the time went into: "encode" the pictures, "model".
+      latents: view name → predicted `[1 + N, h, w, C]` un-normalised latents; None unless asked for.
       video: view name → predicted `[1 + 4N, H, W, 3]` uint8 frames, the observation first; None unless asked for.
     """
 
@@ -61,6 +66,9 @@ class Action:
     grippers: np.ndarray
     duration_s: float
     control_hz: float
+    duration_quantiles_s: np.ndarray
+    seconds: dict[str, float]
+    latents: Mapping[str, np.ndarray] | None = None
     video: dict[str, np.ndarray] | None = None
 
 
@@ -149,7 +157,9 @@ class Policy:
         duration: float | None = None,
         mode: str = "event",
         *,
+        latents: bool = False,
         video: bool = False,
+        seed: int | None = None,
     ) -> Action:
         """Commands for the whole event that `prompt` names, from the current observation on.
 
@@ -158,22 +168,35 @@ class Policy:
           prompt: the next event in words, as the training captions say it.
           duration: seconds; None takes the model's own median.
           mode: "event".
-          video: also return the video that the model predicts.
+          latents: also return the predicted video as latents.
+          video: also return it as pictures.
+          seed: of the sampling noise; by default the next one since `reset`.
 
         Raises:
           UserError: an unknown mode, no known view in the observation, bad pictures, or a bad duration.
         """
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}; this version decodes in mode {', '.join(map(repr, MODES))}")
-        plan = self.event_mode.plan([request(observation, prompt, duration)], seeds=[self._next_seed()], video=video)[0]
+        engine, begun = self.event_mode, time.perf_counter()
+        encoded = engine.encode(request(observation, prompt, duration))
+        ready = time.perf_counter()
+        quantiles = engine.durations([encoded])[0]
+        if duration is None:
+            encoded = dataclasses.replace(encoded, duration_s=float(quantiles[engine.median]))
+        seeds = [self._next_seed() if seed is None else seed]
+        plan = engine.plan([encoded], seeds=seeds, video=latents or video)[0]
+        done = time.perf_counter()
         poses, grippers = absolute_commands(plan.actions, observation.pose)
         return Action(
             actions=plan.actions,
             poses=poses,
             grippers=grippers,
             duration_s=plan.duration_s,
-            control_hz=float(self.event_mode.store["action_hz"]),
-            video=self.event_mode.decode(plan) if video else None,
+            control_hz=float(engine.store["action_hz"]),
+            duration_quantiles_s=quantiles,
+            seconds={"encode": ready - begun, "model": done - ready},
+            latents=plan.latents,
+            video=engine.decode(plan) if video else None,
         )
 
     def _next_seed(self) -> int:
