@@ -117,16 +117,24 @@ class Watched:
 
 
 def watch_episode(
-    env: OCBenchEnv, mode: EventMode, calibration: Calibration, perturbation: str, *, seed: int, level: str
+    env: OCBenchEnv,
+    blind: OCBenchEnv,
+    mode: EventMode,
+    calibration: Calibration,
+    perturbation: str,
+    *,
+    seed: int,
+    level: str,
 ) -> list[Watched]:
     """The expert acts an episode until one event of `level`, drawn by the seed, is perturbed.
 
-    Empty where the expert fails or no event can be perturbed so.
+    It is recorded in `blind`, the same environment without views, and played in `env`. Empty where the expert fails or
+    no event can be perturbed so.
     """
     from wallwm_jax.sources.simulator import expert
     from wallwm_jax.sources.simulator.ocbench_demos import controller_factory
 
-    rollout = expert.roll_out(env, controller_factory(env.env_id), seed, 10**6)
+    rollout = expert.roll_out(blind, controller_factory(env.env_id), seed, 1)
     stride, least = int(mode.store["video_stride"]), int(mode.store["actions_per_latent"])
     events = expert.spans(rollout)[level] if rollout.success else []
     fit = [
@@ -236,7 +244,8 @@ def main(_: list[str]) -> int:
     if not env_ids:
         raise UserError(f"event store {str(store.path)!r} was not recorded in OCBench; name --families")
     mode, used = policy.event_mode, {episode["seed"] for episode in store.episodes}
-    make = functools.cache(lambda env_id: OCBenchEnv(env_id, mode.views, int(store.meta["size"][0])))
+    size = int(store.meta["size"][0])
+    make = functools.cache(lambda env_id: (OCBenchEnv(env_id, mode.views, size), OCBenchEnv(env_id, ())))
     watched: list[Watched] = []
     for number in progress(range(values.episodes), total=values.episodes, unit="episode", label="watch"):
         perturbation = PERTURBATIONS[number % len(PERTURBATIONS)]
@@ -247,7 +256,7 @@ def main(_: list[str]) -> int:
             if (seed := attempt_seed(env_id, values.seed + draw, number)) not in used
         )
         events = (
-            watch_episode(make(env_id), mode, calibration, perturbation, seed=seed, level=values.level)
+            watch_episode(*make(env_id), mode, calibration, perturbation, seed=seed, level=values.level)
             for env_id, seed in jobs
         )
         watched += next(filter(None, events), [])

@@ -188,7 +188,7 @@ class EventWatch:
         return weights / weights.sum()
 
     def _distances(self, blend: np.ndarray) -> np.ndarray:
-        """`[1 + n, K]` relative squared distances of the observed changes from blends `[K, 1 + N]` of predicted ones."""
+        """`[1 + n, K]` relative squared distances of observed changes from blends `[K, 1 + N]` of predicted ones."""
         own = ((blend @ self._gram) * blend).sum(1)
         distances = self._energies[:, None] - 2.0 * self._products @ blend.T + own
         return distances / max(self._gram.diagonal().max(), _TINY)
