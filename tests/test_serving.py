@@ -22,6 +22,7 @@ from tiny_model import quick_compilation, save_run, store_config
 from training_setup import subprocess_environment
 from websockets.exceptions import ConnectionClosed
 
+from wallwm_jax.benchmarks import serving
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.inference.policy import Policy
@@ -428,7 +429,21 @@ def test_progress_runs_with_the_clock_from_nothing_to_done(robot, images, reques
         robot.infer({"executed": {"images": images, "step": 40}})
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- the command and the benchmark
+
+
+def test_the_benchmark_times_each_bucket_by_a_real_client(policy, monkeypatch):
+    monkeypatch.setattr(Policy, "from_checkpoint", lambda *_: policy)
+    found = serving.measure(steps=2, workdir="run")
+    (row,) = found["buckets"]
+    assert (row["latents"], row["actions"], row["feedback"]["seconds"]["count"]) == (3, 16, 8)
+    for kind in ("request", "watch"):
+        assert row[kind]["seconds"]["count"] == 2 and set(row[kind]["parts_ms"]) == {"queue", "encode", "model", "pack"}
+        assert row[kind]["seconds_per_action"] == pytest.approx(row[kind]["seconds"]["median"] / 16)
+        assert sum(row[kind]["parts_ms"].values()) < 1e3 * row[kind]["seconds"]["max"] * 1.5
+    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 8
+    with pytest.raises(UserError, match="serving needs --workdir=RUN"):
+        serving.measure()
 
 
 def test_the_public_client_talks_to_it_unchanged(server, request_, images):
