@@ -13,6 +13,8 @@ from tiny_model import quick_compilation, random_params
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import pack_row
 from wallwm_jax.inference import denoising, unified_mode
+from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.policy import Policy
 from wallwm_jax.inference.unified_mode import History, UnifiedMode
 
 
@@ -32,7 +34,7 @@ def mode(store):
     config = configured(store)
     with config.unlocked():
         config.sampling.update(steps=2, video_steps=2, action_draws=2)
-    return UnifiedMode(random_params(config.model, seed=3), config, store.meta, store.stats)
+    return UnifiedMode(EventMode(random_params(config.model, seed=3), config, store.meta, store.stats))
 
 
 def recorded(store, number):
@@ -120,7 +122,9 @@ def test_the_gradient_of_an_action_loss_reaches_the_conditioning(mode, store):
 
     @jax.jit
     def loss(features):
-        flow = unified_mode._flow(mode.config, 1 + STEPS // 8, mode.params, inputs, task._replace(features=features))
+        flow = unified_mode._flow(
+            mode.config, 1 + STEPS // 8, mode.engine.params, inputs, task._replace(features=features)
+        )
         _, context = flow.context(flow.batch["latents"], jnp.float32(0.357))
         return jnp.mean(flow.action(context, noise, jnp.float32(0.5)) ** 2)
 
@@ -150,8 +154,43 @@ def test_what_does_not_fit_is_an_error(mode, store):
         history.request()
     with pytest.raises(UserError, match=r"latents \[3, 7\] cannot stand for a text"):
         mode.from_latents(jnp.zeros((3, 7)))
-    event_config = configured(store)
-    with event_config.unlocked():
-        event_config.data.window_kind = "event"
     with pytest.raises(UserError, match=r"unified mode needs a model trained with data\.window_kind='history'"):
-        UnifiedMode(mode.params, event_config, store.meta, store.stats)
+        UnifiedMode(EventMode(mode.engine.params, event_config(store), store.meta, store.stats))
+
+
+def event_config(store):
+    config = configured(store)
+    with config.unlocked():
+        config.data.window_kind = "event"
+    return config
+
+
+def test_a_policy_lives_through_chunks(mode, store):
+    """Two chunks: the second sees what the first one did, and the same as an engine that is told by hand."""
+    policy = Policy(mode.engine, seed=4)
+    _, record, episode = recorded(store, 0)
+    picture = {view: record.picture(view, mode.past_frames) for view in store.meta["views"]}
+
+    def seen(step):
+        return SimpleNamespace(frames=picture, pose=episode.poses[step], gripper=episode.grippers[step])
+
+    observation = seen(0)
+    first = policy.infer(observation, "reach", mode="unified")
+    assert len(first.poses) == STEPS and first.duration_s == pytest.approx(STEPS / store.meta["action_hz"])
+    by_hand = History(policy.unified_mode)
+    by_hand.observe(observation)
+    with pytest.raises(UserError, match="a chunk starts from the last observation"):
+        policy.infer(seen(1), "reach", mode="unified")
+    for step, command in enumerate(zip(first.poses, first.grippers), start=1):
+        observation = seen(step)
+        policy.observe(observation, command)
+        by_hand.observe(observation, command)
+    by_hand._chunks = 1
+    second = policy.infer(observation, "reach", mode="unified")
+    told = policy.unified_mode.plan(by_hand.request(), policy.unified_mode.encode_text("reach"), seed=6)
+    np.testing.assert_array_equal(second.actions, told.actions)
+    policy.reset()
+    np.testing.assert_array_equal(policy.infer(seen(0), "reach", mode="unified").actions, first.actions)
+    event = Policy(EventMode(mode.engine.params, event_config(store), store.meta, store.stats))
+    with pytest.raises(UserError, match="was not trained on windows with history"):
+        event.infer(seen(0), "reach", mode="unified")

@@ -171,7 +171,7 @@ class EventMode:
         self.batch_size = batch_size
         self.views = tuple(config.data.views) or tuple(store["views"])
         self.codec = open_codec(store, codec_weights)
-        self._texts = open_captions(config, store, text_weights)
+        self.captions = open_captions(config, store, text_weights)
 
     def with_params(self, params: Any) -> EventMode:
         """The same programs with other parameters (an untrained twin); nothing is compiled again."""
@@ -209,7 +209,7 @@ class EventMode:
 
     def check_caption(self, caption: str) -> None:
         """Raises UserError where a caption is longer than what the model reads; `plan` would cut it."""
-        length, limit = self._texts.tokens(caption), int(self.config.data.text_length)
+        length, limit = self.captions.tokens(caption), int(self.config.data.text_length)
         if length > limit:
             raise UserError(f"the caption has {length} text tokens, the model reads {limit}: {caption[:60]!r}...")
 
@@ -311,9 +311,9 @@ class EventMode:
         self, requests: Sequence[EventRequest], futures: Sequence[int], steps: Sequence[int]
     ) -> dict[str, np.ndarray]:
         """Arrays with leading axis `batch_size`; rows beyond the requests repeat the first one's content."""
-        texts = self._texts.encode([request.caption for request in requests])
+        texts = self.captions.encode([request.caption for request in requests])
         if self.config.sampling.guidance != 1.0:
-            texts |= {f"null_{name}": value for name, value in self._texts.encode([""] * len(requests)).items()}
+            texts |= {f"null_{name}": value for name, value in self.captions.encode([""] * len(requests)).items()}
         first = np.stack([self._encode(request) for request in requests])
         states = np.stack([self.stats.normalize_state(request.state) for request in requests])
         valid = np.stack([request.state_valid for request in requests])

@@ -27,14 +27,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
-from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import ACTION_DIM, absolute_commands, relative_actions, state_vector
 from wallwm_jax.events.windows import GROUP
 from wallwm_jax.inference import denoising
-from wallwm_jax.inference.captions import fit_picture, open_captions
+from wallwm_jax.inference.captions import fit_picture
+from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.samplers import ModelFlow
 from wallwm_jax.models import world_action_model as wam
-from wallwm_jax.models.codecs import open_codec, to_uint8
+from wallwm_jax.models.codecs import to_uint8
 from wallwm_jax.models.world_action_model import TextContext
 
 PyTree = Any
@@ -93,38 +93,22 @@ class UnifiedMode:
     """Runs a world action model that was trained on windows with history; one compiled program for all chunks.
 
     Args:
-      params: parameters of `models.world_action_model` for `config.model`.
-      config: the training config, `config.sampling` included.
-      store: the store's description (`store.json`): views, camera table, codec, clock, history and length of a chunk.
-      stats: normalisation of actions, states and latents.
-      codec_weights, text_weights: folders of the frozen parts that the store was built with, where they have moved.
+      engine: the model in event mode; parameters, codec, captions and statistics are shared.
 
     Raises:
-      UserError: the model was not trained on windows with history, or as `event_mode.EventMode`.
+      UserError: the model was not trained on windows with history.
     """
 
-    def __init__(
-        self,
-        params: PyTree,
-        config: ConfigDict,
-        store: Mapping[str, Any],
-        stats: Stats,
-        *,
-        codec_weights: str = "",
-        text_weights: str = "",
-    ) -> None:
+    def __init__(self, engine: EventMode) -> None:
+        config, store = engine.config, engine.store
         if config.data.window_kind != "history":
             raise UserError(
                 f"unified mode needs a model trained with data.window_kind='history', this one has "
                 f"{config.data.window_kind!r}; build a store with --windows=history and train on it"
             )
-        self.params, self.store, self.stats = params, store, stats
-        self.config = denoising.sampling_config(config)
-        self.views = tuple(config.data.views) or tuple(store["views"])
+        self.engine, self.config = engine, denoising.sampling_config(config)
         self.history, self.chunk = int(store["history_latents"]), int(store["fixed_steps"])
         self.stride = int(store["video_stride"])
-        self.codec = open_codec(store, codec_weights)
-        self._texts = open_captions(config, store, text_weights)
         self._encode_text: Any = jax.jit(functools.partial(_encode_text, self.config))
         self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
         self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
@@ -139,9 +123,17 @@ class UnifiedMode:
         """Programs compiled so far."""
         return sum(program._cache_size() for program in (self._encode_text, self._sample, self._finish))
 
+    def warm_up(self, *, video: bool = False) -> None:
+        """Compiles the programs, with `video` the one that finishes videos too."""
+        shape = (1 + self.past_frames, *self.engine.store["size"], 3)
+        frames = {view: np.zeros(shape, np.uint8) for view in self.engine.views}
+        nothing = np.zeros((0, 1, 4, 4)), np.zeros((0, 1))
+        request = ChunkRequest(frames, np.eye(4)[None], np.zeros(1), *nothing, number=1)
+        self.plan(request, self.encode_text(""), video=video)
+
     def encode_text(self, text: str) -> Conditioning:
         """An instruction as the text encoder of the model's training has it; "" is the null text."""
-        features, length = self._encode_text(self.params, self._texts.encode([text]))
+        features, length = self._encode_text(self.engine.params, self.engine.captions.encode([text]))
         return Conditioning(features, length, self._null())
 
     def from_latents(self, latents: jax.Array) -> Conditioning:
@@ -150,7 +142,7 @@ class UnifiedMode:
         Raises:
           UserError: they are more, or of another width, than a text's features.
         """
-        features, _ = jax.eval_shape(self._encode_text, self.params, self._texts.encode([""]))
+        features, _ = jax.eval_shape(self._encode_text, self.engine.params, self.engine.captions.encode([""]))
         if latents.ndim != 2 or latents.shape[1] != features.shape[1] or len(latents) > len(features):
             raise UserError(
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
@@ -172,15 +164,15 @@ class UnifiedMode:
           UserError: no view of the store, bad pictures, too many commands, or poses of another number of arms.
         """
         inputs = self.inputs(request)
-        latents, actions = self._sample(self.params, inputs, conditioning, np.array([seed], np.uint32))
+        latents, actions = self._sample(self.engine.params, inputs, conditioning, np.array([seed], np.uint32))
         films = None
         if video:
             if self.config.sampling.sampler == "anchored":
-                latents = self._finish(self.params, inputs, conditioning, latents)
-            z = self.stats.denormalize_latents(np.asarray(latents[0]))
-            films = {view: z[v] for v, view in enumerate(self.views) if view in request.frames}
+                latents = self._finish(self.engine.params, inputs, conditioning, latents)
+            z = self.engine.stats.denormalize_latents(np.asarray(latents[0]))
+            films = {view: z[v] for v, view in enumerate(self.engine.views) if view in request.frames}
         future = np.asarray(actions[0])[inputs["past"].shape[1] :][: self.chunk]
-        canonical = self.stats.denormalize_actions(future)
+        canonical = self.engine.stats.denormalize_actions(future)
         canonical = np.where(inputs["state_valid"][0], canonical, 0.0).astype(np.float32)
         poses, grippers = absolute_commands(canonical, request.pose)
         return Chunk(canonical, poses, grippers, films)
@@ -189,7 +181,7 @@ class UnifiedMode:
         """View name → `[1 + 4 (M + N), H, W, 3]` uint8, past and predicted; ValueError for a chunk without latents."""
         if chunk.latents is None:
             raise ValueError("this chunk has no video: ask plan(..., video=True)")
-        return {view: to_uint8(self.codec.decode(latents[None])[0]) for view, latents in chunk.latents.items()}
+        return {view: to_uint8(self.engine.codec.decode(latents[None])[0]) for view, latents in chunk.latents.items()}
 
     def inputs(self, request: ChunkRequest) -> dict[str, np.ndarray]:
         """What the program is told of the past, `denoising.window_batch`; leading axes of one."""
@@ -200,15 +192,15 @@ class UnifiedMode:
         past = np.zeros((room, ACTION_DIM), np.float32)
         if steps := len(request.command_poses):
             relative, _ = relative_actions(request.command_poses, request.command_grippers, request.pose)
-            past[-steps:] = np.where(valid, self.stats.normalize_actions(relative), 0.0)
-        table = self.store["cameras"]
+            past[-steps:] = np.where(valid, self.engine.stats.normalize_actions(relative), 0.0)
+        table = self.engine.store["cameras"]
         return {
             "given": self._encoded(request.frames)[None],
             "past": past[None],
             "past_steps": np.array([steps], np.int32),
-            "state": np.where(valid, self.stats.normalize_state(state), 0.0).astype(np.float32)[None],
+            "state": np.where(valid, self.engine.stats.normalize_state(state), 0.0).astype(np.float32)[None],
             "state_valid": valid[None],
-            "view_id": np.array([[table.get(v, 0) if v in request.frames else 0 for v in self.views]], np.int32),
+            "view_id": np.array([[table.get(v, 0) if v in request.frames else 0 for v in self.engine.views]], np.int32),
             "futures": np.array([self._futures], np.int32),
             "steps": np.array([self.chunk], np.int32),
             "number": np.array([request.number], np.int32),
@@ -216,27 +208,27 @@ class UnifiedMode:
 
     @property
     def _futures(self) -> int:
-        return -(-self.chunk // int(self.store["actions_per_latent"]))
+        return -(-self.chunk // int(self.engine.store["actions_per_latent"]))
 
     def _encoded(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
         """Normalised latents `[V, 1 + M, h, w, C]`; zeros for an absent view."""
-        length, size = 1 + self.past_frames, tuple(self.store["size"])
-        present = np.array([view in frames for view in self.views])
+        length, size = 1 + self.past_frames, tuple(self.engine.store["size"])
+        present = np.array([view in frames for view in self.engine.views])
         if not present.any():
-            raise UserError(f"the history has none of the views {list(self.views)}, only {list(frames)}")
-        videos = np.zeros((len(self.views), length, *size, 3), np.uint8)
-        for v, view in enumerate(self.views):
+            raise UserError(f"the history has none of the views {list(self.engine.views)}, only {list(frames)}")
+        videos = np.zeros((len(self.engine.views), length, *size, 3), np.uint8)
+        for v, view in enumerate(self.engine.views):
             if present[v]:
                 if len(frames[view]) != length:
                     raise UserError(f"view {view!r} has {len(frames[view])} frames; the history is {length}")
                 videos[v] = [fit_picture(frame, size, view) for frame in frames[view]]
-        latents = self.stats.normalize_latents(self.codec.encode(videos))
+        latents = self.engine.stats.normalize_latents(self.engine.codec.encode(videos))
         return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
 
     def _null(self) -> tuple[jax.Array, jax.Array] | None:
         if self.config.sampling.guidance == 1.0:
             return None
-        return self._encode_text(self.params, self._texts.encode([""]))
+        return self._encode_text(self.engine.params, self.engine.captions.encode([""]))
 
 
 class History:
@@ -252,6 +244,17 @@ class History:
         self._commands: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self._mode.past_frames * self._mode.stride)
         self._last: Any = None
         self._step, self._chunks = 0, 0
+
+    def begin(self, observation: Any) -> None:
+        """The observation that a chunk starts from: an episode's first one, or the last that was observed.
+
+        Raises:
+          UserError: it is neither.
+        """
+        if self._last is None:
+            self.observe(observation)
+        elif observation is not self._last:
+            raise UserError("a chunk starts from the last observation: observe() each with the command that led to it")
 
     def observe(self, observation: Any, command: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """One control step: what the robot reports (`policy.Observation`), and the command that led there.

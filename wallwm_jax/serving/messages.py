@@ -15,13 +15,14 @@ from scipy.spatial.transform import Rotation
 
 from wallwm_jax.console import UserError
 from wallwm_jax.events.actions import ARM_DIM
-from wallwm_jax.inference.policy import MODES, Action, Policy
+from wallwm_jax.inference.policy import Action, Policy
 
 ARM_LAYOUT = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 PROTOCOL = 1
 
 _UNIT = 1e-3  # how far a quaternion's length may be from 1
 _GRIPPER = 0.1  # how far a measured closing fraction may lie outside 0..1
+MODES = ("event",)
 _REQUEST = ("images", "state", "prompt", "mode", "duration_s", "frames", "watch", "reset")
 _EXECUTED = ("images", "step")
 
