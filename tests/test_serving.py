@@ -468,6 +468,19 @@ def test_the_public_client_talks_to_it_unchanged(server, request_, images):
     assert "prompt says the next event in words" in found["error"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no workdir given; pass --workdir=DIR"),
+        (["--workdir=.", "--calibrate"], "--calibrate and --store=DIR go together"),
+    ],
+)
+def test_wrong_flags_are_one_line_before_anything_listens(arguments, message):
+    line = [sys.executable, "-m", "wallwm_jax.serve", *arguments]
+    done = subprocess.run(line, env=subprocess_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and "listening" not in done.stdout
+
+
 @pytest.mark.fault
 def test_sigterm_ends_the_command_with_0_after_it_has_served(run, request_):
     line = [sys.executable, "-u", "-m", "wallwm_jax.serve", f"--workdir={run}", "--port=0"]
