@@ -7,7 +7,7 @@ Needs the calibration of `python -m wallwm_jax.serve --calibrate`. The expert ac
 the observation at its start, and the watchdog compares. In each episode one event of at least a whole latent goes
 wrong, and the episode ends there; the events before it are what must not set off the alarm. Perturbations, in turn:
 
-    held         the arm stays where it was when the event began
+    held         arm and gripper are told to stay as they were when the event began
     misled       the arm goes the mirrored way
     open         the gripper is forced open from the event's start; an event in which the expert has it closed
     displaced    halfway, an object is moved by 10 cm; families with loose objects
