@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +23,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 from tiny_model import quick_compilation, save_run, store_config
 from training_setup import subprocess_environment
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from wallwm_jax.benchmarks import serving
 from wallwm_jax.console import UserError
@@ -192,9 +196,6 @@ def test_while_the_programs_compile_health_says_so_and_robots_wait(policy, monke
 
 
 def test_a_page_in_a_browser_is_not_let_in(server):
-    from websockets.exceptions import InvalidStatus
-    from websockets.sync.client import connect
-
     with pytest.raises(InvalidStatus, match="403"):
         connect(f"ws://127.0.0.1:{server.port}", origin="http://example.org")
 
@@ -272,7 +273,7 @@ def as_array(data, dtype, shape):
         (b"", "not msgpack"),
         (b"\x81" * 2000, "not msgpack"),
         (os.urandom(500) + b"\xc1", "."),
-        (as_array(__import__("pickle").dumps(Planted()), "|O", [1]), "never unpickled"),
+        (as_array(pickle.dumps(Planted()), "|O", [1]), "never unpickled"),
         (as_array(b"\0" * 8, "i4,i4", [1]), "never unpickled"),
         (as_array(b"\0" * 8, 7, [1]), "never unpickled"),
         (as_array(b"\0" * 8, "nonsense", [1]), "not msgpack"),
@@ -283,8 +284,6 @@ def as_array(data, dtype, shape):
     ],
 )
 def test_malformed_messages_and_pickles_are_refused(robot, request_, raw, message):
-    import re
-
     robot.socket.send(raw)
     reply = robot.socket.recv()
     assert isinstance(reply, str) and re.search(message, reply)
@@ -344,6 +343,20 @@ def test_too_many_at_once_are_told_that_the_server_is_busy(policy, request_, mon
         free.set()
         assert unpackb(first.socket.recv())["event"]["steps"] == 16
         assert second.infer(request_)["event"]["steps"] == 16
+
+
+def test_a_robot_that_answers_no_ping_is_dropped_and_one_too_many_is_refused(policy):
+    limits = Limits(clients=1, silence_s=0.3)
+    with running(PolicyServer(policy, limits=limits, warm=False)) as server:
+        dead = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        dead.sendall(b"GET / HTTP/1.1\r\nHost: robot\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + key)
+        assert dead.recv(1000).startswith(b"HTTP/1.1 101")
+        with pytest.raises(InvalidStatus, match="503"):
+            Client("127.0.0.1", server.port)
+        while dead.recv(4096):  # until the server hangs up; a timeout would raise
+            pass
+        Client("127.0.0.1", server.port).close()
 
 
 def test_an_error_inside_the_policy_is_told_without_its_insides(policy, request_, monkeypatch, caplog):
@@ -466,6 +479,19 @@ def test_the_public_client_talks_to_it_unchanged(server, request_, images):
     np.testing.assert_array_equal(np.array(found["actions"], np.float32), own["actions"])
     assert found["steps"] == 8 and found["broker"] == found["actions"][:3]
     assert "prompt says the next event in words" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no workdir given; pass --workdir=DIR"),
+        (["--workdir=.", "--calibrate"], "--calibrate and --store=DIR go together"),
+    ],
+)
+def test_wrong_flags_are_one_line_before_anything_listens(arguments, message):
+    line = [sys.executable, "-m", "wallwm_jax.serve", *arguments]
+    done = subprocess.run(line, env=subprocess_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and "listening" not in done.stdout
 
 
 @pytest.mark.fault

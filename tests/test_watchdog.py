@@ -10,7 +10,7 @@ import pytest
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.evaluation import watchdog as evaluation
-from wallwm_jax.evaluation.watchdog import Watched, calibrate, summarize
+from wallwm_jax.evaluation.watchdog import Watched, calibrate, summarize, watch_episode
 from wallwm_jax.models.codecs import get_codec
 from wallwm_jax.serving.watchdog import Calibration, EventWatch
 
@@ -129,3 +129,30 @@ def test_precision_and_recall_by_hand():
     assert found["recall"]["rate"] == 0.5 and found["precision"]["rate"] == 0.5
     assert found["false_alarms"]["rate"] == 1 / 8 and found["false_alarms"]["episodes"] == 8
     assert {name: rate["rate"] for name, rate in found["by_perturbation"].items()} == {"held": 1.0, "open": 0.0}
+
+
+def test_an_episode_goes_as_the_expert_means_it_until_one_event_is_perturbed(monkeypatch):
+    """In OCBench's smallest scene; a stand-in for the model notes how far the pictures of each event have changed."""
+    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+
+    env_id, changes = "block-cpu-lite-single-task1-v0", []
+
+    def predict(mode, asked, *, seed):
+        def observe(step, frames):
+            changes[-1] = np.abs(frames["front_pixels"].astype(float) - asked.frames["front_pixels"]).mean()
+            return SimpleNamespace(worst=changes[-1])
+
+        changes.append(0.0)
+        return SimpleNamespace(observe=observe)
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    mode = SimpleNamespace(store={"video_stride": 2, "actions_per_latent": 8}, max_actions=128)
+    calibration = Calibration(step=7, threshold=0.5, false_alarm_rate=0.05, spread=1.0, events=9, store="store")
+    environments = OCBenchEnv(env_id, ("front_pixels",), 32), OCBenchEnv(env_id, ())
+    watched = watch_episode(*environments, mode, calibration, "open", seed=3, level="action")
+    *before, last = watched
+    assert last.perturbation == "open" and not any(event.perturbation for event in before)
+    assert [event.score for event in watched] == changes and all(
+        event.alarm == (event.score > 0.5) for event in watched
+    )
+    assert last.steps >= 8 and last.verb in ("grasp", "lift", "carry", "lower")  # where the expert holds something

@@ -7,7 +7,7 @@ Needs the calibration of `python -m wallwm_jax.serve --calibrate`. The expert ac
 the observation at its start, and the watchdog compares. In each episode one event of at least a whole latent goes
 wrong, and the episode ends there; the events before it are what must not set off the alarm. Perturbations, in turn:
 
-    held         the arm stays where it was when the event began
+    held         arm and gripper are told to stay as they were when the event began
     misled       the arm goes the mirrored way
     open         the gripper is forced open from the event's start; an event in which the expert has it closed
     displaced    halfway, an object is moved by 10 cm; families with loose objects
@@ -89,7 +89,7 @@ def calibrate(policy: Policy, store: EventStore, *, events: int, false_alarm_rat
     )
 
 
-def predict(mode: EventMode, asked: EventRequest, *, seed: int, spread: float | None = None) -> EventWatch:
+def predict(mode: EventMode, asked: EventRequest, *, seed: int) -> EventWatch:
     """Predicts an event and watches over it."""
     asked = mode.encode(asked)
     (plan,) = mode.plan([asked], seeds=[seed], video=True)
@@ -100,7 +100,6 @@ def predict(mode: EventMode, asked: EventRequest, *, seed: int, spread: float | 
         steps=len(plan.actions),
         seconds=plan.duration_s,
         quantiles_s=mode.durations([asked])[0],
-        spread=spread,
     )
 
 
@@ -143,7 +142,7 @@ def watch_episode(
         if least <= event.length <= mode.max_actions
         and (perturbation != "open" or (rollout.command_grippers[event.start : event.end] > _CLOSED).mean() > 0.5)
     ]
-    if not fit or (perturbation == "displaced" and not _loose_objects(env)):
+    if not fit or (perturbation == "displaced" and not _loose_objects(blind)):
         return []
     chosen = int(np.random.default_rng(seed).choice(fit))
     observation, watched = env.reset(seed), []

@@ -6,6 +6,7 @@ its frames here, too.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from wallwm_jax.console import UserError
@@ -56,7 +57,7 @@ class Session:
             steps=len(action.actions),
             seconds=action.duration_s,
             quantiles_s=action.duration_quantiles_s,
-            spread=self._calibration.spread if self._calibration else None,
+            spread=self._calibration.spread if self._calibration else math.inf,
         )
         quantiles = [float(second) for second in action.duration_quantiles_s]
         event = {

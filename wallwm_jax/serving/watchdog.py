@@ -13,6 +13,7 @@ by `wallwm_jax.evaluation.watchdog` has found it on recorded ones.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class EventWatch:
       steps: control steps of the event.
       seconds: its duration, as planned with.
       quantiles_s: `[Q]` the model's own duration quantiles; their spread around the median is put around `seconds`.
-      spread: of a `Calibration`; None leaves the progress to the clock.
+      spread: of a `Calibration`; infinite leaves the progress to the clock.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class EventWatch:
         steps: int,
         seconds: float,
         quantiles_s: np.ndarray,
-        spread: float | None = None,
+        spread: float = math.inf,
     ) -> None:
-        self.steps, self._spread = steps, spread
+        self.steps, self._seconds, self._spread = steps, seconds, spread
         self._codec, self._size = mode.codec, tuple(mode.store["size"])
         self._stride, self._hz = int(mode.store["video_stride"]), float(mode.store["action_hz"])
         self._frames = {view: [self._picture(frames[view])] for view in latents or ()}
@@ -176,14 +177,12 @@ class EventWatch:
 
     def _weights(self) -> np.ndarray:
         """`[K]` probability of each duration: those count more under which the prediction explains what was seen."""
-        last, seen = len(self._gram) - 1, np.arange(len(self._energies))
+        latents = np.arange(len(self._gram))
         log = np.zeros(len(self._durations))
-        if self._spread and len(seen) > 1:
-            seconds = np.minimum(seen * _GROUP * self._stride, self.steps) / self._hz
-            for n in seen[1:]:
-                place = last * np.minimum(1.0, seconds[n] / self._durations)
-                blend = np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(last + 1)))
-                log -= self._distances(blend)[n] / (2.0 * self._spread)
+        for n in range(1, len(self._energies)):
+            place = np.minimum(latents[-1], n * self._seconds / self._durations)  # of what is seen, in the prediction
+            blend = np.maximum(0.0, 1.0 - np.abs(place[:, None] - latents))
+            log -= self._distances(blend)[n] / (2.0 * self._spread)
         weights = np.exp(log - log.max())
         return weights / weights.sum()
 
