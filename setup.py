@@ -1,7 +1,8 @@
-"""Packaging of wallwm_jax. Extras: sim (OCBench demos), vlm (Qwen3.5's tokenizer), notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
+SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
@@ -45,6 +46,7 @@ setup(
         "parity": PARITY,
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", *NOTEBOOKS],
+        "serve": SERVE,
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", *SERVE, *NOTEBOOKS],
     },
 )

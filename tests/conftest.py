@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import history_windows
 import pytest
 from synthetic import synthetic_episode
 
 from wallwm_jax.data.clusters import cluster_store
+from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.store_writer import StoreOptions, atomic_directory, write_store
 
 
@@ -35,3 +37,11 @@ def clustered_store(small_store, tmp_path_factory) -> Path:
     shutil.copytree(small_store, target)
     cluster_store(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def history_store(tmp_path_factory) -> EventStore:
+    """A store of 4 synthetic episodes with windows of 24 steps after two latents of history, and subtask events."""
+    target = tmp_path_factory.mktemp("stores") / "history"
+    history_windows.build(target)
+    return open_store(target)

@@ -174,7 +174,10 @@ def test_inference_takes_a_run_or_a_config():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["everything"], "say what to measure: python -m wallwm_jax.benchmark {train_step,loader,inference,muon}"),
+        (
+            ["everything"],
+            "say what to measure: python -m wallwm_jax.benchmark {train_step,loader,inference,serving,muon}",
+        ),
         (["loader", "--topology=v5p:2x2x1"], "--topology is not for loader, which takes --config, --steps, --store"),
         (["train_step"], "train_step needs --config=FILE"),
         (["inference", "--store=x"], "inference needs --config=FILE or --workdir=RUN"),

@@ -4,52 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from history_windows import HISTORY, PAST, STEPS, configured
 from random_batch import tiny_config
 from synthetic import synthetic_episode
 from tiny_model import quick_compilation, random_params
 
 from wallwm_jax.console import UserError
-from wallwm_jax.data.clusters import cluster_store
-from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec
 from wallwm_jax.data.pipeline import make_loader
-from wallwm_jax.data.store_writer import StoreOptions, atomic_directory, write_store
 from wallwm_jax.events.actions import relative_actions
 from wallwm_jax.events.windows import cut_windows
 from wallwm_jax.training import objectives
 from wallwm_jax.training.stages import get_stage
 
-HISTORY, STEPS = 2, 24
-PAST = 8 * HISTORY
-
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    target = tmp_path_factory.mktemp("stores") / "history"
-    options = StoreOptions(kinds=("event", "history"), fixed_steps=STEPS, history=HISTORY, latent_sample=16)
-    with atomic_directory(target, overwrite=False) as directory:
-        write_store(directory, (synthetic_episode(seed, steps=64 + 7 * seed) for seed in range(4)), options)
-    cluster_store(target)
-    return open_store(target)
-
-
-def configured(store):
-    config = tiny_config()
-    with config.unlocked():
-        config.data.update(
-            window_kind="history",
-            views=tuple(store.meta["views"]),
-            rows=1,
-            latents_per_row=18,
-            actions_per_row=128,
-            events_per_row=4,
-            text_length=48,
-            workers=0,
-        )
-        config.data.update(fill_target=0.9, draw_block_rows=4)
-        config.model.update(latent_shape=(8, 8), latent_channels=768, patch=(4, 4), max_latents=17)
-        config.objective.action_draws = 1
-    return config
+def store(history_store):
+    return history_store
 
 
 @pytest.fixture(scope="module")

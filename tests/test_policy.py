@@ -92,8 +92,8 @@ def test_duration_is_the_models_own_where_none_is_given_and_video_comes_on_reque
 
 
 def test_errors_name_the_remedy(policy, run, observation, tmp_path):
-    with pytest.raises(UserError, match="unknown mode 'unified'; this version decodes in mode 'event'"):
-        policy.infer(observation, "grasp", mode="unified")
+    with pytest.raises(UserError, match="unknown mode 'chunks'; this version decodes in mode 'event', 'unified'"):
+        policy.infer(observation, "grasp", mode="chunks")
     with pytest.raises(UserError, match="not the workdir of a training run"):
         Policy.from_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no checkpoint at step 3; it has 7"):

@@ -25,17 +25,26 @@ def test_the_table_is_that_of_the_paper_and_its_additions():
         "video": {"video": "T", "action": "-", "text": "T", "duration": "-"},
         "action": {"video": "F", "action": "T", "text": "F", "duration": "T"},
         "joint": {"video": "T", "action": "T", "text": "T", "duration": "T"},
+        "chunk": {"video": "T", "action": "T", "text": "F", "duration": "F"},
     }
     assert {name: stage.losses for name, stage in STAGES.items()} == {
         "video": ("video",),
         "action": ("action", "duration"),
         "joint": ("video", "action", "duration"),
+        "chunk": ("video", "action"),
     }
-    assert [name for name, stage in STAGES.items() if stage.video_sigma == "anchor"] == ["action"]
+    assert {name: stage.video_sigma for name, stage in STAGES.items()} == {
+        "joint": "uniform",
+        "video": "uniform",
+        "action": "anchor",
+        "chunk": "mixed",
+    }
 
 
 def test_an_unknown_stage_is_an_error():
-    with pytest.raises(UserError, match=r"train.stage='vidoe' is not a stage; the stages are joint, video, action"):
+    with pytest.raises(
+        UserError, match=r"train.stage='vidoe' is not a stage; the stages are joint, video, action, chunk"
+    ):
         get_stage("vidoe")
 
 

@@ -17,6 +17,10 @@ Event mode, one event at a time, of a run; or of a config with random parameters
 
     python -m wallwm_jax.benchmark inference --workdir=runs/quickstart/train
 
+The policy server as a robot feels it, through a client on loopback (pip install 'wallwm_jax[serve]'):
+
+    python -m wallwm_jax.benchmark serving --workdir=runs/quickstart/train
+
 Muon on a TPU slice that only the compiler knows, beside optax's, from the compiled programs (pip install "jax[tpu]"):
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
@@ -43,6 +47,7 @@ _PARTS = {
     "train_step": ("config", "steps", "store", "views", "peer"),
     "loader": ("config", "steps", "store"),
     "inference": ("config", "steps", "store", "views", "workdir"),
+    "serving": ("steps", "workdir"),
     "muon": ("model", "topology", "rows"),
 }
 
@@ -54,7 +59,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("store", "", "Event store, made by python -m wallwm_jax.build_events.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
     flags.DEFINE_bool("peer", False, "train_step: time diffusers' twin of the video tower, too (extra parity).")
-    flags.DEFINE_string("workdir", "", "inference: a run of python -m wallwm_jax.train.")
+    flags.DEFINE_string("workdir", "", "inference, serving: a run of python -m wallwm_jax.train.")
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
     flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")

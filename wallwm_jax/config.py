@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,17 @@ def require_directory(path: str, what: str, remedy: str) -> Path:
     if not directory.is_dir():
         raise UserError(f"{what} {str(directory)!r} does not exist; {remedy}")
     return directory
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """{"steps": 20} of --sampling=steps=20; values are Python literals, or words. Raises UserError: no `=`."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--sampling={pair}: write name=value, for example --sampling=steps=20")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found

@@ -21,7 +21,6 @@ and the predicted final frame.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import time
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from wallwm_jax.config import require_directory
+from wallwm_jax.config import require_directory, settings
 from wallwm_jax.console import UserError, phase, run_command
 
 # Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
@@ -107,7 +106,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         policy = Policy.from_checkpoint(
             run,
             batch_size=options.batch,
-            sampling=_settings(options.sampling),
+            sampling=settings(options.sampling),
             seed=options.seed,
             codec_weights=options.codec_weights,
             text_weights=options.text_weights,
@@ -145,20 +144,6 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(directory / RESULT_FILE)
     return result
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """{"steps": 20} of ["steps=20"]; values are Python literals, or words."""
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--sampling={pair}: write name=value, for example --sampling=steps=20")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value
-    return settings
 
 
 def _trials(store: EventStore, options: Options) -> list[Trial]:

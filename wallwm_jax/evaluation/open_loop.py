@@ -133,7 +133,7 @@ def evaluate_open_loop(
         if result.rows and out_of_time():
             break
         records = _readable(store, batches[number], result.bad_records)
-        requests = [_request(store, record) for record in records]
+        requests = [recorded_request(store, record) for record in records]
         seeds = [seed + record.index for record in records]
         plans = mode.plan(requests, seeds=seeds, video=True)
         quantiles = mode.durations(requests)
@@ -196,7 +196,8 @@ def _measure(
     return row, Strip(store.caption(record.caption_id), record.duration_s, views)
 
 
-def _request(store: EventStore, record: WindowRecord) -> EventRequest:
+def recorded_request(store: EventStore, record: WindowRecord) -> EventRequest:
+    """What the model is told of a recorded event: its first frames, state, caption and true length."""
     return EventRequest(
         frames={view: record.picture(view, 0) for view in record.frames},
         state=record.state,

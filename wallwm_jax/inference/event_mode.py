@@ -9,15 +9,14 @@ latents, cut at its true duration by masks, so there is one compilation per buck
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,17 +24,13 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.data.packing import Spec
 from wallwm_jax.events.actions import ACTION_DIM
-from wallwm_jax.inference import samplers
-from wallwm_jax.models import flow_matching
+from wallwm_jax.inference import denoising
+from wallwm_jax.inference.captions import fit_picture, open_captions
+from wallwm_jax.inference.denoising import sampling_config
+from wallwm_jax.inference.samplers import ModelFlow
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.codecs import open_codec, to_uint8
-from wallwm_jax.models.text import open_text_encoder
-from wallwm_jax.models.text.byte_ids import encode_bytes
 
-if TYPE_CHECKING:
-    from wallwm_jax.models.text.umt5 import CaptionEncoder
-
-SAMPLERS = ("anchored", "symmetric")
 _LOG_SECONDS = 7.0  # predicted durations stay within 1 ms and 18 minutes, whatever an untrained head says
 
 
@@ -48,6 +43,7 @@ class EventRequest:
       state: `[32]` un-normalised state, and `state_valid` `[32]` bool (`events.actions.state_vector`).
       caption: text of the next event; "" is the null text.
       duration_s: how long the event takes; None asks the model's duration head for its median.
+      first: `[V, h, w, C]` the current frame as `EventMode.encode` fills it in, so that it is encoded only once.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -55,6 +51,7 @@ class EventRequest:
     state_valid: np.ndarray
     caption: str
     duration_s: float | None = None
+    first: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -95,19 +92,13 @@ def build_programs(config: ConfigDict) -> Programs:
     Raises:
       UserError: an unknown sampler, no draws, or buckets that do not fit the model.
     """
-    if config.sampling.sampler not in SAMPLERS:
-        raise UserError(f"config.sampling.sampler={config.sampling.sampler!r}: one of {', '.join(SAMPLERS)}")
-    if config.sampling.action_draws < 1:
-        raise UserError(f"config.sampling.action_draws={config.sampling.action_draws} must be at least 1")
+    config = sampling_config(config)
     buckets = tuple(sorted(config.sampling.buckets))
     if not buckets or buckets[0] < 2 or buckets[-1] - 1 > config.model.max_latents:
         raise UserError(
             f"config.sampling.buckets={buckets} must lie between 2 and 1 + config.model.max_latents "
             f"= {1 + config.model.max_latents} latents"
         )
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model.sight_cone.on = False  # for training only: at inference all views see each other
     parts = (functools.partial(part, config) for part in (_sample, _finish, _durations))
     return Programs(*(jax.jit(part, static_argnames=("bucket",)) for part in parts))
 
@@ -180,10 +171,7 @@ class EventMode:
         self.batch_size = batch_size
         self.views = tuple(config.data.views) or tuple(store["views"])
         self.codec = open_codec(store, codec_weights)
-        features = config.model.text.kind == "features"
-        self._texts: _ByteTexts | _FeatureTexts = (
-            _FeatureTexts(open_text_encoder(store, text_weights), config) if features else _ByteTexts(config)
-        )
+        self.captions = open_captions(config, store, text_weights)
 
     def with_params(self, params: Any) -> EventMode:
         """The same programs with other parameters (an untrained twin); nothing is compiled again."""
@@ -215,6 +203,21 @@ class EventMode:
             seconds = self._actions_per_latent * (bucket - 1) / self.store["action_hz"]
             self.plan([EventRequest(**{**vars(request), "duration_s": seconds})], video=video)
 
+    def encode(self, request: EventRequest) -> EventRequest:
+        """The request with its pictures encoded. Raises UserError: no view of the store, or a bad picture."""
+        return dataclasses.replace(request, first=self._encode(request))
+
+    def check_caption(self, caption: str) -> None:
+        """Raises UserError where a caption is longer than what the model reads; `plan` would cut it."""
+        length, limit = self.captions.tokens(caption), int(self.config.data.text_length)
+        if length > limit:
+            raise UserError(f"the caption has {length} text tokens, the model reads {limit}: {caption[:60]!r}...")
+
+    @property
+    def median(self) -> int:
+        """Which of the duration quantiles is the median."""
+        return int(np.argmin(np.abs(np.asarray(self.config.model.duration_quantiles) - 0.5)))
+
     def durations(self, requests: Sequence[EventRequest]) -> np.ndarray:
         """`[len(requests), Q]` seconds: the quantiles `config.model.duration_quantiles` of each event's duration."""
         chunks = []
@@ -241,6 +244,7 @@ class EventMode:
           UserError: a request has no view of the store, a bad picture, or a duration that is not positive.
         """
         seeds = list(seeds) if seeds is not None else [0] * len(requests)
+        requests = [self.encode(request) for request in requests]
         seconds = self._resolve_durations(requests)
         plans: list[EventPlan] = []
         for start in range(0, len(requests), self.batch_size):
@@ -267,8 +271,7 @@ class EventMode:
             if request.duration_s is not None and not 0.0 < request.duration_s < float("inf"):
                 raise UserError(f"duration {request.duration_s} s of {request.caption!r} must be positive and finite")
         unknown = [request for request in requests if request.duration_s is None]
-        quantiles = np.asarray(self.config.model.duration_quantiles)
-        medians = iter(self.durations(unknown)[:, int(np.argmin(np.abs(quantiles - 0.5)))])
+        medians = iter(self.durations(unknown)[:, self.median])
         return [float(next(medians)) if r.duration_s is None else float(r.duration_s) for r in requests]
 
     def num_actions(self, duration_s: float) -> int:
@@ -308,9 +311,9 @@ class EventMode:
         self, requests: Sequence[EventRequest], futures: Sequence[int], steps: Sequence[int]
     ) -> dict[str, np.ndarray]:
         """Arrays with leading axis `batch_size`; rows beyond the requests repeat the first one's content."""
-        texts = self._texts.encode([request.caption for request in requests])
+        texts = self.captions.encode([request.caption for request in requests])
         if self.config.sampling.guidance != 1.0:
-            texts |= {f"null_{name}": value for name, value in self._texts.encode([""] * len(requests)).items()}
+            texts |= {f"null_{name}": value for name, value in self.captions.encode([""] * len(requests)).items()}
         first = np.stack([self._encode(request) for request in requests])
         states = np.stack([self.stats.normalize_state(request.state) for request in requests])
         valid = np.stack([request.state_valid for request in requests])
@@ -330,6 +333,8 @@ class EventMode:
 
     def _encode(self, request: EventRequest) -> np.ndarray:
         """Normalised first latents `[V, h, w, C]` of a request; zeros for an absent view."""
+        if request.first is not None:
+            return request.first
         height, width = self.store["size"]
         pictures = np.zeros((len(self.views), 1, height, width, 3), np.uint8)
         present = [view in request.frames for view in self.views]
@@ -337,7 +342,7 @@ class EventMode:
             raise UserError(f"the observation has none of the views {list(self.views)}, only {list(request.frames)}")
         for v, view in enumerate(self.views):
             if present[v]:
-                pictures[v, 0] = _picture(request.frames[view], (height, width), view)
+                pictures[v, 0] = fit_picture(request.frames[view], (height, width), view)
         latents = self.stats.normalize_latents(self.codec.encode(pictures)[:, 0])
         return np.where(np.asarray(present)[:, None, None, None], latents, 0.0)
 
@@ -345,148 +350,43 @@ class EventMode:
         return np.concatenate([rows, np.repeat(rows[:1], self.batch_size - len(rows), axis=0)])
 
 
-class _ByteTexts:
-    """Captions as byte ids."""
-
-    def __init__(self, config: ConfigDict) -> None:
-        self._length = int(config.data.text_length)
-
-    def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """`text_ids [N, L]`, `text_length [N]`."""
-        ids, lengths = zip(*(encode_bytes(caption, self._length) for caption in captions))
-        return {"text_ids": np.stack(ids), "text_length": np.array(lengths, np.int32)}
-
-
-class _FeatureTexts:
-    """Captions as features of the frozen encoder, each encoded once."""
-
-    def __init__(self, encoder: CaptionEncoder, config: ConfigDict) -> None:
-        self._encoder, self._length = encoder, int(config.data.text_length)
-        self._known: dict[str, np.ndarray] = {}
-
-    def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """`text_features [N, L, Dt]`, `text_length [N]`."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
-        self._known |= dict(zip(new, self._encoder.encode(new)))
-        rows = [self._known[caption][: self._length] for caption in captions]
-        features = np.zeros((len(rows), self._length, rows[0].shape[1]), np.float32)
-        for place, row in zip(features, rows):
-            place[: len(row)] = row
-        return {"text_features": features, "text_length": np.array([len(row) for row in rows], np.int32)}
-
-
 def _sample(
     config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], *, bucket: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalised latents `[B, V, bucket, h, w, C]`, left at the anchor by the anchored sampler, and actions
-    `[B, A, 32]` of one event per row: the mean of `sampling.action_draws` draws."""
-    batch = _batch(config, inputs, bucket)
-    flow = _flow(config, params, inputs, batch)
-    latents, actions = _noise(inputs["seed"], batch, config.sampling.action_draws)
-    actions = config.sampling.action_temperature * actions
-    denoise = batch["latent_role"][:, None, :, None, None, None] == samplers.DENOISE_ROLE
-    latents = jnp.where(denoise, latents, batch["latents"])
-    sampling, objective = config.sampling, config.objective
-    if sampling.sampler == "symmetric":
-        sigmas = flow_matching.sigmas(sampling.steps, objective.video_shift)
-        latents, actions = samplers.symmetric(flow, latents, actions, sigmas=sigmas)
-    else:
-        latents, actions = samplers.anchored(
-            flow,
-            latents,
-            actions,
-            video_sigmas=flow_matching.sigmas(sampling.video_steps, objective.video_shift, end=objective.anchor_sigma),
-            action_sigmas=flow_matching.sigmas(sampling.steps, objective.action_shift),
-        )
-    return latents, jnp.mean(actions, 0)
+    return denoising.denoise(config, _flow(config, params, inputs, bucket), inputs["seed"])
 
 
 def _finish(
     config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], latents: jax.Array, *, bucket: int
 ) -> jax.Array:
-    """Denoises the video from the anchor to the end; `latents` as `_sample` returned them."""
-    flow = _flow(config, params, inputs, _batch(config, inputs, bucket))
-    objective = config.objective
-    sigmas = samplers.remaining_sigmas(config.sampling.video_steps, objective.video_shift, objective.anchor_sigma)
-    return samplers.euler(flow.video, latents, sigmas)
-
-
-def _flow(
-    config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], batch: dict[str, jax.Array]
-) -> samplers.ModelFlow:
-    """The model on `batch`, with the null text encoded beside its captions where guidance needs it."""
-    text, null_text, guidance = wam.encode_text(params, config.model, batch), None, float(config.sampling.guidance)
-    if guidance != 1.0:
-        null_text = wam.encode_text(params, config.model, {**batch, **_texts_of(inputs, "null_")})
-    return samplers.ModelFlow(params, config.model, batch, text, null_text, guidance)
+    return denoising.finish(config, _flow(config, params, inputs, bucket), latents)
 
 
 def _durations(config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], *, bucket: int) -> jax.Array:
-    """Log-seconds quantiles `[B, Q]`."""
     batch = _batch(config, inputs, bucket)
     text = wam.encode_text(params, config.model, batch)
     return wam.predict_duration(params, config.model, batch, text)[:, 0]
 
 
+def _flow(config: ConfigDict, params: Any, inputs: Mapping[str, jax.Array], bucket: int) -> ModelFlow:
+    """The model on its batch, with the null text encoded beside its captions where guidance needs it."""
+    batch = _batch(config, inputs, bucket)
+    text, null_text, guidance = wam.encode_text(params, config.model, batch), None, float(config.sampling.guidance)
+    if guidance != 1.0:
+        null_text = wam.encode_text(params, config.model, {**batch, **_texts_of(inputs, "null_")})
+    return ModelFlow(params, config.model, batch, text, null_text, guidance)
+
+
 def _batch(config: ConfigDict, inputs: Mapping[str, jax.Array], bucket: int) -> dict[str, jax.Array]:
-    """A packed batch with one event per row: `bucket` latents, the first clean, zeros where the event is to come."""
-    first = inputs["first"]
-    rows, views, *cell = first.shape
-    length = config.model.actions_per_latent * (bucket - 1)
-    latent = jnp.arange(bucket)[None]
-    action = jnp.arange(length)[None]
-    in_event = latent <= inputs["futures"][:, None]
-    acts = action < inputs["steps"][:, None]
-    view_id = inputs["view_id"][:, None]
-    return {
-        "latents": jnp.zeros((rows, views, bucket, *cell)).at[:, :, 0].set(first),
-        "latent_event": in_event.astype(jnp.int32),
-        "latent_role": jnp.where(in_event, jnp.where(latent == 0, 1, samplers.DENOISE_ROLE), 0),
-        "latent_pos": jnp.where(in_event, latent, 0),
-        "actions": jnp.zeros((rows, length, ACTION_DIM)),
-        "action_event": acts.astype(jnp.int32),
-        "action_pos": jnp.where(acts, action, 0),
-        "action_valid": acts[..., None] & inputs["state_valid"][:, None],
-        "state": inputs["state"][:, None],
-        "state_valid": inputs["state_valid"][:, None],
-        **_texts_of(inputs),
-        "view_id": view_id,
-        "valid_rect": jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows, 1, views, 4)),
-        "window_index": jnp.zeros((rows, 1), jnp.int32),
-        "duration_s": jnp.zeros((rows, 1)),
-        "duration_in_caption": jnp.zeros((rows, 1), bool),
-        "event_level": jnp.zeros((rows, 1), jnp.int32),
-    }
+    """A packed batch with one event per row: `bucket` latents, the first clean."""
+    given = {**inputs, "given": inputs["first"][:, :, None]}
+    return {**denoising.window_batch(config.model, given, bucket), **_texts_of(inputs)}
 
 
 def _texts_of(inputs: Mapping[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
     """The text arrays of a packed batch `[B, 1, ...]` that begin with `prefix` in the inputs."""
     names = ("text_ids", "text_features", "text_length")
     return {name: inputs[prefix + name][:, None] for name in names if prefix + name in inputs}
-
-
-def _noise(seeds: jax.Array, batch: Mapping[str, jax.Array], draws: int) -> tuple[jax.Array, jax.Array]:
-    """Unit noise like the latents and `[draws, ...]` like the actions; a function of seed and position, the same in
-    every bucket."""
-    _, views, bucket, *cell = batch["latents"].shape
-    _, length, width = batch["actions"].shape
-
-    def one_row(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        video, action = jax.random.split(jax.random.key(seed))
-        at = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        latents = jax.vmap(lambda key: jax.random.normal(key, (views, *cell)))(at(video, jnp.arange(bucket)))
-        actions = jax.vmap(lambda key: jax.random.normal(key, (draws, width)))(at(action, jnp.arange(length)))
-        return jnp.moveaxis(latents, 0, 1), jnp.moveaxis(actions, 0, 1)
-
-    return jax.vmap(one_row, out_axes=(0, 1))(seeds)
-
-
-def _picture(frame: np.ndarray, size: tuple[int, int], view: str) -> np.ndarray:
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise UserError(f"view {view!r}: expected a [H, W, 3] uint8 picture, got {frame.dtype} {list(frame.shape)}")
-    if frame.shape[:2] == size:
-        return frame
-    return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

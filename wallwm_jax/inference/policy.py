@@ -5,11 +5,21 @@
     for pose, gripper in zip(event.poses, event.grippers):  # one command per control step
         robot.move(pose, gripper)
 
+A model that was trained on windows with history decodes chunks of fixed length too (`inference/unified_mode.py`):
+
+    while not done:
+        chunk = policy.infer(observation, "sort the blocks by colour", mode="unified")
+        for command in zip(chunk.poses, chunk.grippers):
+            observation = robot.move(*command)
+            policy.observe(observation, command)
+
 Loads the averaged parameters and the assets of a run (statistics, cameras, clock), never an optimizer.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +34,11 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import absolute_commands, state_vector
 from wallwm_jax.inference.event_mode import EventMode, EventRequest
+from wallwm_jax.inference.unified_mode import Conditioning, History, UnifiedMode
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.training.checkpoint import load_params
 
-MODES = ("event",)
+MODES = ("event", "unified")
 
 
 class Observation(Protocol):
@@ -53,6 +64,9 @@ class Action:
       grippers: `[T, G]` commanded closing fraction, 0 open to 1 closed.
       duration_s: how long the event takes, as given or as the model thinks; longer than `T` steps where it was cut.
       control_hz: commands per second.
+      duration_quantiles_s: `[Q]` what the model itself thinks, at `config.model.duration_quantiles`; none of a chunk.
+      seconds: what the time went into: "encode" the pictures, "model".
+      latents: view name → predicted `[1 + N, h, w, C]` un-normalised latents; None unless asked for.
       video: view name → predicted `[1 + 4N, H, W, 3]` uint8 frames, the observation first; None unless asked for.
     """
 
@@ -61,6 +75,9 @@ class Action:
     grippers: np.ndarray
     duration_s: float
     control_hz: float
+    duration_quantiles_s: np.ndarray
+    seconds: dict[str, float]
+    latents: Mapping[str, np.ndarray] | None = None
     video: dict[str, np.ndarray] | None = None
 
 
@@ -69,11 +86,15 @@ class Policy:
 
     Attributes:
       event_mode: the batched engine behind `infer`.
+      unified_mode: decodes chunks after a history; None where the model was not trained to.
       step: training step of the parameters.
     """
 
     def __init__(self, event_mode: EventMode, *, step: int = 0, seed: int = 0) -> None:
         self.event_mode = event_mode
+        self.unified_mode = UnifiedMode(event_mode) if event_mode.config.data.window_kind == "history" else None
+        self._history = History(self.unified_mode) if self.unified_mode else None
+        self._instruction: tuple[str, Conditioning] | None = None
         self.step = step
         self._first_seed = seed
         self.reset()
@@ -139,42 +160,107 @@ class Policy:
         return sum(leaf.size for leaf in jax.tree.leaves(self.event_mode.params))
 
     def reset(self) -> None:
-        """Starts an episode: the sampling noise begins anew. Event mode keeps no history."""
+        """Starts an episode: the sampling noise begins anew, and nothing was seen."""
         self._seed = self._first_seed
+        if self._history is not None:
+            self._history.reset()
+
+    def observe(self, observation: Observation, command: tuple[np.ndarray, np.ndarray]) -> None:
+        """For unified mode: what the robot reports after one control step, and the command (pose, gripper) it followed.
+
+        Raises:
+          UserError: the episode's first chunk was not inferred yet, or the model has no unified mode.
+        """
+        self._unified()[1].observe(observation, command)
 
     def infer(
         self,
         observation: Observation,
-        prompt: str,
+        prompt: str | Conditioning,
         duration: float | None = None,
         mode: str = "event",
         *,
+        latents: bool = False,
         video: bool = False,
+        seed: int | None = None,
     ) -> Action:
-        """Commands for the whole event that `prompt` names, from the current observation on.
+        """Commands for the whole event that `prompt` names, or for the next chunk, from the current observation on.
 
         Args:
-          observation: current frame of each view, measured pose and gripper.
-          prompt: the next event in words, as the training captions say it.
-          duration: seconds; None takes the model's own median.
-          mode: "event".
-          video: also return the video that the model predicts.
+          observation: current frame of each view, measured pose and gripper; in mode "unified" the one that was last
+            given to `observe`, but for an episode's first.
+          prompt: the next event in words, as the training captions say it; in mode "unified" the instruction, which is
+            encoded once as long as it stays, or what `UnifiedMode` made of it.
+          duration: seconds, of an event; None takes the model's own median.
+          mode: "event" or "unified".
+          latents: also return the predicted video as latents.
+          video: also return it as pictures.
+          seed: of the sampling noise; by default the next one since `reset`.
 
         Raises:
-          UserError: an unknown mode, no known view in the observation, bad pictures, or a bad duration.
+          UserError: an unknown mode or one the model was not trained for, no known view in the observation, bad
+            pictures, a bad duration, or an observation that `observe` was not told of.
         """
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}; this version decodes in mode {', '.join(map(repr, MODES))}")
-        plan = self.event_mode.plan([request(observation, prompt, duration)], seeds=[self._next_seed()], video=video)[0]
+        if mode == "unified":
+            return self._infer_chunk(observation, prompt, latents=latents, video=video, seed=seed)
+        if not isinstance(prompt, str):
+            raise UserError("event mode takes the next event in words; latents are for mode='unified'")
+        engine, begun = self.event_mode, time.perf_counter()
+        encoded = engine.encode(request(observation, prompt, duration))
+        ready = time.perf_counter()
+        quantiles = engine.durations([encoded])[0]
+        if duration is None:
+            encoded = dataclasses.replace(encoded, duration_s=float(quantiles[engine.median]))
+        seeds = [self._next_seed() if seed is None else seed]
+        plan = engine.plan([encoded], seeds=seeds, video=latents or video)[0]
+        done = time.perf_counter()
         poses, grippers = absolute_commands(plan.actions, observation.pose)
         return Action(
             actions=plan.actions,
             poses=poses,
             grippers=grippers,
             duration_s=plan.duration_s,
-            control_hz=float(self.event_mode.store["action_hz"]),
-            video=self.event_mode.decode(plan) if video else None,
+            control_hz=float(engine.store["action_hz"]),
+            duration_quantiles_s=quantiles,
+            seconds={"encode": ready - begun, "model": done - ready},
+            latents=plan.latents,
+            video=engine.decode(plan) if video else None,
         )
+
+    def _infer_chunk(
+        self, observation: Observation, prompt: str | Conditioning, *, latents: bool, video: bool, seed: int | None
+    ) -> Action:
+        (engine, history), begun = self._unified(), time.perf_counter()
+        history.begin(observation)
+        request = history.request()
+        if isinstance(prompt, str):
+            if self._instruction is None or self._instruction[0] != prompt:
+                self.event_mode.check_caption(prompt)
+                self._instruction = prompt, engine.encode_text(prompt)
+            prompt = self._instruction[1]
+        ready = time.perf_counter()
+        chunk = engine.plan(request, prompt, seed=self._next_seed() if seed is None else seed, video=latents or video)
+        hertz = float(self.event_mode.store["action_hz"])
+        return Action(
+            actions=chunk.actions,
+            poses=chunk.poses,
+            grippers=chunk.grippers,
+            duration_s=len(chunk.actions) / hertz,
+            control_hz=hertz,
+            duration_quantiles_s=np.zeros(0),
+            seconds={"encode": ready - begun, "model": time.perf_counter() - ready},
+            latents=chunk.latents,
+            video=engine.decode(chunk) if video else None,
+        )
+
+    def _unified(self) -> tuple[UnifiedMode, History]:
+        if self.unified_mode is None or self._history is None:
+            raise UserError(
+                "this model was not trained on windows with history, so it has no unified mode; it decodes events"
+            )
+        return self.unified_mode, self._history
 
     def _next_seed(self) -> int:
         self._seed += 1

@@ -181,10 +181,10 @@ class ModelFlow:
         return jax.tree.map(lambda v, null: null + self.guidance * (v - null), with_text, without)
 
     def _per_event(self, sigma: Array) -> Array:
-        return jnp.full(self.batch["text_length"].shape, sigma, jnp.float32)
+        return jnp.full(self.batch["view_id"].shape[:2], sigma, jnp.float32)
 
     def _per_draw(self, actions: Array, sigma: Array) -> Array:
-        return jnp.full((len(actions), *self.batch["text_length"].shape), sigma, jnp.float32)
+        return jnp.full((len(actions), *self.batch["view_id"].shape[:2]), sigma, jnp.float32)
 
     def _masked(self, velocity: Array) -> Array:
         denoise = self.batch["latent_role"][:, None, :, None, None, None] == DENOISE_ROLE

@@ -313,8 +313,8 @@ def _count_collective(kind: str, instruction: _Instruction, times: int, result: 
 
 
 def _attention_flops(name: str, instruction: _Instruction) -> float:
-    """Of a splash kernel: its first two floating-point arrays are queries `[B, H, S, d]` and keys `[B, H, T, d]`, without
-    B where it is 1."""
+    """Of a splash kernel: its first two floating-point arrays are queries `[B, H, S, d]` and keys `[B, H, T, d]`; B may
+    be missing where it is 1."""
     _, _, layout = instruction.attributes.partition("operand_layout_constraints={")
     arrays = [shape for kind, shape in _parts(layout[: _end(layout, "}")]) if "f" in kind]
     per_pair = 4 if "fwd" in name else 10 if "dkv" in name else 0

@@ -52,12 +52,12 @@ def draw(key: jax.Array, batch: Batch, config: ConfigDict, stage: Stage) -> Draw
     rows, slots = batch["window_index"].shape
     draws = objective.action_draws
     u = jax.random.uniform(sigma_key, (rows, slots))
-    if stage.video_sigma == "anchor":
-        video_sigma = flow_matching.jittered_anchor(
-            u, objective.anchor_sigma, objective.anchor_jitter_steps, objective.schedule_steps, objective.video_shift
-        )
-    else:
-        video_sigma = flow_matching.sigma_from_uniform(u, objective.video_shift)
+    is_anchored: Any = {"anchor": True, "uniform": False, "mixed": u < 0.5}[stage.video_sigma]
+    u = 2 * u % 1.0 if stage.video_sigma == "mixed" else u
+    anchor = flow_matching.jittered_anchor(
+        u, objective.anchor_sigma, objective.anchor_jitter_steps, objective.schedule_steps, objective.video_shift
+    )
+    video_sigma = jnp.where(is_anchored, anchor, flow_matching.sigma_from_uniform(u, objective.video_shift))
     if objective.action_sigma == "symmetric":
         action_sigma = jnp.broadcast_to(video_sigma, (draws, rows, slots))
     else:

@@ -2,10 +2,13 @@
 
     video    the video tower with its view attention, and the text encoder; video loss         (stage 1 of the paper)
     action   the action tower on a frozen video tower held at the anchor noise level           (stage 2 of the paper)
+    chunk    both towers on the next chunk of fixed length, after a history                    (stage 5, optional)
     joint    everything at once, for small data sets and demonstrations
 
 Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the
-paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`. A parameter
+paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`; in `chunk`,
+whose noise the paper leaves open, half of the events have the video at the anchor, where inference reads its features,
+and half anywhere, or the tower would forget how to get there. A parameter
 group that a stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
 """
 
@@ -28,8 +31,8 @@ class Stage:
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
       losses: streams in the loss, of "video", "action", "duration".
       window_kinds: kinds of event-store windows this stage can learn from.
-      video_sigma: "uniform" (flow-matching time uniform, then shifted) or "anchor" (`objective.anchor_sigma` with
-        jitter).
+      video_sigma: "uniform" (flow-matching time uniform, then shifted), "anchor" (`objective.anchor_sigma` with jitter)
+        or "mixed" (either, half of the events each).
     """
 
     name: str
@@ -80,6 +83,14 @@ STAGES: dict[str, Stage] = {
             losses=("action", "duration"),
             window_kinds=("event", "fixed"),
             video_sigma="anchor",
+        ),
+        Stage(
+            name="chunk",
+            trains=("video", "action"),
+            freezes=("text", "duration"),
+            losses=("video", "action"),
+            window_kinds=("history",),
+            video_sigma="mixed",
         ),
     )
 }

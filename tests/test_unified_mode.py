@@ -1,0 +1,196 @@
+"""Unified mode: it sees what training saw, conditioning is swapped without compiling, gradients reach it."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from history_windows import HISTORY, PAST, STEPS, configured
+from synthetic import synthetic_episode
+from tiny_model import quick_compilation, random_params
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.packing import pack_row
+from wallwm_jax.inference import denoising, unified_mode
+from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.policy import Policy
+from wallwm_jax.inference.unified_mode import History, UnifiedMode
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(history_store):
+    return history_store
+
+
+@pytest.fixture(scope="module")
+def mode(store):
+    config = configured(store)
+    with config.unlocked():
+        config.sampling.update(steps=2, video_steps=2, action_draws=2)
+    return UnifiedMode(EventMode(random_params(config.model, seed=3), config, store.meta, store.stats))
+
+
+def recorded(store, number):
+    """The second or third window of an episode, and the episode."""
+    found = store.index[(store.index["kind"] == 2) & (store.index["event_index"] == number)]
+    index = int(np.flatnonzero(store.index == found[0])[0])
+    record = store.read(index)
+    seed = store.episodes[record.episode_id]["seed"]
+    return index, record, synthetic_episode(seed, steps=64 + 7 * seed)
+
+
+def lived(mode, store, record, episode, number):
+    """A history that has seen the record's frames and the episode's commands up to its observation."""
+    history, stride, past = History(mode), mode.stride, mode.past_frames
+    shown = {step: past - (record.start - step) // stride for step in range(0, record.start + 1, stride)}
+    for step in range(record.start + 1):
+        place = shown.get(step, -1)
+        frames = {view: record.picture(view, place) for view in store.meta["views"]} if place >= 0 else {}
+        blank = {view: np.zeros((*store.meta["size"], 3), np.uint8) for view in store.meta["views"]}
+        observation = SimpleNamespace(frames=frames or blank, pose=episode.poses[step], gripper=episode.grippers[step])
+        command = (episode.command_poses[step - 1], episode.command_grippers[step - 1]) if step else None
+        history.observe(observation, command)
+    history._chunks = number
+    return history.request()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_model_sees_what_it_saw_in_training(mode, store, number):
+    """The whole batch of a window, made from a robot's history, is the row that training packs of the same window."""
+    index, record, episode = recorded(store, number)
+    inputs = mode.inputs(lived(mode, store, record, episode, number))
+    made = {name: np.asarray(value)[0] for name, value in
+            denoising.window_batch(mode.config.model, inputs, 1 + STEPS // 8).items()}  # fmt: skip
+    row = pack_row(store, mode.config, [index], 0, store.meta["views"])
+    latents, actions = len(made["latent_pos"]), record.num_actions
+    known = HISTORY + 1
+    for name in ("latent_pos", "latent_role", "latent_event"):
+        np.testing.assert_array_equal(made[name], row[name][:latents], err_msg=name)
+    np.testing.assert_allclose(made["latents"][:, :known], row["latents"][:, :known], atol=1e-4)
+    acts = slice(PAST - record.past_actions, None)  # the past that is not there comes first
+    for name in ("action_pos", "action_event", "action_valid"):
+        np.testing.assert_array_equal(made[name][acts], row[name][:actions], err_msg=name)
+        assert not made[name][: acts.start].any()
+    given = slice(acts.start, PAST)
+    np.testing.assert_allclose(made["actions"][given], row["actions"][: record.past_actions], atol=1e-5)
+    for name in ("state", "state_valid", "view_id", "window_number"):
+        np.testing.assert_allclose(made[name][:1], row[name][:1], atol=1e-5, err_msg=name)
+
+
+def test_sources_of_text_are_swapped_in_one_program(mode, store):
+    """A global instruction, one for each chunk, latents; latents that are a text's features give that text's chunk."""
+    _, record, episode = recorded(store, 1)
+    request = lived(mode, store, record, episode, 1)
+    task, event = mode.encode_text("put the red block on the left"), mode.encode_text("reach")
+    chunks = [mode.plan(request, conditioning) for conditioning in (task, event, task)]
+    before = mode.compilations
+    latents = jnp.asarray(np.random.default_rng(0).normal(size=(3, task.features.shape[1])), jnp.float32)
+    chunks += [mode.plan(request, mode.from_latents(part)) for part in (latents, event.features[: int(event.length)])]
+    assert mode.compilations == before == 2
+    assert chunks[0].actions.shape == (STEPS, 32) and np.isfinite(chunks[0].actions).all()
+    np.testing.assert_array_equal(chunks[0].actions, chunks[2].actions)
+    np.testing.assert_allclose(chunks[1].actions, chunks[4].actions, atol=1e-6)
+    for one, other in ((0, 1), (1, 3)):
+        assert np.abs(chunks[one].actions - chunks[other].actions).max() > 1e-3
+
+
+def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mode, store):
+    _, record, episode = recorded(store, 1)
+    request = lived(mode, store, record, episode, 1)
+    chunk = mode.plan(request, mode.encode_text("reach"), video=True)
+    offset = chunk.poses[:, 0, :3, 3] - episode.poses[record.start][0, :3, 3]
+    np.testing.assert_allclose(offset, chunk.actions[:, :3], atol=1e-6)
+    view = store.meta["views"][0]
+    film = mode.decode(chunk)[view]
+    assert len(film) == 1 + 4 * (HISTORY + STEPS // 8)
+    difference = film[: mode.past_frames + 1].astype(int) - request.frames[view]
+    assert np.abs(difference).max() <= 1
+
+
+def test_the_gradient_of_an_action_loss_reaches_the_conditioning(mode, store):
+    """Against a finite difference along a random direction."""
+    _, record, episode = recorded(store, 1)
+    inputs, task = mode.inputs(lived(mode, store, record, episode, 1)), mode.encode_text("reach")
+    noise = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, PAST + STEPS, 32)), jnp.float32)
+
+    @jax.jit
+    def loss(features):
+        flow = unified_mode._flow(
+            mode.config, 1 + STEPS // 8, mode.engine.params, inputs, task._replace(features=features)
+        )
+        _, context = flow.context(flow.batch["latents"], jnp.float32(0.357))
+        return jnp.mean(flow.action(context, noise, jnp.float32(0.5)) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(task.features)
+    assert float(jnp.abs(gradient[: int(task.length)]).min(1).max()) > 0
+    assert not np.asarray(gradient[int(task.length) :]).any()  # beyond the text nothing is read
+    direction = jnp.asarray(np.random.default_rng(2).normal(size=task.features.shape), jnp.float32)
+    slope = (loss(task.features + 1e-2 * direction) - loss(task.features - 1e-2 * direction)) / 2e-2
+    assert float(slope) == pytest.approx(float(jnp.vdot(gradient, direction)), rel=0.03)
+
+
+def test_what_does_not_fit_is_an_error(mode, store):
+    history = History(mode)
+    with pytest.raises(UserError, match="a chunk begins at an observation"):
+        history.request()
+    _, record, episode = recorded(store, 1)
+    seen = SimpleNamespace(
+        frames={store.meta["views"][0]: record.picture(store.meta["views"][0], 0)}, pose=episode.poses[0],
+        gripper=episode.grippers[0],
+    )  # fmt: skip
+    history.observe(seen)
+    with pytest.raises(UserError, match="comes with the command that led to it"):
+        history.observe(seen)
+    assert {len(frames) for frames in history.request().frames.values()} == {1 + 4 * HISTORY}  # the first is held
+    history.observe(seen, (episode.command_poses[0], episode.command_grippers[0]))
+    with pytest.raises(UserError, match=r"multiple of 2 control steps; this is after 1"):
+        history.request()
+    with pytest.raises(UserError, match=r"latents \[3, 7\] cannot stand for a text"):
+        mode.from_latents(jnp.zeros((3, 7)))
+    with pytest.raises(UserError, match=r"unified mode needs a model trained with data\.window_kind='history'"):
+        UnifiedMode(EventMode(mode.engine.params, event_config(store), store.meta, store.stats))
+
+
+def event_config(store):
+    config = configured(store)
+    with config.unlocked():
+        config.data.window_kind = "event"
+    return config
+
+
+def test_a_policy_lives_through_chunks(mode, store):
+    """Two chunks: the second sees what the first one did, and the same as an engine that is told by hand."""
+    policy = Policy(mode.engine, seed=4)
+    _, record, episode = recorded(store, 0)
+    picture = {view: record.picture(view, mode.past_frames) for view in store.meta["views"]}
+
+    def seen(step):
+        return SimpleNamespace(frames=picture, pose=episode.poses[step], gripper=episode.grippers[step])
+
+    observation = seen(0)
+    first = policy.infer(observation, "reach", mode="unified")
+    assert len(first.poses) == STEPS and first.duration_s == pytest.approx(STEPS / store.meta["action_hz"])
+    by_hand = History(policy.unified_mode)
+    by_hand.observe(observation)
+    with pytest.raises(UserError, match="a chunk starts from the last observation"):
+        policy.infer(seen(1), "reach", mode="unified")
+    for step, command in enumerate(zip(first.poses, first.grippers), start=1):
+        observation = seen(step)
+        policy.observe(observation, command)
+        by_hand.observe(observation, command)
+    by_hand._chunks = 1
+    second = policy.infer(observation, "reach", mode="unified")
+    told = policy.unified_mode.plan(by_hand.request(), policy.unified_mode.encode_text("reach"), seed=6)
+    np.testing.assert_array_equal(second.actions, told.actions)
+    policy.reset()
+    np.testing.assert_array_equal(policy.infer(seen(0), "reach", mode="unified").actions, first.actions)
+    event = Policy(EventMode(mode.engine.params, event_config(store), store.meta, store.stats))
+    with pytest.raises(UserError, match="was not trained on windows with history"):
+        event.infer(seen(0), "reach", mode="unified")

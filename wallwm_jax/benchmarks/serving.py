@@ -1,0 +1,123 @@
+"""Latency of the policy server as a robot feels it, by a client on loopback: from packing a request to unpacking its
+reply.
+
+One robot asks for one event at a time, a full bucket each. Cold is the first request of a bucket, with compilation;
+warm are those that follow, with and without the predicted video that the watchdog needs (`watch`); feedback is one
+executed observation, of which every fourth video frame encodes a latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from wallwm_jax.benchmarks.timing import Result, Seconds, machine, machine_line
+from wallwm_jax.console import UserError, phase
+from wallwm_jax.inference.policy import Policy
+
+_PARTS = ("queue", "encode", "model", "pack")
+
+
+def measure(steps: int = 20, workdir: str = "") -> Result:
+    """Times each bucket through a real server and client in this process.
+
+    Args:
+      steps: warm requests per bucket and kind.
+      workdir: a run of stage joint or action.
+
+    Raises:
+      UserError: no run given, or the extra `serve` is not installed.
+    """
+    if not workdir:
+        raise UserError("serving needs --workdir=RUN, a run of stage joint or action")
+    try:
+        from wallwm_jax.serving.client import Client
+        from wallwm_jax.serving.server import PolicyServer, running
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}; run: pip install 'wallwm_jax[serve]'") from error
+    policy = Policy.from_checkpoint(workdir)
+    mode, rows = policy.event_mode, []
+    with (
+        running(PolicyServer(policy, warm=False)) as server,
+        contextlib.closing(Client("127.0.0.1", server.port)) as robot,
+    ):
+        for bucket in mode.buckets:
+            with phase(f"bucket of {bucket} latents: 1 + {steps} requests, the same with watch"):
+                rows.append(_bucket(robot.infer, policy, bucket, steps))
+    return {
+        "machine": machine(),
+        "parameters": policy.num_parameters,
+        "parameters_from": workdir,
+        "views": len(mode.views),
+        "image_size": list(mode.store["size"]),
+        "calls": steps,
+        "buckets": rows,
+    }
+
+
+def table(result: Result) -> str:
+    """The figures as lines for people."""
+    lines = [
+        machine_line(result["machine"]),
+        f"model        {result['parameters']:,} parameters ({result['parameters_from']}), {result['views']} views",
+        "timed        a client on loopback, one robot: pack, send, wait, encode pictures, model, receive, unpack",
+        f"             {result['calls']} warm requests; cold is the first one, with compilation",
+        f"{'latents':>7}{'actions':>9}{'':>12}{'cold s':>9}{'p50 ms':>9}{'p95 ms':>9}{'ms per action':>15}"
+        f"{'p50 ms of: ' + ', '.join(_PARTS):>44}",
+    ]
+    for row in result["buckets"]:
+        for kind in ("request", "watch", "feedback"):
+            found = row[kind]
+            cold = f"{found['cold_seconds']:.2f}" if "cold_seconds" in found else ""
+            each = f"{1e3 * found['seconds_per_action']:.2f}" if "seconds_per_action" in found else ""
+            parts = ", ".join(f"{found['parts_ms'][part]:.1f}" for part in found["parts_ms"])
+            lines.append(
+                f"{row['latents']:>7}{row['actions']:>9}{kind:>12}{cold:>9}{1e3 * found['seconds']['median']:>9.1f}"
+                f"{1e3 * found['seconds']['p95']:>9.1f}{each:>15}{parts:>44}"
+            )
+    return "\n".join(lines)
+
+
+def _bucket(infer: Callable[[dict[str, Any]], dict[str, Any]], policy: Policy, bucket: int, steps: int) -> Result:
+    """Requests that take all actions of a bucket, then their feedback."""
+    mode, rng = policy.event_mode, np.random.default_rng(0)
+    actions = int(mode.store["actions_per_latent"]) * (bucket - 1)
+    height, width = mode.store["size"]
+    images = {view: rng.integers(0, 256, (height, width, 3), np.uint8) for view in mode.views}
+    asked = {
+        "images": images,
+        "state": np.array([[0.4, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0, 0.0]]),
+        "prompt": "reach",
+        "duration_s": actions / float(mode.store["action_hz"]),
+    }
+    row: Result = {"latents": bucket, "actions": actions}
+    for kind in ("request", "watch"):
+        cold, *warm = [_timed(infer, asked | {"watch": kind == "watch"}) for _ in range(1 + steps)]
+        row[kind] = {"cold_seconds": cold[0], **_summary(warm)}
+        row[kind]["seconds_per_action"] = row[kind]["seconds"]["median"] / actions
+    stride = int(mode.store["video_stride"])
+    told = [
+        _timed(infer, {"executed": {"images": images, "step": step}}) for step in range(stride, actions + 1, stride)
+    ]
+    row["feedback"] = _summary(told)
+    return row
+
+
+def _timed(
+    infer: Callable[[dict[str, Any]], dict[str, Any]], message: dict[str, Any]
+) -> tuple[float, dict[str, float]]:
+    begun = time.perf_counter()
+    reply = infer(message)
+    return time.perf_counter() - begun, reply["server_timing"]
+
+
+def _summary(calls: list[tuple[float, dict[str, float]]]) -> Result:
+    parts = {part: [timing[f"{part}_ms"] for _, timing in calls if f"{part}_ms" in timing] for part in _PARTS}
+    return {
+        "seconds": Seconds.of([seconds for seconds, _ in calls]).to_json(),
+        "parts_ms": {part: float(np.median(values)) for part, values in parts.items() if values},
+    }

@@ -1,0 +1,343 @@
+"""Unified mode: the recent past and an instruction in, a chunk of fixed length out (WALL-WM section 5, scheme B).
+
+    history = History(mode)
+    history.observe(observation)                     # at every control step, with the command that led to it
+    chunk = mode.plan(history.request(), mode.encode_text("put the red block on the left"))
+    for pose, gripper in zip(chunk.poses, chunk.grippers): ...
+
+The model sees `1 + 4M` frames up to the observation and the commands between them, and denoises `N` latents and a chunk
+of `H` actions relative to the observation's pose. What conditions it is `Conditioning`, features in the video tower's
+text space: one instruction encoded once for a whole rollout, another for each chunk, or latents of a staircase
+(`models/vlm/staircase.py`). They have one shape, so all run in the same compiled program and may be swapped in the
+middle of a rollout; and the program is differentiable in them. Keys and values of text, history and the video's last
+forward are computed once for all steps of the actions (`samplers.anchored`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from wallwm_jax.console import UserError
+from wallwm_jax.events.actions import ACTION_DIM, absolute_commands, relative_actions, state_vector
+from wallwm_jax.events.windows import GROUP
+from wallwm_jax.inference import denoising
+from wallwm_jax.inference.captions import fit_picture
+from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.samplers import ModelFlow
+from wallwm_jax.models import world_action_model as wam
+from wallwm_jax.models.codecs import to_uint8
+from wallwm_jax.models.world_action_model import TextContext
+
+PyTree = Any
+
+
+class Conditioning(NamedTuple):
+    """What tells the model what to do: `features [L, Dt]` in the video tower's text space, `length []` of them valid.
+
+    Attributes:
+      null: the same of the null text, where guidance needs it; else None.
+    """
+
+    features: jax.Array
+    length: jax.Array
+    null: Any = None
+
+
+@dataclass(frozen=True)
+class ChunkRequest:
+    """The recent past of a robot.
+
+    Attributes:
+      frames: view name → `[1 + 4M, H, W, 3]` uint8, the observation last; a view of the store that is missing counts
+        as absent.
+      pose, gripper: measured at the observation, `[G, 4, 4]` metres and `[G]`.
+      command_poses, command_grippers: `[P, G, 4, 4]` and `[P, G]` commands that led to the observation, the newest
+        last; at most those between the frames, fewer where the episode begins later.
+      number: of this chunk in the episode, from 1.
+    """
+
+    frames: Mapping[str, np.ndarray]
+    pose: np.ndarray
+    gripper: np.ndarray
+    command_poses: np.ndarray
+    command_grippers: np.ndarray
+    number: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk as the model sees it.
+
+    Attributes:
+      actions: `[H, 32]` canonical actions relative to the observation, un-normalised.
+      poses, grippers: `[H, G, 4, 4]` absolute commands in the base frame, metres, and `[H, G]`.
+      latents: view name → `[M + 1 + N, h, w, C]` un-normalised latents, the past first; None unless asked for.
+    """
+
+    actions: np.ndarray
+    poses: np.ndarray
+    grippers: np.ndarray
+    latents: Mapping[str, np.ndarray] | None
+
+
+class UnifiedMode:
+    """Runs a world action model that was trained on windows with history; one compiled program for all chunks.
+
+    Args:
+      engine: the model in event mode; parameters, codec, captions and statistics are shared.
+
+    Raises:
+      UserError: the model was not trained on windows with history.
+    """
+
+    def __init__(self, engine: EventMode) -> None:
+        config, store = engine.config, engine.store
+        if config.data.window_kind != "history":
+            raise UserError(
+                f"unified mode needs a model trained with data.window_kind='history', this one has "
+                f"{config.data.window_kind!r}; build a store with --windows=history and train on it"
+            )
+        self.engine, self.config = engine, denoising.sampling_config(config)
+        self.history, self.chunk = int(store["history_latents"]), int(store["fixed_steps"])
+        self.stride = int(store["video_stride"])
+        self._encode_text: Any = jax.jit(functools.partial(_encode_text, self.config))
+        self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
+        self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
+
+    @property
+    def past_frames(self) -> int:
+        """`4M`: frames before the observation."""
+        return GROUP * self.history
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(program._cache_size() for program in (self._encode_text, self._sample, self._finish))
+
+    def warm_up(self, *, video: bool = False) -> None:
+        """Compiles the programs, with `video` the one that finishes videos too."""
+        shape = (1 + self.past_frames, *self.engine.store["size"], 3)
+        frames = {view: np.zeros(shape, np.uint8) for view in self.engine.views}
+        nothing = np.zeros((0, 1, 4, 4)), np.zeros((0, 1))
+        request = ChunkRequest(frames, np.eye(4)[None], np.zeros(1), *nothing, number=1)
+        self.plan(request, self.encode_text(""), video=video)
+
+    def encode_text(self, text: str) -> Conditioning:
+        """An instruction as the text encoder of the model's training has it; "" is the null text."""
+        features, length = self._encode_text(self.engine.params, self.engine.captions.encode([text]))
+        return Conditioning(features, length, self._null())
+
+    def from_latents(self, latents: jax.Array) -> Conditioning:
+        """Latents `[K, Dt]` in the place of a text's features.
+
+        Raises:
+          UserError: they are more, or of another width, than a text's features.
+        """
+        features, _ = jax.eval_shape(self._encode_text, self.engine.params, self.engine.captions.encode([""]))
+        if latents.ndim != 2 or latents.shape[1] != features.shape[1] or len(latents) > len(features):
+            raise UserError(
+                f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
+                f"{features.shape[1]}"
+            )
+        padded = jnp.pad(latents.astype(features.dtype), ((0, len(features) - len(latents)), (0, 0)))
+        return Conditioning(padded, jnp.asarray(len(latents), jnp.int32), self._null())
+
+    def plan(self, request: ChunkRequest, conditioning: Conditioning, *, seed: int = 0, video: bool = False) -> Chunk:
+        """The next chunk.
+
+        Args:
+          request: from `History.request`.
+          conditioning: from `encode_text` or `from_latents`.
+          seed: of the sampling noise.
+          video: denoise the video fully and return its latents.
+
+        Raises:
+          UserError: no view of the store, bad pictures, too many commands, or poses of another number of arms.
+        """
+        inputs = self.inputs(request)
+        latents, actions = self._sample(self.engine.params, inputs, conditioning, np.array([seed], np.uint32))
+        films = None
+        if video:
+            if self.config.sampling.sampler == "anchored":
+                latents = self._finish(self.engine.params, inputs, conditioning, latents)
+            z = self.engine.stats.denormalize_latents(np.asarray(latents[0]))
+            films = {view: z[v] for v, view in enumerate(self.engine.views) if view in request.frames}
+        future = np.asarray(actions[0])[inputs["past"].shape[1] :][: self.chunk]
+        canonical = self.engine.stats.denormalize_actions(future)
+        canonical = np.where(inputs["state_valid"][0], canonical, 0.0).astype(np.float32)
+        poses, grippers = absolute_commands(canonical, request.pose)
+        return Chunk(canonical, poses, grippers, films)
+
+    def decode(self, chunk: Chunk) -> dict[str, np.ndarray]:
+        """View name → `[1 + 4 (M + N), H, W, 3]` uint8, past and predicted; ValueError for a chunk without latents."""
+        if chunk.latents is None:
+            raise ValueError("this chunk has no video: ask plan(..., video=True)")
+        return {view: to_uint8(self.engine.codec.decode(latents[None])[0]) for view, latents in chunk.latents.items()}
+
+    def inputs(self, request: ChunkRequest) -> dict[str, np.ndarray]:
+        """What the program is told of the past, `denoising.window_batch`; leading axes of one."""
+        room = self.past_frames * self.stride
+        if len(request.command_poses) > room:
+            raise UserError(f"{len(request.command_poses)} past commands, the history holds {room}")
+        state, valid = state_vector(request.pose, request.gripper)
+        past = np.zeros((room, ACTION_DIM), np.float32)
+        if steps := len(request.command_poses):
+            relative, _ = relative_actions(request.command_poses, request.command_grippers, request.pose)
+            past[-steps:] = np.where(valid, self.engine.stats.normalize_actions(relative), 0.0)
+        table = self.engine.store["cameras"]
+        return {
+            "given": self._encoded(request.frames)[None],
+            "past": past[None],
+            "past_steps": np.array([steps], np.int32),
+            "state": np.where(valid, self.engine.stats.normalize_state(state), 0.0).astype(np.float32)[None],
+            "state_valid": valid[None],
+            "view_id": np.array([[table.get(v, 0) if v in request.frames else 0 for v in self.engine.views]], np.int32),
+            "futures": np.array([self._futures], np.int32),
+            "steps": np.array([self.chunk], np.int32),
+            "number": np.array([request.number], np.int32),
+        }
+
+    @property
+    def _futures(self) -> int:
+        return -(-self.chunk // int(self.engine.store["actions_per_latent"]))
+
+    def _encoded(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Normalised latents `[V, 1 + M, h, w, C]`; zeros for an absent view."""
+        length, size = 1 + self.past_frames, tuple(self.engine.store["size"])
+        present = np.array([view in frames for view in self.engine.views])
+        if not present.any():
+            raise UserError(f"the history has none of the views {list(self.engine.views)}, only {list(frames)}")
+        videos = np.zeros((len(self.engine.views), length, *size, 3), np.uint8)
+        for v, view in enumerate(self.engine.views):
+            if present[v]:
+                if len(frames[view]) != length:
+                    raise UserError(f"view {view!r} has {len(frames[view])} frames; the history is {length}")
+                videos[v] = [fit_picture(frame, size, view) for frame in frames[view]]
+        latents = self.engine.stats.normalize_latents(self.engine.codec.encode(videos))
+        return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
+
+    def _null(self) -> tuple[jax.Array, jax.Array] | None:
+        if self.config.sampling.guidance == 1.0:
+            return None
+        return self._encode_text(self.engine.params, self.engine.captions.encode([""]))
+
+
+class History:
+    """What a robot has seen and done since its episode began, as far as `UnifiedMode` looks back."""
+
+    def __init__(self, mode: UnifiedMode) -> None:
+        self._mode = mode
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins an episode."""
+        self._frames: deque[dict[str, np.ndarray]] = deque(maxlen=1 + self._mode.past_frames)
+        self._commands: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self._mode.past_frames * self._mode.stride)
+        self._last: Any = None
+        self._step, self._chunks = 0, 0
+
+    def begin(self, observation: Any) -> None:
+        """The observation that a chunk starts from: an episode's first one, or the last that was observed.
+
+        Raises:
+          UserError: it is neither.
+        """
+        if self._last is None:
+            self.observe(observation)
+        elif observation is not self._last:
+            raise UserError("a chunk starts from the last observation: observe() each with the command that led to it")
+
+    def observe(self, observation: Any, command: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """One control step: what the robot reports (`policy.Observation`), and the command that led there.
+
+        Args:
+          observation: `frames` are read at every `video_stride`-th step only.
+          command: `poses [G, 4, 4]` and `grippers [G]`; None at the first observation of the episode alone.
+
+        Raises:
+          UserError: no command after the first observation, or one before it.
+        """
+        if (command is None) != (self._last is None):
+            raise UserError(
+                "every observation but the first comes with the command that led to it; reset() begins anew"
+            )
+        if command is not None:
+            self._commands.append(command)
+            self._step += 1
+        if self._step % self._mode.stride == 0:
+            self._frames.append({view: np.asarray(frame) for view, frame in observation.frames.items()})
+        self._last = observation
+
+    def request(self) -> ChunkRequest:
+        """The past up to the last observation; counts the chunk.
+
+        Raises:
+          UserError: nothing was observed, or the last observation is not at a frame of the video.
+        """
+        if self._last is None or self._step % self._mode.stride:
+            raise UserError(
+                f"a chunk begins at an observation, after a multiple of {self._mode.stride} control steps; this is "
+                f"after {self._step}"
+            )
+        self._chunks += 1
+        held = [self._frames[0]] * (1 + self._mode.past_frames - len(self._frames)) + list(self._frames)
+        views = set.intersection(*(set(frames) for frames in held))
+        poses, grippers = zip(*self._commands) if self._commands else ((), ())
+        arms = len(self._last.pose)
+        return ChunkRequest(
+            frames={view: np.stack([frames[view] for frames in held]) for view in sorted(views)},
+            pose=np.asarray(self._last.pose),
+            gripper=np.asarray(self._last.gripper),
+            command_poses=np.asarray(poses, np.float64).reshape(-1, arms, 4, 4),
+            command_grippers=np.asarray(grippers, np.float64).reshape(-1, arms),
+            number=self._chunks,
+        )
+
+
+def _encode_text(config: ConfigDict, params: PyTree, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Features `[L, Dt]` of one text, and how many are valid."""
+    text = wam.encode_text(params, config.model, {name: jnp.asarray(array)[:, None] for name, array in arrays.items()})
+    return text.features[0, 0].astype(jnp.float32), text.length[0, 0]
+
+
+def _sample(
+    config: ConfigDict,
+    latents: int,
+    params: PyTree,
+    inputs: Mapping[str, jax.Array],
+    conditioning: Conditioning,
+    seeds: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    return denoising.denoise(config, _flow(config, latents, params, inputs, conditioning), seeds)
+
+
+def _finish(
+    config: ConfigDict,
+    latents: int,
+    params: PyTree,
+    inputs: Mapping[str, jax.Array],
+    conditioning: Conditioning,
+    video: jax.Array,
+) -> jax.Array:
+    return denoising.finish(config, _flow(config, latents, params, inputs, conditioning), video)
+
+
+def _flow(
+    config: ConfigDict, latents: int, params: PyTree, inputs: Mapping[str, jax.Array], conditioning: Conditioning
+) -> ModelFlow:
+    def context(features: jax.Array, length: jax.Array) -> TextContext:
+        return TextContext(features[None, None], length[None, None])
+
+    batch = denoising.window_batch(config.model, inputs, latents)
+    text, null = context(conditioning.features, conditioning.length), conditioning.null
+    null_text = None if null is None else context(*null)
+    return ModelFlow(params, config.model, batch, text, null_text, float(config.sampling.guidance))

@@ -1,0 +1,236 @@
+"""What a robot may ask and tell, checked field by field; and what the server says of itself.
+
+Arms travel as eight numbers, in requests and replies alike (`ARM_LAYOUT`): position in metres and orientation as a unit
+quaternion, of the end effector in the base frame, then the gripper's closing fraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from wallwm_jax.console import UserError
+from wallwm_jax.events.actions import ARM_DIM
+from wallwm_jax.inference.policy import Action, Policy
+
+ARM_LAYOUT = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
+PROTOCOL = 1
+
+_UNIT = 1e-3  # how far a quaternion's length may be from 1
+_GRIPPER = 0.1  # how far a measured closing fraction may lie outside 0..1
+MODES = ("event",)
+_REQUEST = ("images", "state", "prompt", "mode", "duration_s", "frames", "watch", "reset")
+_EXECUTED = ("images", "step")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observation as the policy takes it: `frames` view → `[H, W, 3]` uint8, `pose` `[G, 4, 4]`, `gripper` `[G]`."""
+
+    frames: Mapping[str, np.ndarray]
+    pose: np.ndarray
+    gripper: np.ndarray
+
+
+@dataclass(frozen=True)
+class Request:
+    """A robot asks for the next event.
+
+    Attributes:
+      observation: its present observation.
+      prompt: the event in words.
+      mode: decoding mode.
+      duration_s: length of the event; None leaves it to the model.
+      watch: predict the video, too, so that executed observations can be compared with it.
+      reset: an episode begins: sampling noise and history start anew.
+    """
+
+    observation: Observed
+    prompt: str
+    mode: str
+    duration_s: float | None
+    watch: bool
+    reset: bool
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What a robot sees `step` control steps after the observation of its last request; `frames` as in `Observed`."""
+
+    frames: Mapping[str, np.ndarray]
+    step: int
+
+
+class Reader:
+    """Turns unpacked messages into requests of one policy; every fault is a `UserError` that names the field."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._mode = policy.event_mode
+        self.views = self._mode.views
+        self.max_arms = int((self._mode.stats.state.count > 0).sum()) // ARM_DIM
+        self.video_fps = float(self._mode.store["video_fps"])
+
+    def read(self, message: Any) -> Request | Executed:
+        """The request or the executed observation that `message` is."""
+        if not isinstance(message, dict):
+            raise UserError(f"a request is a map with the fields {', '.join(_REQUEST)}; got {_kind(message)}")
+        if "executed" in message:
+            _only(message, ("executed",), "beside executed")
+            executed = message["executed"]
+            if not isinstance(executed, dict):
+                raise UserError(f"executed is a map with the fields {', '.join(_EXECUTED)}; got {_kind(executed)}")
+            _only(executed, _EXECUTED, "in executed")
+            return Executed(self._images(executed.get("images")), _integer(executed, "step", 0))
+        _only(message, _REQUEST, "in the request")
+        if message.get("duration_s") is not None and message.get("frames") is not None:
+            raise UserError("duration_s and frames both say how long the event takes; send one of them")
+        seconds = _seconds(message.get("duration_s"))
+        if message.get("frames") is not None:
+            seconds = _integer(message, "frames", 1) / self.video_fps
+        mode = message.get("mode", MODES[0])
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}; this server decodes in mode {', '.join(map(repr, MODES))}")
+        return Request(
+            Observed(self._images(message.get("images")), *self._state(message.get("state"))),
+            self._prompt(message.get("prompt")),
+            mode,
+            seconds,
+            _flag(message, "watch"),
+            _flag(message, "reset"),
+        )
+
+    def _images(self, images: Any) -> dict[str, np.ndarray]:
+        expected = "images is a map of view name to [H, W, 3] uint8 RGB"
+        if not isinstance(images, dict):
+            raise UserError(f"{expected}; got {_kind(images)}")
+        unknown, missing = set(images) - set(self.views), set(self.views) - set(images)
+        if unknown:
+            raise UserError(f"images has the unknown views {_names(unknown)}; this policy sees {_names(self.views)}")
+        if missing:
+            raise UserError(f"images lacks {_names(missing)}; send None for a camera that the robot does not have")
+        present = {view: image for view, image in images.items() if image is not None}
+        if not present:
+            raise UserError("images has no picture at all")
+        for view, image in present.items():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UserError(f"{expected}; {view!r} is {_kind(image)}")
+            if 0 in image.shape:
+                raise UserError(f"images: {view!r} is empty, {list(image.shape)}")
+        return present
+
+    def _state(self, state: Any) -> tuple[np.ndarray, np.ndarray]:
+        layout = f"[G, {len(ARM_LAYOUT)}] floats ({', '.join(ARM_LAYOUT)}) for 1 to {self.max_arms} arms"
+        if not isinstance(state, np.ndarray) or state.dtype.kind != "f":
+            raise UserError(f"state is {layout}; got {_kind(state)}")
+        arms = np.asarray(state, np.float64)
+        if arms.ndim == 1:
+            arms = arms[None]
+        if arms.ndim != 2 or arms.shape[1] != len(ARM_LAYOUT) or not 1 <= len(arms) <= self.max_arms:
+            raise UserError(f"state is {layout}; got {_kind(state)}")
+        if not np.isfinite(arms).all():
+            raise UserError("state has numbers that are not finite")
+        lengths = np.linalg.norm(arms[:, 3:7], axis=1)
+        if (np.abs(lengths - 1.0) > _UNIT).any():
+            raise UserError(f"state: the quaternion (qw, qx, qy, qz) has length {lengths.round(4).tolist()}, not 1")
+        if (arms[:, 7] < -_GRIPPER).any() or (arms[:, 7] > 1.0 + _GRIPPER).any():
+            raise UserError(f"state: the gripper is {arms[:, 7].tolist()}; 0 is open, 1 closed")
+        return _pose(arms), arms[:, 7]
+
+    def _prompt(self, prompt: Any) -> str:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"prompt says the next event in words; got {prompt!r:.60}")
+        self._mode.check_caption(prompt)
+        return prompt
+
+
+def arm_rows(poses: np.ndarray, grippers: np.ndarray) -> np.ndarray:
+    """Poses `[..., 4, 4]` and grippers `[...]` as `[..., 8]` float32 rows of `ARM_LAYOUT`."""
+    wxyz = np.roll(Rotation.from_matrix(poses[..., :3, :3].reshape(-1, 3, 3)).as_quat(), 1, axis=-1)
+    quaternions = wxyz.reshape(*poses.shape[:-2], 4)
+    return np.concatenate([poses[..., :3, 3], quaternions, grippers[..., None]], -1).astype(np.float32)
+
+
+def commands(action: Action) -> np.ndarray:
+    """`[T, 8 G]` float32: the commands of an event, one arm's `ARM_LAYOUT` after the other.
+
+    Of the two quaternions of an orientation each step has the one nearer to the step before.
+    """
+    rows = arm_rows(action.poses, action.grippers)
+    aligned = (rows[1:, :, 3:7] * rows[:-1, :, 3:7]).sum(-1)
+    rows[1:, :, 3:7] *= np.cumprod(np.where(aligned < 0, -1.0, 1.0), axis=0)[..., None]
+    return rows.reshape(len(rows), -1)
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """What the server says on connection: everything that a robot needs to make a request. Plain values only."""
+    mode, reader = policy.event_mode, Reader(policy)
+    return {
+        "server": "wallwm_jax",
+        "protocol": PROTOCOL,
+        "step": policy.step,
+        "parameters": policy.num_parameters,
+        "modes": list(MODES),
+        "views": list(mode.views),
+        "image_size": [int(side) for side in mode.store["size"]],
+        "arm_layout": list(ARM_LAYOUT),
+        "max_arms": reader.max_arms,
+        "control_hz": float(mode.store["action_hz"]),
+        "video_fps": reader.video_fps,
+        "feedback_every": int(mode.store["video_stride"]),
+        "buckets": list(mode.buckets),
+        "max_actions": mode.max_actions,
+        "request": list(_REQUEST),
+        "executed": list(_EXECUTED),
+    }
+
+
+def _pose(arms: np.ndarray) -> np.ndarray:
+    """`[G, 8]` rows to `[G, 4, 4]`."""
+    pose = np.tile(np.eye(4), (len(arms), 1, 1))
+    pose[:, :3, :3] = Rotation.from_quat(np.roll(arms[:, 3:7], -1, axis=1)).as_matrix()
+    pose[:, :3, 3] = arms[:, :3]
+    return pose
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise UserError(f"duration_s is a number of seconds; got {_kind(value)}")
+    if not 0.0 < float(value) < float("inf"):
+        raise UserError(f"duration_s must be positive and finite; got {value}")
+    return float(value)
+
+
+def _integer(message: Mapping[str, Any], name: str, least: int) -> int:
+    value = message.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise UserError(f"{name} is a whole number of at least {least}; got {value!r:.60}")
+    return int(value)
+
+
+def _flag(message: Mapping[str, Any], name: str) -> bool:
+    value = message.get(name, False)
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} is true or false; got {value!r:.60}")
+    return bool(value)
+
+
+def _only(message: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    unknown = [name for name in message if name not in known]
+    if unknown:
+        raise UserError(f"unknown field {unknown[0]!r:.60} {where}; known are {', '.join(known)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _names(views: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, views)))
