@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import absolute_commands, state_vector
-from wallwm_jax.inference.event_mode import EventMode, EventRequest
+from wallwm_jax.inference.event_mode import EventMode, EventPlan, EventRequest
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.training.checkpoint import load_params
 
@@ -57,7 +57,7 @@ class Action:
       control_hz: commands per second.
       duration_quantiles_s: `[Q]` what the model itself thinks, at `config.model.duration_quantiles`.
       seconds: what the time went into: "encode" the pictures, "model".
-      latents: view name → predicted `[1 + N, h, w, C]` un-normalised latents; None unless asked for.
+      plan: the same as the model sees it; `EventMode.finish` predicts its video later.
       video: view name → predicted `[1 + 4N, H, W, 3]` uint8 frames, the observation first; None unless asked for.
     """
 
@@ -68,7 +68,7 @@ class Action:
     control_hz: float
     duration_quantiles_s: np.ndarray
     seconds: dict[str, float]
-    latents: Mapping[str, np.ndarray] | None = None
+    plan: EventPlan
     video: dict[str, np.ndarray] | None = None
 
 
@@ -157,7 +157,6 @@ class Policy:
         duration: float | None = None,
         mode: str = "event",
         *,
-        latents: bool = False,
         video: bool = False,
         seed: int | None = None,
     ) -> Action:
@@ -168,8 +167,7 @@ class Policy:
           prompt: the next event in words, as the training captions say it.
           duration: seconds; None takes the model's own median.
           mode: "event".
-          latents: also return the predicted video as latents.
-          video: also return it as pictures.
+          video: also return the video that the model predicts.
           seed: of the sampling noise; by default the next one since `reset`.
 
         Raises:
@@ -184,7 +182,7 @@ class Policy:
         if duration is None:
             encoded = dataclasses.replace(encoded, duration_s=float(quantiles[engine.median]))
         seeds = [self._next_seed() if seed is None else seed]
-        plan = engine.plan([encoded], seeds=seeds, video=latents or video)[0]
+        plan = engine.plan([encoded], seeds=seeds, video=video)[0]
         done = time.perf_counter()
         poses, grippers = absolute_commands(plan.actions, observation.pose)
         return Action(
@@ -195,7 +193,7 @@ class Policy:
             control_hz=float(engine.store["action_hz"]),
             duration_quantiles_s=quantiles,
             seconds={"encode": ready - begun, "model": done - ready},
-            latents=plan.latents,
+            plan=plan,
             video=engine.decode(plan) if video else None,
         )
 
