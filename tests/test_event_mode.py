@@ -130,6 +130,17 @@ def test_predicted_video_starts_with_the_observation(mode, store):
     np.testing.assert_allclose(plan.actions, mode.plan([request])[0].actions, atol=1e-5)
 
 
+def test_a_video_may_be_predicted_after_the_actions_and_is_the_same(mode, store):
+    requests = [window_request(store, number, duration_s=1.0) for number in (1, 2)]
+    at_once = mode.plan(requests, seeds=[3, 4], video=True)
+    for plan, whole in zip(mode.plan(requests, seeds=[3, 4]), at_once):
+        assert plan.latents is None and list(mode.finish(plan)) == list(whole.latents)
+        for view, latents in mode.finish(plan).items():
+            np.testing.assert_array_equal(latents, whole.latents[view])
+    with pytest.raises(ValueError, match="has its video already"):
+        mode.finish(at_once[0])
+
+
 def test_a_view_may_be_absent_and_pictures_may_have_another_size(mode, store):
     request = window_request(store, 2, duration_s=0.8)
     view = store.meta["views"][0]

@@ -18,7 +18,7 @@ Request:
     prompt       the next event in words, as the training captions say it
     mode         "event", and nothing else yet
     duration_s   how long the event takes; or frames, the same in video frames; without both the model decides
-    watch        true: also predict the video, so that the watchdog can compare (takes longer)
+    watch        true: also predict the video, after the reply is out, so that the watchdog can compare
     reset        true: an episode begins, sampling noise starts anew, as on a new connection
 
 Reply:

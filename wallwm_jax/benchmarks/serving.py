@@ -1,9 +1,9 @@
 """Latency of the policy server as a robot feels it, by a client on loopback: from packing a request to unpacking its
 reply.
 
-One robot asks for one event at a time, a full bucket each. Cold is the first request of a bucket, with compilation;
-warm are those that follow, with and without the predicted video that the watchdog needs (`watch`); feedback is one
-executed observation, of which every fourth video frame encodes a latent.
+One robot asks for one event at a time, a full bucket each. Cold is the first call, with compilation, warm are those
+that follow. `video` is the first executed observation of an event that is watched, sent at once: it waits until the
+video is predicted. `feedback` are those that follow, of which every fourth encodes a latent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(steps: int = 20, workdir: str = "") -> Result:
         contextlib.closing(Client("127.0.0.1", server.port)) as robot,
     ):
         for bucket in mode.buckets:
-            with phase(f"bucket of {bucket} latents: 1 + {steps} requests, the same with watch"):
+            with phase(f"bucket of {bucket} latents: 1 + {steps} requests, the same watched"):
                 rows.append(_bucket(robot.infer, policy, bucket, steps))
     return {
         "machine": machine(),
@@ -70,7 +70,7 @@ def table(result: Result) -> str:
         f"{'p50 ms of: ' + ', '.join(_PARTS):>44}",
     ]
     for row in result["buckets"]:
-        for kind in ("request", "watch", "feedback"):
+        for kind in ("request", "video", "feedback"):
             found = row[kind]
             cold = f"{found['cold_seconds']:.2f}" if "cold_seconds" in found else ""
             each = f"{1e3 * found['seconds_per_action']:.2f}" if "seconds_per_action" in found else ""
@@ -95,15 +95,18 @@ def _bucket(infer: Callable[[dict[str, Any]], dict[str, Any]], policy: Policy, b
         "duration_s": actions / float(mode.store["action_hz"]),
     }
     row: Result = {"latents": bucket, "actions": actions}
-    for kind in ("request", "watch"):
-        cold, *warm = [_timed(infer, asked | {"watch": kind == "watch"}) for _ in range(1 + steps)]
-        row[kind] = {"cold_seconds": cold[0], **_summary(warm)}
-        row[kind]["seconds_per_action"] = row[kind]["seconds"]["median"] / actions
     stride = int(mode.store["video_stride"])
-    told = [
-        _timed(infer, {"executed": {"images": images, "step": step}}) for step in range(stride, actions + 1, stride)
-    ]
-    row["feedback"] = _summary(told)
+    kinds: dict[str, list[tuple[float, dict[str, float]]]] = {"request": [], "video": [], "feedback": []}
+    for _ in range(1 + steps):
+        kinds["request"].append(_timed(infer, asked))
+    for _ in range(1 + steps):
+        infer(asked | {"watch": True})
+        kinds["video"].append(_timed(infer, {"executed": {"images": images, "step": stride}}))
+    for step in range(2 * stride, actions + 1, stride):
+        kinds["feedback"].append(_timed(infer, {"executed": {"images": images, "step": step}}))
+    for kind, calls in kinds.items():
+        row[kind] = _summary(calls) if kind == "feedback" else {"cold_seconds": calls[0][0], **_summary(calls[1:])}
+    row["request"]["seconds_per_action"] = row["request"]["seconds"]["median"] / actions
     return row
 
 

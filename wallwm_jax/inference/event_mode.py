@@ -54,6 +54,17 @@ class EventRequest:
     first: np.ndarray | None = None
 
 
+class Draft(NamedTuple):
+    """One row of a batch whose video is still at the anchor: inputs and latents of the batch, row, future latents, the
+    views that were there."""
+
+    inputs: Mapping[str, np.ndarray]
+    latents: jax.Array
+    row: int
+    futures: int
+    views: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class EventPlan:
     """One whole event as the model sees it.
@@ -63,12 +74,14 @@ class EventPlan:
       duration_s: length of the event; `T` control steps, fewer where the duration exceeds the longest bucket.
       latents: view name → `[1 + N, h, w, C]` un-normalised latents, the current frame first; None unless asked for.
       bucket: latents of the program that ran.
+      draft: what `EventMode.finish` needs to denoise the video after all; None where `latents` are there.
     """
 
     actions: np.ndarray
     duration_s: float
     latents: Mapping[str, np.ndarray] | None
     bucket: int
+    draft: Draft | None = None
 
 
 class Programs(NamedTuple):
@@ -252,6 +265,15 @@ class EventMode:
             plans += self._plan_batch(requests[rows], seconds[rows], seeds[rows], video)
         return plans
 
+    def finish(self, plan: EventPlan) -> Mapping[str, np.ndarray]:
+        """The latents that `plan(..., video=True)` would have returned, of a plan without; its actions stay."""
+        if plan.draft is None:
+            raise ValueError("this plan has its video already")
+        if self.config.sampling.sampler != "anchored":
+            return self._films(plan.draft)
+        latents = self._programs.finish(self.params, plan.draft.inputs, plan.draft.latents, bucket=plan.bucket)
+        return self._films(plan.draft._replace(latents=latents))
+
     def decode(self, plan: EventPlan) -> dict[str, np.ndarray]:
         """The predicted video, view name → `[1 + 4N, H, W, 3]` uint8. Raises ValueError for a plan without latents."""
         if plan.latents is None:
@@ -293,19 +315,22 @@ class EventMode:
         actions = self.stats.denormalize_actions(np.asarray(actions))
         plans = []
         for row, (request, count, future) in enumerate(zip(requests, steps, futures)):
-            films = None
-            if video:
-                z = self.stats.denormalize_latents(np.asarray(latents[row, :, : 1 + future]))
-                films = {view: z[v] for v, view in enumerate(self.views) if view in request.frames}
+            draft = Draft(inputs, latents, row, future, tuple(view for view in self.views if view in request.frames))
             plans.append(
                 EventPlan(
                     actions=np.where(request.state_valid, actions[row, :count], 0.0).astype(np.float32),
                     duration_s=seconds[row],
-                    latents=films,
+                    latents=self._films(draft) if video else None,
                     bucket=bucket,
+                    draft=None if video else draft,
                 )
             )
         return plans
+
+    def _films(self, draft: Draft) -> dict[str, np.ndarray]:
+        """Un-normalised latents by view of finished normalised ones."""
+        z = self.stats.denormalize_latents(np.asarray(draft.latents[draft.row, :, : 1 + draft.futures]))
+        return {view: z[self.views.index(view)] for view in draft.views}
 
     def _inputs(
         self, requests: Sequence[EventRequest], futures: Sequence[int], steps: Sequence[int]

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import absolute_commands, state_vector
-from wallwm_jax.inference.event_mode import EventMode, EventRequest
+from wallwm_jax.inference.event_mode import EventMode, EventPlan, EventRequest
 from wallwm_jax.inference.unified_mode import Conditioning, History, UnifiedMode
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.training.checkpoint import load_params
@@ -66,7 +66,7 @@ class Action:
       control_hz: commands per second.
       duration_quantiles_s: `[Q]` what the model itself thinks, at `config.model.duration_quantiles`; none of a chunk.
       seconds: what the time went into: "encode" the pictures, "model".
-      latents: view name → predicted `[1 + N, h, w, C]` un-normalised latents; None unless asked for.
+      plan: the same as the model sees it; `EventMode.finish` predicts its video later; None of a chunk.
       video: view name → predicted `[1 + 4N, H, W, 3]` uint8 frames, the observation first; None unless asked for.
     """
 
@@ -77,7 +77,7 @@ class Action:
     control_hz: float
     duration_quantiles_s: np.ndarray
     seconds: dict[str, float]
-    latents: Mapping[str, np.ndarray] | None = None
+    plan: EventPlan | None
     video: dict[str, np.ndarray] | None = None
 
 
@@ -180,7 +180,6 @@ class Policy:
         duration: float | None = None,
         mode: str = "event",
         *,
-        latents: bool = False,
         video: bool = False,
         seed: int | None = None,
     ) -> Action:
@@ -193,8 +192,7 @@ class Policy:
             encoded once as long as it stays, or what `UnifiedMode` made of it.
           duration: seconds, of an event; None takes the model's own median.
           mode: "event" or "unified".
-          latents: also return the predicted video as latents.
-          video: also return it as pictures.
+          video: also return the video that the model predicts.
           seed: of the sampling noise; by default the next one since `reset`.
 
         Raises:
@@ -204,7 +202,7 @@ class Policy:
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}; this version decodes in mode {', '.join(map(repr, MODES))}")
         if mode == "unified":
-            return self._infer_chunk(observation, prompt, latents=latents, video=video, seed=seed)
+            return self._infer_chunk(observation, prompt, video=video, seed=seed)
         if not isinstance(prompt, str):
             raise UserError("event mode takes the next event in words; latents are for mode='unified'")
         engine, begun = self.event_mode, time.perf_counter()
@@ -214,7 +212,7 @@ class Policy:
         if duration is None:
             encoded = dataclasses.replace(encoded, duration_s=float(quantiles[engine.median]))
         seeds = [self._next_seed() if seed is None else seed]
-        plan = engine.plan([encoded], seeds=seeds, video=latents or video)[0]
+        plan = engine.plan([encoded], seeds=seeds, video=video)[0]
         done = time.perf_counter()
         poses, grippers = absolute_commands(plan.actions, observation.pose)
         return Action(
@@ -225,12 +223,12 @@ class Policy:
             control_hz=float(engine.store["action_hz"]),
             duration_quantiles_s=quantiles,
             seconds={"encode": ready - begun, "model": done - ready},
-            latents=plan.latents,
+            plan=plan,
             video=engine.decode(plan) if video else None,
         )
 
     def _infer_chunk(
-        self, observation: Observation, prompt: str | Conditioning, *, latents: bool, video: bool, seed: int | None
+        self, observation: Observation, prompt: str | Conditioning, *, video: bool, seed: int | None
     ) -> Action:
         (engine, history), begun = self._unified(), time.perf_counter()
         history.begin(observation)
@@ -241,7 +239,7 @@ class Policy:
                 self._instruction = prompt, engine.encode_text(prompt)
             prompt = self._instruction[1]
         ready = time.perf_counter()
-        chunk = engine.plan(request, prompt, seed=self._next_seed() if seed is None else seed, video=latents or video)
+        chunk = engine.plan(request, prompt, seed=self._next_seed() if seed is None else seed, video=video)
         hertz = float(self.event_mode.store["action_hz"])
         return Action(
             actions=chunk.actions,
@@ -251,7 +249,7 @@ class Policy:
             control_hz=hertz,
             duration_quantiles_s=np.zeros(0),
             seconds={"encode": ready - begun, "model": time.perf_counter() - ready},
-            latents=chunk.latents,
+            plan=None,
             video=engine.decode(chunk) if video else None,
         )
 

@@ -176,6 +176,8 @@ class PolicyServer:
                     reply = await self._reply(connection, session, data, received)
                     async with asyncio.timeout(self._limits.silence_s):
                         await connection.send(reply)
+                    if isinstance(reply, bytes) and not self._stopping.is_set():
+                        asyncio.get_running_loop().run_in_executor(self._engine, session.imagine)
                 except TimeoutError:
                     connection.transport.abort()
                     return

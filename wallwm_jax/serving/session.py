@@ -7,10 +7,13 @@ its frames here, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from wallwm_jax.console import UserError
-from wallwm_jax.inference.policy import Policy
+from wallwm_jax.inference.policy import Action, Policy
 from wallwm_jax.serving.messages import Executed, Request, commands
 from wallwm_jax.serving.watchdog import Calibration, EventWatch, Judgement
 
@@ -35,6 +38,26 @@ class Session:
     def _reset(self) -> None:
         self._seed = self._first_seed
         self._event: EventWatch | None = None
+        self._unseen: tuple[Request, Action] | None = None
+
+    def imagine(self) -> None:
+        """Predicts the video of an event that is to be watched: after its commands are out, so that nobody waits."""
+        if self._unseen:
+            request, action = self._unseen
+            assert action.plan is not None  # the server serves events
+            self._event = self._watch(request, action, self._policy.event_mode.finish(action.plan))
+            self._unseen = None
+
+    def _watch(self, request: Request, action: Action, latents: Mapping[str, np.ndarray] | None) -> EventWatch:
+        return EventWatch(
+            self._policy.event_mode,
+            request.observation.frames,
+            latents,
+            steps=len(action.actions),
+            seconds=action.duration_s,
+            quantiles_s=action.duration_quantiles_s,
+            spread=self._calibration.spread if self._calibration else math.inf,
+        )
 
     def _plan(self, request: Request) -> tuple[dict[str, Any], dict[str, float]]:
         """Commands for the next event."""
@@ -46,19 +69,10 @@ class Session:
             request.prompt,
             request.duration_s,
             request.mode,
-            latents=request.watch,
             seed=self._seed + 1,
         )
         self._seed += 1
-        self._event = EventWatch(
-            mode,
-            request.observation.frames,
-            action.latents,
-            steps=len(action.actions),
-            seconds=action.duration_s,
-            quantiles_s=action.duration_quantiles_s,
-            spread=self._calibration.spread if self._calibration else math.inf,
-        )
+        self._event, self._unseen = self._watch(request, action, None), (request, action) if request.watch else None
         quantiles = [float(second) for second in action.duration_quantiles_s]
         event = {
             "steps": len(action.actions),
@@ -72,6 +86,7 @@ class Session:
 
     def _follow(self, executed: Executed) -> tuple[dict[str, Any], dict[str, float]]:
         """How the event goes that the last request began."""
+        self.imagine()
         if self._event is None:
             raise UserError("no event has begun on this connection; send a request before what was executed of it")
         judged = self._event.observe(executed.step, executed.frames)
