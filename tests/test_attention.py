@@ -230,6 +230,7 @@ def test_long_self_attention_on_gpu_takes_the_kernel(monkeypatch, platform, is_s
     assert bool(seen) == taken
 
 
+@pytest.mark.extended
 def test_splash_on_a_mesh_equals_one_device():
     """Rows, heads and queries split over eight devices by shard_map."""
     code = """

@@ -179,6 +179,7 @@ def test_configs_that_cannot_run_are_named(store):
         EventMode({}, config, store.meta, store.stats)
 
 
+@pytest.mark.extended
 def test_the_symmetric_sampler_guidance_and_temperature_are_settings_of_the_same_call(mode, store):
     request = window_request(store, 0, duration_s=0.5)
     with quick_compilation():

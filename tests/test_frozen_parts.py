@@ -160,6 +160,7 @@ def test_every_wording_that_can_be_drawn_has_the_encoders_features(frozen, weigh
     assert row["text_length"][3] == len(null) and not row["text_features"][3, len(null) :].any()
 
 
+@pytest.mark.extended
 def test_a_run_trains_on_the_store_and_acts_with_the_frozen_parts(frozen, tmp_path):
     store = open_store(frozen)
     assert run(config_for(store), tmp_path / "run").step == 2

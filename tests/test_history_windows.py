@@ -107,6 +107,7 @@ def test_event_batches_have_no_window_number():
 # What is learned
 
 
+@pytest.mark.extended
 def test_the_loss_counts_the_future_and_depends_on_the_past(store, batch):
     config = configured(store)
     params = random_params(config.model)

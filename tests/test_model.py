@@ -352,6 +352,7 @@ def test_the_actions_see_the_video_and_its_noise_level(params, batch):
         assert np.abs(base - changed)[:, np.asarray(batch["action_event"]) > 0].max() > 1e-3, name
 
 
+@pytest.mark.extended
 def test_stage_action_has_the_action_gradient_only_and_remat_keeps_it(params, batch):
     example = as_training_example(batch, draw_noise(batch))
     stage = functools.partial(losses, model=with_model(remat="full"), train_video=False)
@@ -503,6 +504,7 @@ def test_duration_quantiles_rise(params, batch):
 # --- learning ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extended
 def test_a_tiny_model_memorises_one_batch(batch):
     example = as_training_example(batch, draw_noise(batch))
     optimizer = optax.adam(5e-3)

@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
 def test_runs_top_to_bottom(notebook, clustered_store, monkeypatch):
     monkeypatch.setenv("WALLWM_STORE", str(clustered_store))

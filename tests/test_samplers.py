@@ -113,6 +113,7 @@ def model():
         yield config.model, batch, params, encode(params, batch), encode(params, null)
 
 
+@pytest.mark.extended
 def test_model_flow_anchored_equals_the_composition_it_claims(model):
     config, batch, params, text, _ = model
     mask = (batch["latent_role"] == 2)[:, None, :, None, None, None]
@@ -147,6 +148,7 @@ def test_model_flow_anchored_equals_the_composition_it_claims(model):
     assert np.abs(np.asarray(latents - start[0])).max() > 1e-2
 
 
+@pytest.mark.extended
 def test_guidance_moves_both_streams_along_the_difference_to_the_null_text(model):
     config, batch, params, text, null = model
     start = noise(0, batch["latents"]), noise(1, batch["actions"][None])

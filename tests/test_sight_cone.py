@@ -137,6 +137,7 @@ def test_closed_pairs_of_cells_do_not_reach_each_other():
     assert not np.asarray(mask).all()
 
 
+@pytest.mark.extended
 def test_the_tower_masks_with_calibration_and_is_open_without():
     """At inference a batch has no calibration: the mask is dropped."""
     config = tiny_config()

@@ -137,6 +137,7 @@ def test_stairs_that_do_not_fit_are_errors():
             StaircaseConfig(depths, 24).check(8)
 
 
+@pytest.mark.extended
 def test_every_parameter_gets_its_gradient_and_the_backbone_none_where_it_is_frozen():
     """Against finite differences along a random direction of each parameter; float64 is not at hand, so 2 %."""
     config = KINDS["stairs"]

@@ -151,6 +151,7 @@ def test_a_wrong_sweep_file_is_an_error_that_names_the_fix(path, message):
         sweeps.load_sweep(path)
 
 
+@pytest.mark.extended
 def test_a_sweep_runs_goes_on_and_says_what_failed(clustered_store, tmp_path):
     """The command with two real arms, one of which cannot train; called again it makes only what is missing."""
     (tmp_path / "config.py").write_text(

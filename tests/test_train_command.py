@@ -172,6 +172,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing_of_it(cluste
 # Chaining stages
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("prepared_steps")
 def test_the_action_stage_starts_from_the_average_of_the_video_stage(clustered_store, tmp_path, capsys):
     video = training_config(clustered_store, "video")

@@ -112,6 +112,7 @@ print(json.dumps({"shape": dict(mesh.shape), "metrics": lines, "compilations": b
 """
 
 
+@pytest.mark.extended
 def test_two_devices_give_the_same_numbers_as_one(clustered_store):
     """Rows and weights split over fsdp = 2: every metric of two steps agrees to 1e-5; one compilation serves both."""
     config, built = training_config(clustered_store, "video"), built_step(clustered_store, "video")

@@ -114,6 +114,7 @@ def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mod
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.extended
 def test_the_gradient_of_an_action_loss_reaches_the_conditioning(mode, store):
     """Against a finite difference along a random direction."""
     _, record, episode = recorded(store, 1)

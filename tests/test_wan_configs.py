@@ -70,6 +70,7 @@ def test_the_argument_names_the_stage(name):
     assert config.model.text.to_dict() | dict(kind="features", width=4096, pad_to=512) == config.model.text.to_dict()
 
 
+@pytest.mark.extended
 def test_six_action_draws_cost_little_more_than_one():
     """Stage action at 5B, forward and backward, on one row: the draws share one video forward (WALL-WM section 2.7).
 

@@ -57,6 +57,7 @@ def root_mean_square_error(values, reference):
     return float(np.sqrt(np.mean(np.square(values - reference)) / np.mean(np.square(reference))))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_later_frames_at_once_equal_chunks_of_four(kind):
     codec = make_codec(kind)
@@ -148,6 +149,7 @@ def test_bfloat16_stays_close(codec):
     assert 1e-4 < root_mean_square_error(quick.decode(latents), codec.decode(latents)) <= 0.03
 
 
+@pytest.mark.extended
 def test_batches_are_spread_over_devices():
     code = """
 import jax, numpy as np
