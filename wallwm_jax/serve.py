@@ -70,7 +70,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("queue", 16, "Requests that may wait; further ones are told that the server is busy.", 1)
     flags.DEFINE_integer("clients", 64, "Robots that may be connected.", 1)
     flags.DEFINE_float("max_megabytes", 32.0, "Largest request.", 0.001)
-    flags.DEFINE_integer("seed", 0, "Of the sampling noise of each connection.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling noise of each connection.", 0)
     flags.DEFINE_multi_string("sampling", [], "Entry of config.sampling to change: name=value. May be repeated.")
     flags.DEFINE_string("calibration", "", "Calibration of the watchdog; watchdog.json of the workdir by default.")
     flags.DEFINE_bool("calibrate", False, "Calibrate the watchdog and exit.")
