@@ -51,6 +51,14 @@ def test_gradients_equal_the_unrolled_stack(blocks, policy):
         np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
 
 
+def test_groups_hold_the_blocks_of_a_stack_in_order(blocks):
+    stack = nnx.merge(*blocks)
+    kernel = blocks[1]["up"]["kernel"][...]
+    np.testing.assert_array_equal(layer_stack.group(stack, 1, 2, 1).up.kernel[...], kernel[1:, None])
+    np.testing.assert_array_equal(layer_stack.group(stack, 0, 1, 3).up.kernel[...], kernel[None])
+    assert layer_stack.group(stack, 2, 1, 0).up.kernel.shape == (1, 0, WIDTH, 16)
+
+
 def test_an_unknown_remat_policy_is_refused():
     with pytest.raises(ValueError, match="'some': one of none, selective, full"):
         layer_stack.remat(lambda x: x, "some")

@@ -151,6 +151,11 @@ def test_decoding_token_by_token_is_the_full_forward(params):
     assert worst(cache.layers, full.layers) < 2e-5
     assert (int(cache.used), cache.position.tolist()) == (LENGTH, [LENGTH] * 2)
 
+    last, cache = extend(params, embeddings()[:, :1], cache)
+    assert np.isfinite(last).all()
+    too_many, _ = extend(params, embeddings()[:, :1], cache)
+    assert np.isnan(too_many).all()
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_leaves_no_trace(params, side):

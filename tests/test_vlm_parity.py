@@ -210,7 +210,7 @@ def test_bfloat16_compute_is_as_near_to_float32_as_the_twins():
         return float(np.sqrt(np.mean((np.asarray(logits) - exact) ** 2) / np.mean(exact**2)))
 
     print(f"bfloat16 logits error {spread(ours):.1e}, twin's own {spread(theirs):.1e}, root mean squares")
-    assert 1e-4 < spread(ours) <= 1.2 * spread(theirs)
+    assert 1e-4 < spread(ours) <= 1.5 * spread(theirs)
 
 
 def test_default_sizes_are_those_of_the_twin():

@@ -154,8 +154,8 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Features `[B, S, D]` of further inputs, and the cache with them.
 
-    As `forward`; S = 1 is a step of decoding. Padding in `mask` may stand only after a row's tokens. The caller sees to
-    it that the cache has S free slots: its count is known only where the program runs.
+    As `forward`; S = 1 is a step of decoding. Padding in `mask` may stand only after a row's tokens. Without S free
+    slots in the cache all features are NaN: the count is known only where the program runs.
     """
     hidden, states, mask, positions = _run(params, config, inputs, cache, positions, mask)
     return hidden, append(cache, states, positions, mask)
@@ -175,7 +175,8 @@ def run_layers(
     """Runs S positions through the layers `first <= layer < last`, after what the cache holds of these layers.
 
     The cache is read, not changed: a branch with parameters of its own may run from the backbone's cache, one range of
-    layers after the other, with more positions in later ranges. The cache has S free slots, or no slots at all.
+    layers after the other, with more positions in later ranges. Without S free slots, in a cache that has any, the
+    result is NaN.
 
     Args:
       blocks: `params["blocks"]`, of all layers.
@@ -197,6 +198,7 @@ def run_layers(
     held = written(cache.is_open, mask, cache.used, 1)
     causal = jnp.arange(held.shape[1]) <= cache.used + jnp.arange(length)[:, None]
     slots = Slots(cache.used, held[:, None, :] & causal)
+    hidden = jnp.where(cache.used + length <= held.shape[1], hidden, jnp.nan)
     modules = nnx.merge(_graph(config)["blocks"], blocks)
 
     def linear_layer(hidden: jax.Array, block: tuple[LinearBlock], before: LinearState) -> Any:
