@@ -14,4 +14,4 @@ ensure_rendering
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # meshes are simulated on the CPU
 # Files are shared out to as many processes as there are cores, at most four: programs are compiled once per file.
 workers=$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')
-exec python -m pytest -n "$workers" --dist loadfile -m "not parity and not tpu and not fault and not slow" "$@"
+exec python -m pytest -n "$workers" --dist loadfile -m "not parity and not tpu and not fault and not extended and not slow" "$@"

@@ -69,7 +69,7 @@ def test_one_process_two_processes_one_process_is_one_curve(config, straight_on_
     second.signal(signal.SIGKILL, process=1)
     start = time.monotonic()
     (code, output), (killed, _) = second.end()
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 150
     assert killed == -signal.SIGKILL
     assert code == TRY_AGAIN, output[-3000:]
     assert "error: process 0 of 2 failed in phase '" in output
@@ -105,7 +105,7 @@ def test_when_the_first_process_is_killed_the_other_ends_too(config, tmp_path):
     run.signal(signal.SIGKILL)
     start = time.monotonic()
     _, (code, output) = run.end()
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 200
     assert code not in (0, None), output[-3000:]
 
 

@@ -105,7 +105,7 @@ def launch(checkout):
 
     def call(script, *arguments, **kwargs):
         command = ["bash", f"launch/{script}.sh", *arguments]
-        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=100, **kwargs)
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300, **kwargs)
 
     return call
 
@@ -140,7 +140,7 @@ def verbs(world):
 
 
 def wait_for(world, verb, times):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while verbs(world).count(verb) < times:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -212,12 +212,12 @@ def test_a_run_outlives_its_launcher_and_is_found_again(launch, checkout, world)
     )
     wait_for(world, "follow", times=1)
     os.killpg(launcher.pid, signal.SIGINT)
-    assert "a run that has started goes on" in launcher.communicate(timeout=60)[1]
+    assert "a run that has started goes on" in launcher.communicate(timeout=300)[1]
     assert launcher.returncode == 130
     again = subprocess.Popen(up, cwd=checkout, stderr=subprocess.PIPE, text=True)
     wait_for(world, "follow", times=2)
     (world / "hold").unlink()
-    assert "run runs a command already; following that one" in again.communicate(timeout=60)[1]
+    assert "run runs a command already; following that one" in again.communicate(timeout=300)[1]
     assert again.returncode == 0
     assert len(started(world)) == len(started(world, worker=1)) == 1
     assert verbs(world).count("create") == verbs(world).count("start") == 1

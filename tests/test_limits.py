@@ -22,12 +22,12 @@ with Watchdog(0.5, aborts=True) as watchdog:
 
 
 def test_a_hang_shows_the_stacks_once_and_names_the_phase(capfd):
-    with Watchdog(0.2) as watchdog:
+    with Watchdog(1.0) as watchdog:
         for step in range(10):  # each phase is shorter than the limit
             watchdog.enter(f"step {step}")
-            time.sleep(0.04)
+            time.sleep(0.15)
         watchdog.enter("data of step 10")
-        time.sleep(0.6)
+        time.sleep(2.5)
     said = capfd.readouterr().err
     assert said.count("warning: process 0 of 1 hangs in phase 'data of step 10'") == 1
     assert "hangs in phase 'step" not in said
@@ -51,7 +51,7 @@ def test_no_limit_watches_nothing():
 
 
 def test_a_hang_ends_the_process_with_the_code_that_says_try_again():
-    done = subprocess.run([sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=300)
     assert done.returncode == TRY_AGAIN == 75
     assert "hangs in phase 'data of step 7'" in done.stderr
     assert "in wait_for_a_batch_that_never_comes" in done.stderr

@@ -11,13 +11,16 @@ import pytest
 from random_batch import tiny_config
 from training_setup import subprocess_environment
 
-from wallwm_jax.benchmarks import preflight
+from wallwm_jax.benchmarks import event_mode_cost, muon, preflight
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.model_flops import RowShape, forward_flops, training_flops
-from wallwm_jax.parallel.aot import Statistics, Traffic
+from wallwm_jax.parallel import sharding
+from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
 from wallwm_jax.parallel.chips import CHIPS, chip_of
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.parallel.presets import mesh_preset
 
 
 def sized_config(view_attention=True):
@@ -102,7 +105,7 @@ def test_more_draws_cost_only_their_own_stream():
 def test_the_projection_adds_its_parts():
     found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_flops=459e12)
     found.traffic["all-gather", 4] = Traffic(10, 9e11, 1.8e11)
-    times = preflight._times(found, chip_of("v5p:2x2x1"), 459e12)
+    times = preflight.project(found, chip_of("v5p:2x2x1"), 459e12)
     assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 1.0)
     assert [p.seconds for p in times["projections"]] == pytest.approx([3 + 1 / 0.42, 3 + 1 / 0.6, 4.0])
     assert times["projections"][-1].mfu == pytest.approx(0.25)
@@ -156,3 +159,59 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(monkeypatch):
     assert "fits" in report.table() and "MFU" in report.table()
     small = dataclasses.replace(report, hbm=1.05 * report.total)
     assert not small.fits and "DOES NOT FIT" in small.table()
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5p:4x4x8", "v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"])
+def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
+    """A block's feed-forward, forward and backward on the preset's mesh: gathers and reduce-scatters of its weights."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    mesh = make_mesh(mesh_preset(topology), topology_devices(topology))
+    width, layers, rows = 1024, 4, 4 * mesh.size
+
+    def placed(shape, *names):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(names, shape, mesh))
+
+    def loss(kernels, x):
+        def block(x, kernel):
+            up, down = (part.astype(jnp.bfloat16) for part in kernel)
+            return sharding.constrain(x + jnp.tanh(x @ up) @ down, "batch", None), None
+
+        return jnp.mean(jax.lax.scan(jax.checkpoint(block), x, kernels)[0].astype(jnp.float32) ** 2)
+
+    kernels = (
+        placed((layers, width, 4 * width), "layers", "embed", "mlp"),
+        placed((layers, 4 * width, width), "layers", "mlp", "embed"),
+    )
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=sharding.rows_sharding(mesh))
+    where = jax.tree.map(lambda leaf: leaf.sharding, kernels)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = statistics(jax.jit(jax.grad(loss), out_shardings=where).lower(kernels, x).compile())
+    weights, shards = 2 * layers * width * 4 * width, mesh.shape["fsdp"]
+    assert found.received["all-gather"] >= 0.9 * 2 * weights * (1 - 1 / shards)  # in bfloat16, at least once
+    assert found.received["reduce-scatter"] >= 0.9 * 2 * weights * (1 - 1 / shards)
+    copies = mesh.shape["data"]  # sums over copies of the shards remain
+    assert found.received["all-reduce"] <= 1.1 * 2 * 4 * weights / shards * (1 - 1 / copies) + 1e4
+
+
+@pytest.mark.tpu
+def test_muon_alone_and_event_mode_are_answered_too(capsys):
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    config = sized_config()
+    with config.unlocked():
+        config.model.update(compute_dtype="bfloat16")
+        config.mesh.update(data=2, fsdp=2)
+        config.train.stage = "joint"
+        config.sampling.update(buckets=(5,), steps=3, video_steps=2)
+    result = muon.measure_config(config, "v5p:2x2x1")
+    assert result["muon"]["matrices"] == preflight.inspect(config, "v5p:2x2x1").muon.matrices
+    assert result["muon"]["plan"]["bytes_received_per_chip"] == pytest.approx(
+        result["muon"]["bytes_received_per_chip"], rel=0.05
+    )
+    with config.unlocked():
+        config.mesh.update(data=1, fsdp=1, tensor=2)
+    cost = event_mode_cost.inspect(config, "v5p:2x2x1")
+    (bucket,) = cost.buckets
+    assert cost.fits and cost.chips == 2 and bucket.actions == 4 * config.model.actions_per_latent
+    assert bucket.received > 0 and bucket.seconds[0] >= bucket.seconds[-1] > 0
+    assert f"{bucket.latents:>7}{bucket.actions:>9}" in cost.table()

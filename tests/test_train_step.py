@@ -256,7 +256,7 @@ def test_processes_find_each_other_and_a_barrier_gives_up(tmp_path):
         )
         for index in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = (output[0].splitlines() for output in outputs)
     assert first[0] == "0 2 0 2" and second[0] == "1 2 1 2"

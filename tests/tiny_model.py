@@ -24,10 +24,13 @@ from wallwm_jax.training.train_state import TrainState
 
 def random_params(model: ConfigDict, seed: int = 0, scale: float = 0.2) -> dict[str, Any]:
     """Every parameter of `config.model` drawn from a normal, so that no zero-initialised output hides a mistake."""
+    return random_like(wam.abstract_params(model), seed, scale)
+
+
+def random_like(shapes: dict[str, Any], seed: int = 0, scale: float = 0.2) -> dict[str, Any]:
+    """Normal draws of the shapes and types of a tree."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), wam.abstract_params(model)
-    )
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
 def save_run(

@@ -8,6 +8,11 @@ r"""Compiles the real train step for a TPU slice that need not exist, and says w
     python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
         --search --search_remat=full,selective --search_rows=1,2,4
 
+--program takes another program of the config: Muon's update alone, or event mode's denoising programs, one request on
+as many chips as the mesh's context and tensor axes have:
+
+    python -m wallwm_jax.preflight --config=configs/wan5b.py:joint --topology=v5p:4x4x8 --views=3 --program=event_mode
+
 Needs no TPU, only the compiler (pip install "jax[tpu]"). Exit code 0: it fits with a tenth of the memory free; 3: it
 does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/preflight.py`; the rest is compiled fact.
 """
@@ -29,6 +34,7 @@ def _define_flags() -> None:
     define_config_flag()
     flags.DEFINE_string("topology", None, "TPU generation and extents of the torus, such as v5p:4x4x8.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
+    flags.DEFINE_enum("program", "train_step", ["train_step", "muon", "event_mode"], "What to compile.")
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_bool("search", False, "Compile several ways to run and print the best few that fit.")
     flags.DEFINE_list("search_fsdp", [], "Chips that share the parameters; none takes products of the torus's sides.")
@@ -39,13 +45,20 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    from wallwm_jax.benchmarks import preflight
+    from wallwm_jax.benchmarks import event_mode_cost, muon, preflight
 
     values = flags.FLAGS
     if values.search:
+        if values.program != "train_step":
+            raise UserError(f"--search tries ways to run the train step, not --program={values.program}")
         return _search()
-    with phase(f"compile for {values.topology}"):
-        report = preflight.inspect(values.config, values.topology, values.views)
+    with phase(f"compile {values.program} for {values.topology}"):
+        if values.program == "muon":
+            result = muon.measure_config(values.config, values.topology)
+            print(json.dumps(result, indent=1) if values.json else muon.table(result))
+            return 0
+        inspect = preflight.inspect if values.program == "train_step" else event_mode_cost.inspect
+        report = inspect(values.config, values.topology, values.views)
     print(json.dumps(report.to_json(), indent=1) if values.json else report.table())
     return 0 if report.fits else _DOES_NOT_FIT
 

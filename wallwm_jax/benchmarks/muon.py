@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon as optax_scale_by_muon
@@ -25,6 +25,8 @@ from wallwm_jax.parallel import sharding
 from wallwm_jax.parallel.aot import statistics, topology_devices
 from wallwm_jax.parallel.chips import chip_of
 from wallwm_jax.parallel.mesh import AXES, make_mesh
+from wallwm_jax.parallel.presets import mesh_sizes
+from wallwm_jax.training.stages import get_stage
 
 STEP_SECONDS = 3.5
 """Length of a train step that the optimizer's share is stated for."""
@@ -71,15 +73,32 @@ def measure(model: str, topology: str, rows: Sequence[str] = ()) -> dict[str, An
     return result
 
 
+def measure_config(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """The same for one row, "muon": all matrices that the stage of `config` trains, on its own mesh.
+
+    Raises:
+      UserError: as `measure`; or the config trains with another optimizer.
+    """
+    if config.optim.name != "muon":
+        raise UserError(f"config.optim.name={config.optim.name!r}: there is no Muon in this config")
+    devices = topology_devices(topology)
+    mesh = make_mesh(mesh_sizes(config), devices)
+    shapes, _ = get_stage(config.train.stage).split(world_action_model.abstract_params(config.model))
+    matrices = matrix_paths(param_axes.muon_matrices(shapes), shapes)
+    leaves = {path: leaf for path, leaf in flatten(shapes) if path in matrices}
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    row = {**_compile(leaves, matrices, mesh, topology), "mesh": sizes}
+    return {"model": f"stage {config.train.stage}", "topology": topology, "chips": len(devices), "muon": row}
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures as lines for people."""
     lines = [
         f"{result['model']} on {result['topology']}, {result['chips']} chips; per chip and update:",
         f"{'':<18}{'TFLOP':>8}{'ideal':>8}{'GB recv':>9}{'GB temp':>9}{'share':>8}  collectives",
     ]
-    for name in ROWS:
-        if name in result:
-            row = result[name]
+    for name, row in result.items():
+        if isinstance(row, dict):
             lines.append(
                 f"{name:<18}{row['flops_per_chip'] / 1e12:>8.2f}{row['ideal_flops_per_chip'] / 1e12:>8.2f}"
                 f"{row['bytes_received_per_chip'] / 1e9:>9.3f}{row['temp_bytes_per_chip'] / 1e9:>9.2f}"
@@ -102,11 +121,18 @@ def matrices_of(config: ConfigDict, *, views: bool) -> tuple[Any, Any]:
 def _measure(config: ConfigDict, row: Row, devices: Sequence[jax.Device], topology: str) -> dict[str, Any]:
     shapes, specs = matrices_of(config, views=row.views)
     mesh = make_mesh({**dict.fromkeys(AXES, 1), **row.mesh}, devices)
+    return {**_compile(shapes, specs, mesh, topology, optax_rule=row.optax), "mesh": _shape(row.mesh)}
+
+
+def _compile(
+    shapes: dict[str, Any], specs: dict[str, MatrixSpec], mesh: Mesh, topology: str, *, optax_rule: bool = False
+) -> dict[str, Any]:
+    """Figures of one update of these matrices, compiled."""
     layouts = {
         path: sharding.spec_for(param_axes.rule_for(path).axes, leaf.shape, mesh) for path, leaf in shapes.items()
     }
     cost = muon_cost_report(specs, shapes, MuonSharding(mesh, layouts))
-    rule = _optax(specs) if row.optax else scale_by_muon(specs, sharding=MuonSharding(mesh, layouts))
+    rule = _optax(specs) if optax_rule else scale_by_muon(specs, sharding=MuonSharding(mesh, layouts))
     placed = {path: NamedSharding(mesh, layout) for path, layout in layouts.items()}
     grads = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=placed[path]) for path, leaf in shapes.items()
@@ -137,9 +163,8 @@ def _measure(config: ConfigDict, row: Row, devices: Sequence[jax.Device], topolo
         "exchange_seconds": exchange,
         "share_of_step": (compute + exchange) / STEP_SECONDS,
         "compile_seconds": time.monotonic() - begun,
-        "mesh": _shape(row.mesh),
         "matrices": cost.matrices,
-        **({} if row.optax else {"plan": cost.to_json()}),
+        **({} if optax_rule else {"plan": cost.to_json()}),
     }
 
 

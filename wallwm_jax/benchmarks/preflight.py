@@ -185,11 +185,12 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         },
         muon=built.muon_cost,
         compile_seconds=seconds,
-        **_times(found, chip, model),
+        **project(found, chip, model),
     )
 
 
-def _times(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
+def project(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
+    """The fields of `Report` that are seconds, of a compiled program that does `model_flops` of needed work."""
     products = found.product_cycles / chip.clock
     other = (found.cycles - found.product_cycles) / chip.clock
     exchange = sum(_waited(moved, chip) for moved in found.traffic.values())

@@ -13,8 +13,9 @@ from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT = ("none", "selective", "full")
-KEPT = ("attention", "ffn")  # of long attentions output and normaliser, of feed-forwards hidden layer and output
+REMAT = {"none": None, "selective": ("attention", "ffn"), "attention": ("attention",), "full": ()}
+"""Policy → what is kept for the backward pass: of long attentions output and normaliser, of feed-forwards hidden layer
+and output; None keeps all."""
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -64,15 +65,15 @@ def group_leaves(tree: Any, first: int, groups: int, size: int) -> Any:
 
 
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function`, with all its intermediates kept for the backward pass ("none") or recomputed there ("full"); with
-    "selective" those are kept that cost most to compute for their size (`KEPT`).
+    """`function`, with its intermediates recomputed in the backward pass, but for those that `REMAT[policy]` names.
 
     Raises:
       ValueError: unknown policy.
     """
     if policy not in REMAT:
         raise ValueError(f"model.remat {policy!r}: one of {', '.join(REMAT)}")
-    if policy == "none":
+    kept = REMAT[policy]
+    if kept is None:
         return function
-    keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
-    return jax.checkpoint(function, prevent_cse=False, policy=keep if policy == "selective" else None)
+    keep = jax.checkpoint_policies.save_only_these_names(*kept) if kept else None
+    return jax.checkpoint(function, prevent_cse=False, policy=keep)

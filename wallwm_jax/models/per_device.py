@@ -1,8 +1,14 @@
-"""Attention kernels under a mesh: each device runs the kernel on its own rows and heads, and on its part of the queries
-where the context axis splits them. Outside any mesh the kernel is simply called."""
+"""Attention kernels under a mesh: each device runs the kernel on its own rows and heads. Outside any mesh the kernel is
+simply called.
+
+Where the context axis splits the sequences, it splits heads inside an attention: the compiler exchanges one for the
+other by all-to-all, four times an attention (DeepSpeed-Ulysses). Heads that it does not divide stay, and it splits the
+queries, for which every device gathers all keys and values: at four devices twice the bytes.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,9 +34,12 @@ def per_device(
     if mesh.empty or mesh.size == 1:
         return kernel(query, key, value, q_segments, kv_segments)
     rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
-    heads = "tensor" if mesh.shape["tensor"] > 1 and query.shape[1] % mesh.shape["tensor"] == 0 else None
+    heads: tuple[str, ...] = ()
+    for axis in ("tensor", "context"):
+        if mesh.shape[axis] > 1 and query.shape[1] % math.prod(mesh.shape[name] for name in (*heads, axis)) == 0:
+            heads += (axis,)
     divides = mesh.shape["context"] > 1 and query.shape[2] % mesh.shape["context"] == 0
-    context = "context" if splits_queries and divides else None
+    context = "context" if splits_queries and divides and "context" not in heads else None
     of_query, of_key = PartitionSpec(rows, heads, context, None), PartitionSpec(rows, heads, None, None)
     return jax.shard_map(
         kernel,

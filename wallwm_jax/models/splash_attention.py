@@ -19,7 +19,7 @@ from wallwm_jax.models.per_device import per_device
 _BLOCKS = (512, 384, 256, 128)
 _PADDING = 1.1  # a larger block may pad this much more than the smallest one
 _WORTHWHILE = 256 * 256  # logits per row and head, below which XLA's dense attention is as good
-_ONE_BLOCK = 2048  # keys that the backward kernel takes at once: the queries' gradient then needs no sum over blocks
+_MOST_KEYS = 4096  # that the backward kernel takes at once: it writes the queries' gradient once for each block of keys
 _NO_KEY = -1  # segment of closed keys: no query has it
 
 
@@ -65,7 +65,7 @@ def _attend(
         block_kv=k_block,
         block_kv_compute=k_block,
         block_q_dkv=q_block,
-        block_kv_dkv=k_length if k_length <= _ONE_BLOCK else k_block,
+        block_kv_dkv=max(size for size in range(k_block, _MOST_KEYS + 1, k_block) if k_length % size == 0),
         block_kv_dkv_compute=k_block,
         use_fused_bwd_kernel=True,
     )

@@ -22,6 +22,7 @@ from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbeddi
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
 from wallwm_jax.models.sight_cone import sight_mask
 from wallwm_jax.models.view_attention import UNKNOWN_CAMERA, CameraTable, ViewAttention
+from wallwm_jax.parallel.sharding import constrain, context_size
 
 Batch = dict[str, Any]
 
@@ -71,22 +72,25 @@ class VideoBlock(nnx.Module):
     def __call__(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         modulation = jnp.split(self.modulation[...] + condition.modulation, 6, 2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        x = gated(x, self._within_views(modulate(x, shift, scale), condition), gate)
+        x = _on_mesh(x, condition)
+        x = _on_mesh(gated(x, self._within_views(modulate(x, shift, scale), condition), gate), condition)
         if self.view_attention is not None and condition.camera_angles is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
             time = condition.modulation[:, :, :3]
             x = self.view_attention(x, time, condition.camera_angles, cell_bias, condition.view_mask)
         x = x + self._text(self.text_norm(x), condition)
-        return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+        return _on_mesh(gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale)), ffn_gate), condition)
 
     def _within_views(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Self-attention over the cells of one view and all latent frames of one event."""
         b, f, n, width = x.shape
         views, events = condition.segments.shape[2], condition.frame_event.shape[-1]
+        cells_first = _cells_are_split(f, views)
 
         def by_view(part: jax.Array) -> jax.Array:
-            """`[B, F, V, cells, ...]` to `[B * V, F * cells, ...]`."""
-            return jnp.swapaxes(part, 1, 2).reshape(b * views, -1, *part.shape[4:])
+            """`[B, F, V, cells, ...]` to `[B * V, F * cells, ...]`; what is split over devices is the outer one."""
+            part = jnp.moveaxis(part, 1, 3) if cells_first else jnp.swapaxes(part, 1, 2)
+            return part.reshape(b * views, -1, *part.shape[4:])
 
         attention, cells = self.self_attention, n // views
         x = by_view(x.astype(attention.dtype).reshape(b, f, views, cells, width))
@@ -100,8 +104,10 @@ class VideoBlock(nnx.Module):
             kv_segments=segments,
             num_segments=events,
         )
-        mixed = attention.merge(mixed).reshape(b, views, f, cells, width)
-        return jnp.swapaxes(mixed, 1, 2).reshape(b, f, n, width)
+        mixed = attention.merge(mixed)
+        if cells_first:
+            return jnp.swapaxes(mixed.reshape(b, n, f, width), 1, 2)
+        return jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
 
     def _text(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Cross-attention of a frame's cells to its event's caption: keys once per event, then gathered per frame."""
@@ -233,6 +239,20 @@ def unpatchify(patches: jax.Array, views: int, shape: tuple[int, int], patch: tu
     (h, w), (p, q) = shape, patch
     cells = patches.reshape(b, f, views, h // p, w // q, p, q, width // (p * q))
     return jnp.transpose(cells, (0, 2, 1, 3, 5, 4, 6, 7)).reshape(b, views, f, h, w, width // (p * q))
+
+
+def _cells_are_split(frames: int, views: int) -> bool:
+    """Whether the context axis splits the cells of a view: where it does not divide the frames, and there is one view.
+
+    Split frames keep text and cross-view attention on one device; cells of several views cannot be split evenly.
+    """
+    return views == 1 and frames % context_size() != 0
+
+
+def _on_mesh(x: jax.Array, condition: VideoCondition) -> jax.Array:
+    """The stream `[B, F, N, D]`, each device's part of it."""
+    cells = "cells" if _cells_are_split(x.shape[1], condition.segments.shape[2]) else None
+    return constrain(x, "batch", None if cells else "frames", cells, None)
 
 
 def _closed_where(closed: jax.Array, repeats: int) -> jax.Array:

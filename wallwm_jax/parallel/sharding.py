@@ -1,8 +1,9 @@
 """Where arrays live on the mesh: logical axis names -> mesh axes, for parameters, batches and activations.
 
 `models/param_axes.py` names the axes of every parameter; `RULES` says which mesh axis splits each name. Weights are
-split over `fsdp` on their input side and over `tensor` on their output side (heads, hidden units). A dimension that its
-mesh axis does not divide stays whole.
+split over `fsdp` and `context` on their input side and over `tensor` on their output side (heads, hidden units). Of a
+sequence, `context` splits the frames or, where it does not divide them, the cells of a frame. A dimension that its mesh
+axis does not divide stays whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MeshAxes = str | tuple[str, ...] | None
 
 RULES: dict[str, MeshAxes] = {
     "batch": ROW_AXES,
-    "embed": "fsdp",
+    "frames": "context",
+    "cells": "context",
+    "embed": ("fsdp", "context"),
     "embed_out": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
@@ -65,12 +68,12 @@ def spec_for(
         if name is not None and name not in rules:
             raise ValueError(f"logical axis {name!r} has no sharding rule; the rules name {', '.join(rules)}")
         target = rules[name] if name is not None else None
-        axes = (target,) if isinstance(target, str) else (target or ())
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-        if shards == 1 or size % shards or used & set(axes):
+        wanted = (target,) if isinstance(target, str) else (target or ())
+        axes = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
+        if not axes or size % math.prod(mesh.shape[axis] for axis in axes) or used & set(axes):
             entries.append(None)
         else:
-            entries.append(target)
+            entries.append(axes if len(axes) > 1 else axes[0])
             used |= set(axes)
     return PartitionSpec(*entries)
 
@@ -114,6 +117,12 @@ def host_rows(mesh: Mesh, rows: int, process: int | None = None) -> tuple[int, i
             "reorder the axes of config.mesh so that row axes are the outer ones on each host"
         )
     return start // share, rows // share
+
+
+def context_size() -> int:
+    """Devices that share the sequence of one row, in the mesh that this trace is for; 1 outside any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(mesh.shape["context"])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -1,0 +1,210 @@
+"""Staircase Decoding against a slow, per-position reference; its gradients; its cost against decoding in turn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import quick_compilation, random_like
+
+from wallwm_jax.console import UserError
+from wallwm_jax.models.vlm import language_model as lm
+from wallwm_jax.models.vlm import staircase
+from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.staircase import StaircaseConfig
+from wallwm_jax.parallel.aot import count_instructions
+
+LANGUAGE = LanguageConfig.tiny(
+    width=32, ffn=48, depth=8, heads=2, kv_heads=1, head_dim=16, rotary_dim=8, mrope_section=(2, 1, 1),
+    linear_key_heads=1, linear_value_heads=2, linear_key_dim=16, linear_value_dim=16,
+)  # fmt: skip
+KINDS = {
+    "stairs": StaircaseConfig.stairs(4, out_width=24, spacing=2),
+    "odd stairs": StaircaseConfig((0, 1, 4, 7), out_width=24),
+    "flat": StaircaseConfig.flat(4, out_width=24, relay_depth=4),
+    "prompt": StaircaseConfig((0, 0, 0, 0), out_width=24),
+}
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
+
+
+def setup(config, lengths=(5, 7)):
+    """Random backbone and branch, different from each other, and the backbone's cache of two padded texts."""
+    backbone = random_like(lm.abstract_params(LANGUAGE), seed=1)
+    branch = random_like(jax.eval_shape(lambda: staircase.init(config, LANGUAGE, backbone, jax.random.key(0))), seed=2)
+    ids = np.random.default_rng(0).integers(0, 256, (len(lengths), max(lengths)))
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    prefill = jax.jit(functools.partial(lm.prefill, config=LANGUAGE, slots=max(lengths) + len(config.entry_depths)))
+    return backbone, branch, prefill(backbone, inputs=ids, mask=mask)[1]
+
+
+def by_position(branch, config, cache):
+    """Each position by itself through its layers, one layer at a time, behind the text and the positions before it."""
+    border, depth = staircase._bind(branch, config, LANGUAGE), LANGUAGE.depth
+    streams, results = [], []  # of each position: its state before layer 0, 1, ..., depth
+    for k, entry in enumerate(config.entry_depths):
+        step = border.steps[k][None, None]
+        if entry:
+            source = max(j for j in range(k) if config.entry_depths[j] < entry)
+            hidden = border.enter(streams[source][entry], step)
+        else:
+            hidden = jnp.broadcast_to(border.start[...] + step, (len(cache.position), 1, LANGUAGE.width))
+        positions = jnp.broadcast_to(cache.position[:, None], (3, len(cache.position), 1))
+        stream, states = [], []
+        for layer in range(depth):
+            if layer < entry:  # never read: no later position enters below this one
+                place = jnp.zeros_like(hidden)
+            else:
+                place = hidden
+                stream.append(hidden)
+            after, state = lm.run_layers(
+                branch["blocks"], LANGUAGE, place, positions, cache, first=layer, last=layer + 1
+            )
+            hidden = hidden if layer < entry else after
+            states.append(state)
+        stream = [None] * entry + [*stream, hidden]
+        joined = lm.LayerStates(*(in_layer_order(kind) for kind in zip(*states)))
+        cache = lm.append(cache, joined, positions, jnp.ones((len(cache.position), 1), bool))
+        streams.append(stream)
+        results.append(border.norm(hidden))
+    return jnp.concatenate(results, 1)
+
+
+def in_layer_order(states):
+    """Stacks states of one layer or of none each."""
+    present = [state for state in states if len(jax.tree.leaves(state)[0])]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *present)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=kind, marks=[pytest.mark.extended] * (kind != "stairs"))
+        for kind, config in KINDS.items()
+    ],
+)
+def test_one_pass_gives_what_position_after_position_gives(config):
+    _, branch, cache = setup(config)
+    found = jax.jit(lambda cache: staircase.decode(branch, config, LANGUAGE, cache))(cache)
+    expected = jax.jit(lambda cache: by_position(branch, config, cache))(cache)
+    assert found.shape == (2, 4, 32) and float(jnp.std(expected)) > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+def test_latents_depend_on_those_before_them_only():
+    config = KINDS["stairs"]
+    _, branch, cache = setup(config)
+    decode = jax.jit(lambda branch: staircase.decode(branch, config, LANGUAGE, cache))
+    poisoned = {**branch, "border": {**branch["border"], "steps": branch["border"]["steps"].at[2].add(3.0)}}
+    before, after = decode(branch), decode(poisoned)
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert float(jnp.min(jnp.max(jnp.abs(before - after)[:, 2:], -1))) > 1e-3
+
+
+def test_a_row_depends_on_its_own_text_only():
+    config = KINDS["stairs"]
+    branch, both = setup(config, (5, 7))[1:]
+    decode = jax.jit(functools.partial(staircase.decode, branch, config, LANGUAGE))
+    np.testing.assert_allclose(decode(setup(config, (5, 3))[2])[0], decode(both)[0], atol=1e-5)
+
+
+def test_a_branch_starts_as_its_backbone():
+    """Relays copy at first, so a position that enters at 0 alone is the backbone's next token, embedded as `start`."""
+    backbone, _, cache = setup(KINDS["prompt"])
+    config = StaircaseConfig((0,), out_width=24)
+    branch = staircase.init(config, LANGUAGE, backbone, jax.random.key(0))
+    token = branch["border"]["start"] + branch["border"]["steps"]
+    token = jnp.broadcast_to(token, (2, 1, LANGUAGE.width))
+    hidden, _ = jax.jit(lambda token: lm.extend(backbone, LANGUAGE, token, cache))(token)
+    latents = jax.jit(lambda branch: staircase.decode(branch, config, LANGUAGE, cache))(branch)
+    np.testing.assert_allclose(latents, hidden, atol=1e-5)
+    np.testing.assert_array_equal(staircase._bind(branch, config, LANGUAGE).enter(hidden, jnp.zeros(32)), hidden)
+
+
+def test_stairs_that_do_not_fit_are_errors():
+    for depths, words in [
+        ((1, 2), "the first is 0"),
+        ((0, 4, 2), "none is less"),
+        ((0, 4, 8), "below the top of the 8"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            StaircaseConfig(depths, 24).check(8)
+
+
+def test_every_parameter_gets_its_gradient_and_the_backbone_none_where_it_is_frozen():
+    """Against finite differences along a random direction of each parameter; float64 is not at hand, so 2 %."""
+    config = KINDS["stairs"]
+    _, branch, cache = setup(config)
+    target = jnp.asarray(np.random.default_rng(5).normal(size=(2, 4, 24)), jnp.float32)
+
+    @jax.jit
+    def loss(branch):
+        latents = staircase.decode(branch, config, LANGUAGE, cache)
+        return jnp.mean(jnp.square(staircase.project(branch, config, LANGUAGE, latents) - target))
+
+    grads = jax.jit(jax.grad(loss))(branch)
+    rng, leaves = np.random.default_rng(6), jax.tree_util.tree_leaves_with_path(branch)
+    for (path, _), grad in zip(leaves, jax.tree.leaves(grads)):
+        name = jax.tree_util.keystr(path)
+        assert bool(jnp.all(jnp.isfinite(grad))) and float(jnp.max(jnp.abs(grad))) > 0, name
+    direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), branch)
+    moved = [loss(optax.apply_updates(branch, optax.tree.scale(step, direction))) for step in (1e-3, -1e-3)]
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
+    assert float(moved[0] - moved[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+# What it costs
+
+
+def layer_steps(function, *arguments, width, ffn):
+    """How often the program runs a feed-forward's last product, one of each layer: its layers one after the other."""
+
+    def count(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            inside = [sub for value in equation.params.values() for sub in jax.tree.leaves(value, is_leaf=is_jaxpr)]
+            repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            total += repeats * sum(count(getattr(sub, "jaxpr", sub)) for sub in inside if is_jaxpr(sub))
+            total += equation.primitive.name == "dot_general" and equation.invars[1].aval.shape == (ffn, width)
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+@pytest.mark.extended
+def test_eight_latents_of_32_layers_take_32_steps_and_little_more_than_half_the_work_of_eight_tokens():
+    """Sequential steps 32 against 256. Work as compiled: at most 0.6 of eight tokens decoded in turn."""
+    language = LanguageConfig.tiny(depth=32, width=64, ffn=192, heads=2, head_dim=32, linear_key_heads=2)
+    config = StaircaseConfig.stairs(8, out_width=24, spacing=4)
+    backbone = lm.abstract_params(language)
+    branch = jax.eval_shape(lambda backbone: staircase.init(config, language, backbone, jax.random.key(0)), backbone)
+    cache = jax.eval_shape(lambda: lm.empty_cache(language, 1, 40))
+
+    def in_turn(branch, cache):
+        hidden = jnp.broadcast_to(branch["border"]["start"], (1, 1, language.width))
+        params = {**branch, "norm": branch["border"]["norm"], "embedding": None}
+        return jax.lax.fori_loop(
+            0, 8, lambda _, carry: lm.extend(params, language, carry[0], carry[1]), (hidden, cache)
+        )[0]
+
+    def at_once(branch, cache):
+        return staircase.decode(branch, config, language, cache)
+
+    sizes = dict(width=language.width, ffn=language.ffn)
+    assert layer_steps(at_once, branch, cache, **sizes) == 32
+    assert layer_steps(in_turn, branch, cache, **sizes) == 8 * 32
+    work = [
+        count_instructions(jax.jit(function).lower(branch, cache).compile().as_text()).flops
+        for function in (at_once, in_turn)
+    ]
+    assert 0.5 < work[0] / work[1] <= 0.6, work
