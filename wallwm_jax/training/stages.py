@@ -3,10 +3,14 @@
     video    the video tower with its view attention, and the text encoder; video loss         (stage 1 of the paper)
     action   the action tower on a frozen video tower held at the anchor noise level           (stage 2 of the paper)
     joint    everything at once, for small data sets and demonstrations
+    vlm_sft  the vision-language model answers what comes next; a small language model reads reasoning traces
+    vlm_text a projector from the frozen VLM into the video tower's text space, and its heads  (stage 3 of the paper)
 
 Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the
-paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`. A parameter
-group that a stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
+paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`; `vlm_sft`
+trains VLM and small language model, which the paper takes as they are; `vlm_text` learns which features are text, too.
+A parameter group that a stage neither trains nor freezes is not attached: it is not in memory and not in the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ class Stage:
       name: what `config.train.stage` says.
       trains: top-level parameter groups that the optimizer updates.
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
-      losses: streams in the loss, of "video", "action", "duration".
+      losses: streams in the loss, of "video", "action", "duration"; of a VLM stage, of "answer", "small", "align",
+        "present", "next", "time".
       window_kinds: kinds of event-store windows this stage can learn from.
       video_sigma: "uniform" (flow-matching time uniform, then shifted) or "anchor" (`objective.anchor_sigma` with
-        jitter).
+        jitter); "" without video.
+      model: "world_action" or "language", which `training.families` knows.
     """
 
     name: str
@@ -37,7 +43,8 @@ class Stage:
     freezes: tuple[str, ...]
     losses: tuple[str, ...]
     window_kinds: tuple[str, ...]
-    video_sigma: str
+    video_sigma: str = ""
+    model: str = "world_action"
 
     @property
     def runs_actions(self) -> bool:
@@ -80,6 +87,22 @@ STAGES: dict[str, Stage] = {
             losses=("action", "duration"),
             window_kinds=("event", "fixed"),
             video_sigma="anchor",
+        ),
+        Stage(
+            name="vlm_sft",
+            trains=("vlm", "small"),
+            freezes=(),
+            losses=("answer", "small"),
+            window_kinds=("event",),
+            model="language",
+        ),
+        Stage(
+            name="vlm_text",
+            trains=("vlm_text",),
+            freezes=("vlm", "text"),
+            losses=("align", "present", "next", "time"),
+            window_kinds=("event",),
+            model="language",
         ),
     )
 }
