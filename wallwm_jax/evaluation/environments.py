@@ -64,7 +64,8 @@ class Situation:
     Attributes:
       frames: view name → `[H, W, 3]` uint8; empty once the episode is over.
       pose, gripper: `[G, 4, 4]`, `[G]` measured.
-      caption, verb, duration_s: the event that comes next, and its typical duration; empty once the episode is over.
+      instruction: the task; empty once the episode is over, as are the next.
+      caption, verb, duration_s: the event that comes next, by the scripted planner, and its typical duration.
       over: whether the episode has ended.
       success: whether the episode achieved its task.
       subtasks: the subtasks tried so far; those that were not achieved are listed once the episode is over.
@@ -75,6 +76,7 @@ class Situation:
     frames: Mapping[str, np.ndarray]
     pose: np.ndarray
     gripper: np.ndarray
+    instruction: str = ""
     caption: str = ""
     verb: str = ""
     duration_s: float = 0.0
@@ -120,6 +122,11 @@ class Episode:
         self._event = None if self._ended else self._next_event()
         return self.situation(film)
 
+    def end(self) -> Situation:
+        """Ends the episode where it stands, as a planner does that takes the task for done."""
+        self._event = None
+        return self.situation()
+
     def situation(self, film: Mapping[str, Sequence[np.ndarray]] | None = None) -> Situation:
         """Where the episode stands."""
         over = self._event is None
@@ -132,6 +139,7 @@ class Episode:
         event: dict[str, Any] = {}
         if self._event is not None:
             event = dict(caption=self._event.caption, verb=self._event.verb, duration_s=self._event.duration_s)
+            event["instruction"] = self._planner.instruction
         return Situation(
             frames=self._observation.frames,
             pose=self._observation.pose,
@@ -265,6 +273,10 @@ class EnvironmentPool:
         """Plays one event per slot: absolute poses `[T, G, 4, 4]` and grippers `[T, G]`, one per control step."""
         return _gather({slot: self._submit(slot, _play, slot, *pair) for slot, pair in commands.items()})
 
+    def end(self, slots: Sequence[int]) -> dict[int, Situation]:
+        """Ends the episodes of these slots where they stand."""
+        return _gather({slot: self._submit(slot, _end, slot) for slot in slots})
+
     def replay_experts(self, trials: Sequence[Trial]) -> list[Situation | None]:
         """`replay_expert` on each trial; the final situations, None where the expert itself fails."""
         results = _gather({number: self._submit(number, _replay, trial) for number, trial in enumerate(trials)})
@@ -316,6 +328,10 @@ def _start(slot: int, trial: Trial, film: bool) -> Situation:
 
 def _play(slot: int, poses: np.ndarray, grippers: np.ndarray) -> Situation:
     return _worker.episodes[slot].play(poses, grippers)
+
+
+def _end(slot: int) -> Situation:
+    return _worker.episodes[slot].end()
 
 
 def _replay(trial: Trial) -> Situation | None:
