@@ -64,19 +64,19 @@ class Situation:
     Attributes:
       frames: view name → `[H, W, 3]` uint8; empty once the episode is over.
       pose, gripper: `[G, 4, 4]`, `[G]` measured.
-      instruction: the task; empty once the episode is over, as are the next.
-      caption, verb, duration_s: the event that comes next, by the scripted planner, and its typical duration.
+      caption, verb, duration_s: the event that comes next, by the scripted planner, and its typical duration; empty
+        once the episode is over.
       over: whether the episode has ended.
       success: whether the episode achieved its task.
       subtasks: the subtasks tried so far; those that were not achieved are listed once the episode is over.
       steps: control steps so far.
       film: view name → frames of the event that was just played, at the video rate, where filming was asked for.
+      instruction: the task; empty once the episode is over.
     """
 
     frames: Mapping[str, np.ndarray]
     pose: np.ndarray
     gripper: np.ndarray
-    instruction: str = ""
     caption: str = ""
     verb: str = ""
     duration_s: float = 0.0
@@ -85,6 +85,7 @@ class Situation:
     subtasks: tuple[SubtaskResult, ...] = ()
     steps: int = 0
     film: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    instruction: str = ""
 
 
 class Episode:
