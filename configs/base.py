@@ -34,6 +34,17 @@ def get_config() -> ConfigDict:
             max_bad_records=100,  # abort when more records than this fail their checksum
             workers=1,  # Grain worker processes; 0 loads in threads
             prefetch=4,  # batches ready ahead of the device
+            vlm=ConfigDict(  # rows of the VLM stages: one event each, of window_kind event
+                dict(
+                    image_size=64,  # pixels of a picture's side, a multiple of vlm.vision's patch * merge
+                    previous_images=False,  # also show the observation at which the event before began
+                    length=512,  # S: tokens of prompt and answer; old history is left out where it does not fit
+                    answer_length=112,  # of these, kept for the answer
+                    trace_length=384,  # T: tokens of the reasoning trace
+                    answer="event",  # event (caption and duration) | trace (reasoning trace that ends with them)
+                    done_prob=0.5,  # of an episode's last event to be seen at its end, where the task is done
+                )
+            ),
         )
     )
 
@@ -85,6 +96,20 @@ def get_config() -> ConfigDict:
         )
     )
 
+    config.vlm = ConfigDict(  # the vision-language model, and what reads it; the defaults train on a CPU
+        dict(
+            tokenizer="bytes",  # bytes | folder with the published tokenizer.json
+            language=_language(width=128, ffn=256, depth=8),
+            vision=ConfigDict(  # models.vlm.vision_tower.VisionConfig
+                dict(width=32, heads=2, ffn=64, depth=2, patch=8, frames=2, merge=2, positions=16)
+            ),
+            small=_language(width=96, ffn=192, depth=4),  # the language model that reads reasoning traces
+            resampler_depth=2,  # blocks between the VLM's features and the video tower's text space
+            compute_dtype="float32",  # float32 | bfloat16
+            remat="none",  # as model.remat
+        )
+    )
+
     config.objective = ConfigDict(
         dict(
             video_shift=5.0,  # sigma = shift * u / (1 + (shift - 1) * u), u uniform
@@ -108,6 +133,12 @@ def get_config() -> ConfigDict:
             video_weight=1.0,
             action_weight=1.0,
             duration_weight=0.1,
+            answer_weight=1.0,  # stage vlm_sft: cross-entropy of the VLM's answer
+            small_weight=1.0,  # and of the small language model's reasoning trace
+            align_weight=1.0,  # stage vlm_text: distance to the text encoder's features, per channel variance
+            next_weight=0.1,  # cross-entropy of the answer by a head on the frozen VLM
+            time_weight=0.1,  # Huber loss of the remaining log-seconds
+            present_weight=0.1,  # cross-entropy of which features are text, not padding
         )
     )
 
@@ -133,8 +164,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict(
         dict(
-            stage="joint",  # joint | video | action
-            init_from="",  # workdir, checkpoint or converted Wan weights: parameters are restored where they match
+            stage="joint",  # joint | video | action | vlm_sft | vlm_text
+            init_from="",  # workdir, checkpoint or converted weights: parameters are restored where they match
+            text_from="",  # stage vlm_text: run of a world action model, whose bytes text encoder is aligned to
             steps=1000,
             max_seconds=0.0,  # safety stop after this much training time, whatever the schedule; 0 never
             log_every=10,
@@ -165,3 +197,27 @@ def get_config() -> ConfigDict:
         )
     )
     return config.lock()
+
+
+def _language(**sizes: int) -> ConfigDict:
+    """A Qwen3.5 language model over bytes; `models.vlm.config.LanguageConfig` says what each size is."""
+    config = ConfigDict(
+        dict(
+            vocabulary=264,
+            interval=4,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            rotary_dim=16,
+            rope_theta=1e4,
+            mrope_section=(4, 2, 2),
+            linear_key_heads=2,
+            linear_value_heads=4,
+            linear_key_dim=32,
+            linear_value_dim=32,
+            linear_conv=4,
+            tied=True,
+        )
+    )
+    config.update(sizes)
+    return config

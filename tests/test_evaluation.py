@@ -18,6 +18,7 @@ from wallwm_jax.evaluation.closed_loop import EpisodeResult, Film
 from wallwm_jax.evaluation.environments import Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.open_loop import evaluate_open_loop
 from wallwm_jax.events.actions import relative_actions, valid_dimensions
+from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.inference.event_mode import EventPlan
 from wallwm_jax.models.codecs import get_codec
 
@@ -317,6 +318,9 @@ class FakePool:
             self.left[slot] -= 1
         return {slot: self._situation(slot, film={"front": [np.zeros((2, 2, 3), np.uint8)]}) for slot in commands}
 
+    def end(self, slots):
+        return {slot: dataclasses.replace(self._situation(slot), over=True) for slot in slots}
+
     def _situation(self, slot, film=None):
         over, won = self.left[slot] == 0, self.trials[slot].seed % 2 == 0
         results = (SubtaskResult("a", "press", True, 1, 3), SubtaskResult("b", "place", won, 1, 3)) if over else ()
@@ -349,6 +353,28 @@ def test_groups_move_in_lock_step_and_every_trial_is_run():
     assert len(films) == 1 and films[0].captions == ["next"] * 3 and films[0].result is results[0]
     closed_loop.run_model(pool, mode, trials(1), label="test", own_duration=True)
     assert mode.calls[-1] == [("next", None)]
+
+
+class FakePlanner:
+    """Names "first", tries it again, then takes the task for done."""
+
+    def __init__(self):
+        self.told = []
+
+    def plan(self, requests):
+        self.told.append([(request.done, request.level, request.previous_frames is None) for request in requests])
+        done = len(self.told) == 3
+        return [Plan("" if done else "first", 0.5, done) for _ in requests]
+
+
+def test_a_planner_names_the_events_and_ends_the_episode():
+    """What it is told of the past is what it named itself, an event that it tries again once."""
+    pool, mode, planner = FakePool(2, length=5), FakeMode(), FakePlanner()
+    results, films = closed_loop.run_model(pool, mode, trials(2), label="test", planner=planner, films=1)
+    assert planner.told == [[((), "subtask", True)] * 2] + [[(("first",), "subtask", False)] * 2] * 2
+    assert mode.calls == [[("first", 0.5)] * 2] * 2
+    assert [result.steps for result in results] == [6, 6] and not any(result.success for result in results)
+    assert films[0].captions == ["next", "first", "first"]
 
 
 def test_no_group_is_started_that_would_not_be_finished_in_time():

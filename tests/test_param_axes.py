@@ -7,8 +7,9 @@ import pytest
 from random_batch import tiny_config
 
 from wallwm_jax.models import param_axes
-from wallwm_jax.models.vlm import language_model, vision_tower
+from wallwm_jax.models.vlm import language_model, text_projector, vision_tower
 from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.text_projector import ProjectorConfig
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
 from wallwm_jax.models.world_action_model import abstract_params
 from wallwm_jax.optim.ownership import ADAMW, MatrixSpec
@@ -28,7 +29,13 @@ def params():
         model.place_embedding = True
     language = language_model.abstract_params(LanguageConfig.tiny(tied=False))
     vision = vision_tower.abstract_params(VisionConfig.tiny())
-    return {**abstract_params(model), "vlm": {"language": language, "vision": vision}}
+    projector = ProjectorConfig(in_width=16, vocabulary=8, queries=3, width=16, heads=2, depth=1)
+    return {
+        **abstract_params(model),
+        "vlm": {"language": language, "vision": vision},
+        "small": language,
+        "vlm_text": jax.eval_shape(lambda: text_projector.init(projector, jax.random.key(0))),
+    }
 
 
 def test_every_parameter_matches_exactly_one_rule_of_its_rank(params):
@@ -70,4 +77,5 @@ def test_decay_spares_biases_norms_and_modulation(params):
 
 
 def test_groups_are_the_top_level_parts(params):
-    assert set(leaves(param_axes.groups(params)).values()) == {"video", "action", "text", "duration", "vlm"}
+    parts = {"video", "action", "text", "duration", "vlm", "small", "vlm_text"}
+    assert set(leaves(param_axes.groups(params)).values()) == parts

@@ -9,7 +9,12 @@ More episodes of one family, with narrower intervals, the model deciding itself 
     python -m wallwm_jax.evaluate --workdir=runs/cpu --store=runs/store --out=runs/evaluation_chamber \
         --families=chamber --episodes=64 --max_seconds=1800 --own_duration
 
-Closed loop: a scripted planner names the next event from the simulator's state, the policy acts for the whole event.
+The vision-language model of a run names the next event, from pictures and what it named before:
+
+    python -m wallwm_jax.evaluate --workdir=runs/cpu --store=runs/store --out=runs/evaluation_vlm --planner=runs/vlm
+
+Closed loop: a scripted planner names the next event from the simulator's state (the oracle; --planner for another),
+the policy acts for the whole event.
 Seeds are new. Three policies run on the same trials: the trained model, the same network untrained, and the expert's
 commands replayed through the model's action representation, which shows what the adapter allows.
 Open loop: on the store's heldout split, the error of the predicted actions beside two baselines, predicted durations,
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from wallwm_jax.evaluation.environments import Trial
     from wallwm_jax.evaluation.open_loop import OpenLoopResult
     from wallwm_jax.inference.event_mode import EventMode
+    from wallwm_jax.inference.planner import VlmPlanner
 
 RESULT_FILE = "evaluation.json"
 
@@ -54,6 +60,7 @@ class Options:
     Attributes:
       episodes: closed-loop episodes per policy; 0 leaves the simulator out.
       families: OCBench families or environment ids to act in; none takes those of the store.
+      planner: what names the events: "oracle", the scripted planner, or the workdir of a run with a VLM.
       level: "subtask" or "action", the level of the events that the planner names.
       patience: control steps that a subtask may take, as a multiple of the expert's typical duration.
       own_duration: let the model say how long an event takes; otherwise the planner gives the typical time.
@@ -68,6 +75,7 @@ class Options:
 
     episodes: int = 8
     families: Sequence[str] = ()
+    planner: str = "oracle"
     level: str = "subtask"
     patience: float = 3.0
     own_duration: bool = False
@@ -112,6 +120,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
             text_weights=options.text_weights,
         )
         mode = policy.event_mode
+        planner = _planner(options, mode.views) if trials else None
         print(f"    step {policy.step}, {policy.num_parameters / 1e6:.1f} M parameters, {len(trials)} trials")
     result: dict[str, Any] = {
         "workdir": str(run),
@@ -137,7 +146,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         result["open_loop"] = open_loop.to_json()
         result["strips"] = _save_strips(open_loop, directory)
     if trials:
-        film = _closed_loop(store, mode, trials, options, result["success"], seconds, deadline)
+        film = _closed_loop(store, mode, planner, trials, options, result["success"], seconds, deadline)
         result["rollout"] = _save_film(film, float(store.meta["video_fps"]), directory)
     result["phase_seconds"] = seconds
     temporary = directory / f".{RESULT_FILE}"
@@ -166,9 +175,30 @@ def _trials(store: EventStore, options: Options) -> list[Trial]:
     return held_out_trials(env_ids, options.episodes, options.seed, attempt_seed, used)
 
 
+def _planner(options: Options, views: Sequence[str]) -> VlmPlanner | None:
+    """The planner that the options name; None is the scripted one."""
+    if options.planner == "oracle":
+        return None
+    from wallwm_jax.inference.planner import VlmPlanner
+
+    planner = VlmPlanner.from_checkpoint(options.planner, batch_size=options.batch)
+    if options.level not in planner.levels:
+        raise UserError(
+            f"planner {options.planner!r} names events of {' and '.join(planner.levels)}; --level={options.level} is "
+            "none of them"
+        )
+    if missing := set(planner.config.data.views) - set(views):
+        raise UserError(
+            f"planner {options.planner!r} looks at {' and '.join(sorted(missing))}, but the policy was trained on "
+            f"{' and '.join(views)}, and only these are rendered"
+        )
+    return planner
+
+
 def _closed_loop(
     store: EventStore,
     mode: EventMode,
+    planner: VlmPlanner | None,
     trials: list[Trial],
     options: Options,
     success: dict[str, Any],
@@ -199,6 +229,8 @@ def _closed_loop(
                 mode,
                 trials,
                 label="trained",
+                planner=planner,
+                level=options.level,
                 own_duration=options.own_duration,
                 films=4,
                 deadline=deadline(_TRAINED_SHARE),
@@ -207,7 +239,13 @@ def _closed_loop(
         with phase("closed loop, untrained", seconds):
             untrained = jax.jit(lambda key: wam.init(mode.config.model, key))(jax.random.key(options.seed))
             results, _ = closed_loop.run_model(
-                pool, mode.with_params(untrained), trials, label="untrained", deadline=deadline(1.0)
+                pool,
+                mode.with_params(untrained),
+                trials,
+                label="untrained",
+                planner=planner,
+                level=options.level,
+                deadline=deadline(1.0),
             )
             success["untrained"] = closed_loop.summarize(results)
     return closed_loop.best_film(films)
@@ -265,6 +303,7 @@ def _define_flags() -> None:
         "episodes", default.episodes, "Closed-loop episodes per policy; 0 leaves the simulator out.", 0
     )
     flags.DEFINE_list("families", [], "OCBench families or environment ids to act in; none takes those of the store.")
+    flags.DEFINE_string("planner", default.planner, "What names the events: oracle (scripted), or the run of a VLM.")
     flags.DEFINE_enum("level", default.level, ["subtask", "action"], "Level of the events that the planner names.")
     flags.DEFINE_float("patience", default.patience, "Time for a subtask, in multiples of the expert's typical one.", 1)
     flags.DEFINE_bool(

@@ -1,4 +1,4 @@
-r"""Trains a world action model on an event store, in one process or on a pod.
+r"""Trains a world action model, or the language model beside it, on an event store, in one process or on a pod.
 
 The quickstart's model, about six minutes on two CPU cores:
 
@@ -18,6 +18,12 @@ The paper's two stages (WALL-WM Table 1): the video tower alone, then the action
 
     ... --config.train.stage=video  --workdir=runs/video
     ... --config.train.stage=action --workdir=runs/action --config.train.init_from=runs/video
+
+The vision-language model learns what comes next; then its features are aligned with the text of a run from above:
+
+    ... --config=configs/ocbench_vlm.py:vlm_sft  --workdir=runs/vlm
+    ... --config=configs/ocbench_vlm.py:vlm_text --workdir=runs/vlm_text \
+        --config.train.init_from=runs/vlm --config.train.text_from=runs/a
 
 Two knobs bound a run. `train.steps` is its length: warm-up and the cosine of the learning rate follow it, so it decides
 the result. `train.max_seconds` is a safety stop only: it ends a run that turns out too slow, with a checkpoint but with
@@ -110,18 +116,19 @@ def run(
 
     from wallwm_jax.data.device_feed import feed
     from wallwm_jax.data.event_store import open_store
-    from wallwm_jax.data.packing import batch_spec
-    from wallwm_jax.data.pipeline import check_store, make_loader, uncalibrated_views
+    from wallwm_jax.data.pipeline import make_loader, uncalibrated_views
     from wallwm_jax.parallel.distributed import end_together, this_host
     from wallwm_jax.parallel.mesh import make_mesh, row_shards
     from wallwm_jax.parallel.presets import mesh_sizes
     from wallwm_jax.parallel.sharding import host_rows
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
+    from wallwm_jax.training.families import family_of
     from wallwm_jax.training.goodput import Goodput
     from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
     from wallwm_jax.training.profiling import Profiler, dump_program
     from wallwm_jax.training.resume import check_resumed
     from wallwm_jax.training.run_card import add_start
+    from wallwm_jax.training.stages import get_stage
     from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
@@ -132,7 +139,8 @@ def run(
     check_config(config)
     store = open_store(_required_store(config), config.data.split)
     config = _with_views(config, store)
-    check_store(store, config)
+    rows = family_of(get_stage(config.train.stage)).rows
+    rows.check(store, config)
     described = {**store.meta, "views": list(config.data.views), "fingerprint": store.fingerprint}
     assets = {"store": described, "stats": store.stats.to_dict()}
 
@@ -186,9 +194,12 @@ def run(
 
         # Data: worker processes start now and fill their buffers while the step compiles.
         index, parts = host_rows(mesh, config.data.rows)
-        loader = stack.enter_context(make_loader(store, config, host_index=index, host_count=parts, start_step=first))
+        loader = stack.enter_context(
+            make_loader(store, config, rows, host_index=index, host_count=parts, start_step=first)
+        )
         if host.is_first:
-            blind = uncalibrated_views(store, config.data.views) if config.model.sight_cone.on else ()
+            looks = built.stage.model == "world_action" and config.model.sight_cone.on
+            blind = uncalibrated_views(store, config.data.views) if looks else ()
             if blind:
                 print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
             print(add_start(workdir, config, mesh, state, store=store.fingerprint, first_step=first))
@@ -197,7 +208,7 @@ def run(
 
         # Compile, ahead of time: a batch of another shape would be an error, never a second compilation.
         watchdog.enter("compile")
-        batch_shapes = built.abstract_batch(batch_spec(config, config.data.rows))
+        batch_shapes = built.abstract_batch(rows.spec(config, config.data.rows))
         with phase("compile"), goodput.span("compile"):
             program = built.step.lower(built.abstract_state, batch_shapes).compile()
         if config.train.dump_hlo and host.is_first:
@@ -286,9 +297,18 @@ def check_config(config: ConfigDict) -> None:
             "set --config.objective.action_sigma=independent"
         )
     if stage.freezes and not config.train.init_from:
+        earlier = "video or joint" if stage.model == "world_action" else "vlm_sft"
         raise UserError(
             f"stage {stage.name!r} freezes {' and '.join(stage.freezes)}: say where they come from with "
-            "--config.train.init_from=WORKDIR of a video or joint run"
+            f"--config.train.init_from=WORKDIR of a {earlier} run"
+        )
+    aligns = "align" in stage.losses and config.model.text.kind == "bytes"
+    if aligns != bool(config.train.text_from):
+        raise UserError(
+            "stage 'vlm_text' aligns to the text encoder of a world action model: give --config.train.text_from="
+            "WORKDIR of its run"
+            if aligns
+            else f"train.text_from={config.train.text_from!r} is for stage 'vlm_text' on a store of captions as bytes"
         )
 
 
@@ -315,9 +335,14 @@ def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
     state = built.init()
     if not config.train.init_from:
         return state
-    params, what = load_start(config.train.init_from)
-    state, result = take_over(state, params, config.train.init_from)
-    print(f"    parameters from {config.train.init_from}, {what}:\n{result.table()}")
+    origin = config.train.init_from
+    params, what = load_start(origin)
+    if config.train.text_from:
+        text, step = load_start(config.train.text_from)
+        params = {**params, "text": text.get("text", {})}
+        origin, what = f"{origin} and {config.train.text_from}", f"{what} and {step}"
+    state, result = take_over(state, params, origin)
+    print(f"    parameters from {origin}, {what}:\n{result.table()}")
     return state
 
 

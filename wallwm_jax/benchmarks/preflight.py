@@ -17,7 +17,6 @@ import jax
 from ml_collections import ConfigDict
 
 from wallwm_jax.benchmarks.random_batch import with_views
-from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.optim.muon_cost import MuonCost
 from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
@@ -156,7 +155,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
     mesh = make_mesh(mesh_sizes(config), devices)
     built = build_train_step(config, mesh)
     begun = time.monotonic()
-    batch = built.abstract_batch(batch_spec(config, config.data.rows))
+    batch = built.abstract_batch(built.family.rows.spec(config, config.data.rows))
     found = statistics(built.step.lower(built.abstract_state, batch).compile())
     seconds = time.monotonic() - begun
     row = RowShape.of(config, len(config.data.views))

@@ -158,12 +158,7 @@ def batch_spec(config: ConfigDict, global_rows: int, *, num_views: int | None = 
     if not views:
         raise UserError("the number of views is unknown: set data.views, or give num_views")
     b, v, f, a, e = global_rows, views, data.latents_per_row, data.actions_per_row, data.events_per_row
-    dim, length = model.action_dim, data.text_length
-    text: dict[str, tuple[tuple[int, ...], Any]]
-    if model.text.kind == "features":
-        text = {"text_features": ((b, e, length, model.text.width), np.float32)}
-    else:
-        text = {"text_ids": ((b, e, length), np.int32)}
+    dim = model.action_dim
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "latents": ((b, v, f, *model.latent_shape, model.latent_channels), np.float32),
         "latent_event": ((b, f), np.int32),
@@ -175,8 +170,7 @@ def batch_spec(config: ConfigDict, global_rows: int, *, num_views: int | None = 
         "action_valid": ((b, a, dim), np.bool_),
         "state": ((b, e, dim), np.float32),
         "state_valid": ((b, e, dim), np.bool_),
-        **text,
-        "text_length": ((b, e), np.int32),
+        **text_spec(config, b, e),
         "view_id": ((b, e, v), np.int32),
         "valid_rect": ((b, e, v, 4), np.float32),
         "view_geometry": ((b, v, f, GEOMETRY_DIM), np.float32),
@@ -188,6 +182,15 @@ def batch_spec(config: ConfigDict, global_rows: int, *, num_views: int | None = 
     if data.window_kind == "history":
         shapes["window_number"] = ((b, e), np.int32)
     return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def text_spec(config: ConfigDict, rows: int, slots: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Arrays of captions: `text_ids` or, of a frozen encoder, `text_features`; and `text_length`."""
+    length, text = config.data.text_length, config.model.text
+    kept: tuple[str, tuple[tuple[int, ...], Any]] = ("text_ids", ((rows, slots, length), np.int32))
+    if text.kind == "features":
+        kept = ("text_features", ((rows, slots, length, text.width), np.float32))
+    return {kept[0]: kept[1], "text_length": ((rows, slots), np.int32)}
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def _fits(store: EventStore, text: str, length: int) -> bool:
     return len(text.encode()) < length  # one id ends the text
 
 
-def _place_text(out: dict[str, np.ndarray], slots: Any, store: EventStore, text: str) -> None:
+def place_text(out: dict[str, np.ndarray], slots: Any, store: EventStore, text: str) -> None:
     """Puts a caption into event slots: its byte ids, or the features that the store has of it."""
     if not store.has_text_features:
         out["text_ids"][slots], out["text_length"][slots] = encode_bytes(text, out["text_ids"].shape[-1])
@@ -269,7 +272,7 @@ def pack_row(
     out["row"] = np.array(row, np.int64)
     out["bad_index"] = np.full(len(out["window_index"]), -1, np.int32)
     out["window_index"][:] = -1
-    _place_text(out, np.arange(len(out["window_index"])), store, "")
+    place_text(out, np.arange(len(out["window_index"])), store, "")
     latent = action = 0
     for slot, window in enumerate(windows):
         entry = store.index[window]
@@ -285,7 +288,7 @@ def pack_row(
         _place_video(out, slot, latents, store, latent_cells, present, record, views)
         _place_actions(out, slot, actions, store, record)
         caption = draw_caption(store, record, config.data, random_stream(config.seed, _CAPTIONS, row, slot))
-        _place_text(out, slot, store, caption.text)
+        place_text(out, slot, store, caption.text)
         out["duration_in_caption"][slot] = caption.has_duration
         out["duration_s"][slot] = record.duration_s
         out["window_index"][slot] = window

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import grain
@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import BadRecord, EventStore
-from wallwm_jax.data.packing import pack_row
+from wallwm_jax.data.packing import Spec, batch_spec, pack_row
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
@@ -108,6 +108,49 @@ def _check_lengths(store: EventStore, config: ConfigDict) -> None:
         )
 
 
+class Rows(Protocol):
+    """What makes the rows of a kind of batch, each a pure function of (seed, row).
+
+    Attributes:
+      sampler: decides which windows a row holds.
+    """
+
+    sampler: Sampler
+
+    def __init__(self, store: EventStore, config: ConfigDict) -> None: ...
+
+    def __call__(self, row: int) -> Batch:
+        """The arrays of a global row without their leading axis, and `packing.META_FIELDS`."""
+
+    @staticmethod
+    def spec(config: ConfigDict, global_rows: int, *, num_views: int | None = None) -> Spec:
+        """Name → (shape, dtype) of every array that goes to the devices."""
+
+    @staticmethod
+    def check(store: EventStore, config: ConfigDict) -> None:
+        """Raises `UserError` where store and config do not fit together."""
+
+
+class PackedRows:
+    """Rows of packed events, see `packing.pack_row`."""
+
+    def __init__(self, store: EventStore, config: ConfigDict) -> None:
+        """Raises `UserError` where the sampler cannot draw as the config says."""
+        self.sampler = Sampler(store.index, config)
+        self._store, self._config, self._views = store, config, resolve_views(store, config)
+
+    def __call__(self, row: int) -> Batch:
+        return pack_row(self._store, self._config, self.sampler.row(row), row, self._views)
+
+    @staticmethod
+    def spec(config: ConfigDict, global_rows: int, *, num_views: int | None = None) -> Spec:
+        return batch_spec(config, global_rows, num_views=num_views)
+
+    @staticmethod
+    def check(store: EventStore, config: ConfigDict) -> None:
+        check_store(store, config)
+
+
 class RowSource:
     """The rows of one host by number: a Grain `RandomAccessDataSource` that can be pickled into worker processes.
 
@@ -118,13 +161,20 @@ class RowSource:
     """
 
     def __init__(
-        self, store: EventStore, config: ConfigDict, *, host_index: int = 0, host_count: int = 1, start_step: int = 0
+        self,
+        store: EventStore,
+        config: ConfigDict,
+        kind: type[Rows] = PackedRows,
+        *,
+        host_index: int = 0,
+        host_count: int = 1,
+        start_step: int = 0,
     ) -> None:
         """Raises `UserError` where the hosts cannot share the rows evenly."""
         rows = int(config.data.rows)
         if rows % host_count:
             raise UserError(f"data.rows={rows} does not divide among {host_count} hosts")
-        self._store, self._config = store, config
+        self._store, self._config, self._kind = store, config, kind
         self._rows, self.share = rows, rows // host_count
         self._first = start_step * rows + host_index * self.share
 
@@ -132,10 +182,8 @@ class RowSource:
         return _ROWS
 
     def __getitem__(self, number: int) -> Batch:
-        """The arrays of one row, see `packing.pack_row`."""
-        row = self.global_row(int(number))
-        windows = self.sampler.row(row)
-        return pack_row(self._store, self._config, windows, row, self._views)
+        """The arrays of one row, see `Rows`."""
+        return self._make(self.global_row(int(number)))
 
     def global_row(self, number: int) -> int:
         """The global row that this host makes as its row `number`."""
@@ -146,16 +194,17 @@ class RowSource:
         return f"RowSource({str(self._store.path)!r}, first={self._first}, share={self.share} of {self._rows})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("sampler", "_views")}
+        return {name: value for name, value in self.__dict__.items() if name != "_make"}
 
-    @functools.cached_property
+    @property
     def sampler(self) -> Sampler:
-        """What decides which windows a row holds; made once per process."""
-        return Sampler(self._store.index, self._config)
+        """What decides which windows a row holds."""
+        return self._make.sampler
 
     @functools.cached_property
-    def _views(self) -> tuple[str, ...]:
-        return resolve_views(self._store, self._config)
+    def _make(self) -> Rows:
+        """Made once per process."""
+        return self._kind(self._store, self._config)
 
 
 class Loader(Iterator[Batch]):
@@ -175,7 +224,7 @@ class Loader(Iterator[Batch]):
         self._batches.start_prefetch()  # the first batches are made while the caller still compiles
 
     def __next__(self) -> Batch:
-        """The next batch: the arrays of `packing.batch_spec` for this host's rows, and `packing.META_FIELDS`.
+        """The next batch: the arrays of the rows' `spec` for this host, and `packing.META_FIELDS`.
 
         Raises:
           UserError: more than `data.max_bad_records` different records are bad.
@@ -222,13 +271,20 @@ class Loader(Iterator[Batch]):
 
 
 def make_loader(
-    store: EventStore, config: ConfigDict, *, host_index: int = 0, host_count: int = 1, start_step: int = 0
+    store: EventStore,
+    config: ConfigDict,
+    kind: type[Rows] = PackedRows,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    start_step: int = 0,
 ) -> Loader:
     """The batches of this host, beginning at step `start_step`.
 
     Args:
       store: an open event store.
       config: the whole config; reads `seed`, `data` and, for the checks, `model`.
+      kind: what makes the rows.
       host_index, host_count: which contiguous share of the rows this host makes. Hosts that hold the same rows (a mesh
         whose other axes cross hosts) give the same index.
       start_step: batches before this one are skipped at no cost.
@@ -236,8 +292,8 @@ def make_loader(
     Raises:
       UserError: store and config do not fit (see `check_store` and `Sampler`), or rows do not divide among hosts.
     """
-    check_store(store, config)
-    source = RowSource(store, config, host_index=host_index, host_count=host_count, start_step=start_step)
+    kind.check(store, config)
+    source = RowSource(store, config, kind, host_index=host_index, host_count=host_count, start_step=start_step)
     return Loader(store, config, source)
 
 

@@ -1,15 +1,16 @@
 """Closed loop: the model acts in OCBench, event by event, on seeds that nobody trained on.
 
-The loop of event mode (WALL-WM section 5): observe, let the scripted planner name the next event, act for the whole
-event, observe again. A group of episodes moves in lock-step, so that inference is one batch per event; their simulators
-run in worker processes. A group that was started is finished: stopping episodes halfway would favour the short ones.
+The loop of event mode (WALL-WM section 5): observe, let a planner name the next event (the scripted one, or a VLM that
+sees pictures and what it named before), act for the whole event, observe again. A group of episodes moves in lock-step,
+so that inference is one batch per event; their simulators run in worker processes. A group that was started is
+finished: stopping episodes halfway would favour the short ones.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,9 @@ from wallwm_jax.data.event_store import EventStore
 from wallwm_jax.evaluation.environments import EnvironmentPool, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.events.actions import absolute_commands
+from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.planner import Planner, PlanRequest
 from wallwm_jax.inference.policy import request
 
 
@@ -54,6 +57,8 @@ def run_model(
     trials: Sequence[Trial],
     *,
     label: str,
+    planner: Planner | None = None,
+    level: str = "subtask",
     own_duration: bool = False,
     films: int = 0,
     deadline: float = float("inf"),
@@ -65,7 +70,10 @@ def run_model(
       mode: the model; its batch size should be the pool's slots.
       trials: in the order in which they are run.
       label: of the progress bar.
-      own_duration: ask the model how long each event takes, in place of the planner's typical duration.
+      planner: names the events and ends an episode that it takes for done; None is the scripted one. Subtasks are
+        judged by the scripted planner's goals in any case.
+      level: of the events, for the planner.
+      own_duration: ask the model how long each event takes, in place of the planner.
       films: how many episodes of the first group to film.
       deadline: `time.monotonic()` by which to be done; a group is started only if the longest one so far would fit. The
         first is always run.
@@ -86,12 +94,17 @@ def run_model(
         for slot in filmed:
             reels[slot] = Film()
             _expose(reels[slot], situations[slot].caption, {k: [f] for k, f in situations[slot].frames.items()})
+        named = {slot: _Named() for slot in situations}
         while running := [slot for slot, situation in situations.items() if not situation.over]:
-            now = [situations[slot] for slot in running]
-            commands = _act(mode, now, [group[slot].seed for slot in running], own_duration)
-            following = pool.play(dict(zip(running, commands)))
-            for slot in set(running) & set(filmed):
-                _expose(reels[slot], situations[slot].caption, following[slot].film)
+            plans = _name(planner, [situations[slot] for slot in running], [named[slot] for slot in running], level)
+            ended = [slot for slot, plan in zip(running, plans) if plan.done]
+            acting = {slot: plan for slot, plan in zip(running, plans) if not plan.done}
+            now = [situations[slot] for slot in acting]
+            seeds = [group[slot].seed for slot in acting]
+            commands = _act(mode, now, list(acting.values()), seeds, own_duration) if acting else []
+            following = pool.play(dict(zip(acting, commands))) | (pool.end(ended) if ended else {})
+            for slot in set(acting) & set(filmed):
+                _expose(reels[slot], acting[slot].caption, following[slot].film)
             situations |= following
         results += [_result(trial, situations[slot]) for slot, trial in enumerate(group)]
         longest = max(longest, time.monotonic() - begun)
@@ -146,11 +159,39 @@ def best_film(films: Iterable[Film]) -> Film | None:
     return max(films, key=merit, default=None)
 
 
+@dataclass
+class _Named:
+    """The events that a planner named in an episode so far, an event tried again once; the frames at the last one."""
+
+    captions: list[str] = field(default_factory=list)
+    frames: Mapping[str, np.ndarray] | None = None
+
+
+def _name(planner: Planner | None, situations: Sequence[Situation], named: Sequence[_Named], level: str) -> list[Plan]:
+    """The next event of each situation; adds it to `named`."""
+    if planner is None:
+        return [Plan(now.caption, now.duration_s, False) for now in situations]
+    plans = planner.plan(
+        [
+            PlanRequest(now.frames, now.instruction, tuple(before.captions), level, before.frames)
+            for now, before in zip(situations, named)
+        ]
+    )
+    for now, before, plan in zip(situations, named, plans):
+        before.frames = now.frames
+        if before.captions[-1:] != [plan.caption]:
+            before.captions.append(plan.caption)
+    return plans
+
+
 def _act(
-    mode: EventMode, situations: Sequence[Situation], seeds: Sequence[int], own_duration: bool
+    mode: EventMode, situations: Sequence[Situation], events: Sequence[Plan], seeds: Sequence[int], own_duration: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Absolute commands of the next event of each situation."""
-    requests = [request(now, now.caption, None if own_duration else now.duration_s) for now in situations]
+    requests = [
+        request(now, event.caption, None if own_duration else event.duration_s)
+        for now, event in zip(situations, events)
+    ]
     noise = [(seed + now.steps) % 2**32 for seed, now in zip(seeds, situations)]
     plans = mode.plan(requests, seeds=noise)
     return [absolute_commands(plan.actions, now.pose) for plan, now in zip(plans, situations)]

@@ -64,12 +64,14 @@ class Situation:
     Attributes:
       frames: view name → `[H, W, 3]` uint8; empty once the episode is over.
       pose, gripper: `[G, 4, 4]`, `[G]` measured.
-      caption, verb, duration_s: the event that comes next, and its typical duration; empty once the episode is over.
+      caption, verb, duration_s: the event that comes next, by the scripted planner, and its typical duration; empty
+        once the episode is over.
       over: whether the episode has ended.
       success: whether the episode achieved its task.
       subtasks: the subtasks tried so far; those that were not achieved are listed once the episode is over.
       steps: control steps so far.
       film: view name → frames of the event that was just played, at the video rate, where filming was asked for.
+      instruction: the task; empty once the episode is over.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -83,6 +85,7 @@ class Situation:
     subtasks: tuple[SubtaskResult, ...] = ()
     steps: int = 0
     film: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    instruction: str = ""
 
 
 class Episode:
@@ -120,6 +123,11 @@ class Episode:
         self._event = None if self._ended else self._next_event()
         return self.situation(film)
 
+    def end(self) -> Situation:
+        """Ends the episode where it stands, as a planner does that takes the task for done."""
+        self._event = None
+        return self.situation()
+
     def situation(self, film: Mapping[str, Sequence[np.ndarray]] | None = None) -> Situation:
         """Where the episode stands."""
         over = self._event is None
@@ -132,6 +140,7 @@ class Episode:
         event: dict[str, Any] = {}
         if self._event is not None:
             event = dict(caption=self._event.caption, verb=self._event.verb, duration_s=self._event.duration_s)
+            event["instruction"] = self._planner.instruction
         return Situation(
             frames=self._observation.frames,
             pose=self._observation.pose,
@@ -265,6 +274,10 @@ class EnvironmentPool:
         """Plays one event per slot: absolute poses `[T, G, 4, 4]` and grippers `[T, G]`, one per control step."""
         return _gather({slot: self._submit(slot, _play, slot, *pair) for slot, pair in commands.items()})
 
+    def end(self, slots: Sequence[int]) -> dict[int, Situation]:
+        """Ends the episodes of these slots where they stand."""
+        return _gather({slot: self._submit(slot, _end, slot) for slot in slots})
+
     def replay_experts(self, trials: Sequence[Trial]) -> list[Situation | None]:
         """`replay_expert` on each trial; the final situations, None where the expert itself fails."""
         results = _gather({number: self._submit(number, _replay, trial) for number, trial in enumerate(trials)})
@@ -316,6 +329,10 @@ def _start(slot: int, trial: Trial, film: bool) -> Situation:
 
 def _play(slot: int, poses: np.ndarray, grippers: np.ndarray) -> Situation:
     return _worker.episodes[slot].play(poses, grippers)
+
+
+def _end(slot: int) -> Situation:
+    return _worker.episodes[slot].end()
 
 
 def _replay(trial: Trial) -> Situation | None:

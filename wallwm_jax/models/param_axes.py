@@ -33,11 +33,12 @@ class Rule:
     kind: str
 
 
-_BLOCK = r"(video|action|text|vlm/vision)/blocks/"
+_BLOCK = r"(video|action|text|vlm_text|vlm/vision)/blocks/"
 _ATTENTION = _BLOCK + r"(\w*attention/)+"
-_LANGUAGE = r"vlm/language/blocks/(linear|full)/"
-_DELTA = r"vlm/language/blocks/linear/delta/"
-_GATED = r"vlm/language/blocks/full/attention/"
+_MODEL = r"(vlm/language|small)/"
+_LANGUAGE = _MODEL + r"blocks/(linear|full)/"
+_DELTA = _MODEL + r"blocks/linear/delta/"
+_GATED = _MODEL + r"blocks/full/attention/"
 
 RULES = (
     Rule(_ATTENTION + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
@@ -83,9 +84,9 @@ RULES = (
     Rule(r"duration/down/kernel", ("embed", "quantile"), TABLE),
     Rule(r"duration/up/bias", ("embed",), VECTOR),
     Rule(r"duration/down/bias", ("quantile",), VECTOR),
-    Rule(r"vlm/language/embedding", ("vocabulary", "embed"), TABLE),
-    Rule(r"vlm/language/head/kernel", ("embed", "vocabulary"), TABLE),
-    Rule(r"vlm/language/norm/scale", ("embed",), VECTOR),
+    Rule(_MODEL + r"embedding", ("vocabulary", "embed"), TABLE),
+    Rule(_MODEL + r"head/kernel", ("embed", "vocabulary"), TABLE),
+    Rule(_MODEL + r"norm/scale", ("embed",), VECTOR),
     Rule(_LANGUAGE + r"(mixer|ffn)_norm/scale", ("layers", "embed"), VECTOR),
     Rule(_LANGUAGE + r"ffn/(up|gate)/kernel", ("layers", "embed", "mlp"), MATRIX),
     Rule(_LANGUAGE + r"ffn/down/kernel", ("layers", "mlp", "embed"), MATRIX),
@@ -109,6 +110,13 @@ RULES = (
     Rule(r"vlm/vision/merger/up/bias", ("mlp",), VECTOR),
     Rule(r"vlm/vision/merger/down/kernel", ("mlp", "embed"), TABLE),
     Rule(r"vlm/vision/merger/down/bias", ("embed",), VECTOR),
+    Rule(r"vlm_text/(project|output)/kernel", ("embed", "embed_out"), TABLE),
+    Rule(r"vlm_text/(project|output)/bias", ("embed",), VECTOR),
+    Rule(r"vlm_text/(memory_)?norm/(scale|bias)", ("embed",), VECTOR),
+    Rule(r"vlm_text/queries", ("text", "embed"), VECTOR),
+    Rule(r"vlm_text/next/kernel", ("embed", "vocabulary"), TABLE),
+    Rule(r"vlm_text/(time|present)/kernel", ("embed", "quantile"), TABLE),
+    Rule(r"vlm_text/(time|present)/bias", ("quantile",), VECTOR),
 )
 
 
@@ -153,5 +161,8 @@ def decay_mask(params: Any) -> Any:
 
 
 def groups(params: Any) -> Any:
-    """Per leaf its part of the model: "video", "action", "text", "duration" or "vlm"; stages train and freeze by it."""
+    """Per leaf its part of the model: "video", "action", "text", "duration", "vlm", "small" or "vlm_text".
+
+    Stages train and freeze by it.
+    """
     return map_params(lambda path, rule, leaf: path.split("/", 1)[0], params)

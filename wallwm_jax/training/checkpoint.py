@@ -15,6 +15,7 @@ depend on the mesh, after it. Resuming takes the newest whole one and renames wh
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import math
 import shutil
@@ -494,9 +495,10 @@ def _describe(manager: ocp.CheckpointManager, directory: Path, verify: bool) -> 
 
 
 def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
-    """The parameters that a new run starts from, and what they are: a run's average, or converted Wan weights.
+    """The parameters that a new run starts from, and what they are: a run's average, or converted weights.
 
-    Converted weights are single-view: their cross-view branch is copied from the within-view attention.
+    Those of Qwen3.5 are the group "vlm". Those of Wan are single-view: their cross-view branch is copied from the
+    within-view attention.
 
     Raises:
       UserError: neither is there (see `load_params`).
@@ -504,6 +506,9 @@ def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
     if not (Path(path).expanduser() / stream.CONVERSION).is_file():
         loaded = load_params(path)
         return loaded.params, f"step {loaded.step}"
+    if json.loads((Path(path).expanduser() / stream.CONVERSION).read_text())["kind"] == "qwen3_5":
+        params = stream.load(path, "qwen3_5").params
+        return {"vlm": {part: params[part] for part in ("language", "vision")}}, "converted weights"
     params = stream.load(path, "wan").params
     video = dict(params["video"])
     video["blocks"] = {**video["blocks"], "view_attention": from_self_attention(video["blocks"])}

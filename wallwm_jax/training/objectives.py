@@ -101,7 +101,7 @@ def compute_loss(
       events in the batch).
     """
     params = {
-        **_detached(config.model),
+        **detached(config.model),
         **trainable,
         **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen)),
     }
@@ -186,7 +186,7 @@ def video_loss(
     error *= (_per_token(draws.video_sigma, batch["latent_event"]) ** sigma_power)[:, None, :, None, None]
     if draws.tubes is not None:
         error = jnp.where(draws.tubes.hidden, tube_weight * error, error)
-    return _mean(error, valid_cells(batch))
+    return masked_mean(error, valid_cells(batch))
 
 
 def action_loss(velocity: jax.Array, batch: Batch, draws: Draws, sigma_power: float = 0.0) -> jax.Array:
@@ -198,7 +198,7 @@ def action_loss(velocity: jax.Array, batch: Batch, draws: Draws, sigma_power: fl
     target = flow_matching.velocity_target(batch["actions"], draws.action_noise)
     valid = jnp.broadcast_to(_valid_actions(batch), velocity.shape)
     sigma = jax.vmap(_per_token, in_axes=(0, None))(draws.action_sigma, batch["action_event"])[..., None]
-    return _mean(sigma**sigma_power * jnp.square(velocity.astype(jnp.float32) - target), valid)
+    return masked_mean(sigma**sigma_power * jnp.square(velocity.astype(jnp.float32) - target), valid)
 
 
 def dct_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
@@ -223,7 +223,7 @@ def dct_loss(velocity: jax.Array, batch: Batch, draws: Draws) -> jax.Array:
     of_event = jnp.einsum("kbejd,bej->kbed", jnp.square(spectrum), fade)
     of_event *= jnp.square(1.0 - draws.action_sigma)[..., None]
     valid = jnp.einsum("bae,bad->bed", member, _valid_actions(batch).astype(jnp.float32)) > 0
-    return _mean(of_event, jnp.broadcast_to(valid, of_event.shape))
+    return masked_mean(of_event, jnp.broadcast_to(valid, of_event.shape))
 
 
 def duration_loss(quantiles: jax.Array, batch: Batch, levels: tuple[float, ...]) -> jax.Array:
@@ -236,7 +236,7 @@ def duration_loss(quantiles: jax.Array, batch: Batch, levels: tuple[float, ...])
     target = jnp.log(jnp.where(valid, batch["duration_s"], 1.0))
     level = jnp.asarray(levels, jnp.float32)
     above = target[..., None] - quantiles.astype(jnp.float32)
-    return _mean(jnp.mean(jnp.maximum(level * above, (level - 1.0) * above), -1), valid)
+    return masked_mean(jnp.mean(jnp.maximum(level * above, (level - 1.0) * above), -1), valid)
 
 
 def valid_cells(batch: Batch) -> jax.Array:
@@ -254,7 +254,7 @@ def valid_cells(batch: Batch) -> jax.Array:
     return jnp.swapaxes(cells, 1, 2)
 
 
-def _detached(model: ConfigDict) -> dict[str, Any]:
+def detached(model: ConfigDict) -> dict[str, Any]:
     """Zeros for the groups that a stage does not attach: the model's graph names them, no computation reads them."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), world_action_model.abstract_params(model))
 
@@ -271,7 +271,7 @@ def _valid_actions(batch: Batch) -> jax.Array:
     return batch["action_valid"] & ((batch["action_event"] > 0) & ~is_given(batch))[..., None]
 
 
-def _mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+def masked_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
     """Global sum over global count; 0 where nothing is valid."""
     total = jnp.sum(jnp.where(valid, values, 0.0))
     return total / jnp.maximum(jnp.sum(valid), 1)

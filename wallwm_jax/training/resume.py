@@ -30,7 +30,7 @@ def check_resumed(config: Mapping[str, Any], assets: Mapping[str, Any], checkpoi
         )
     for knob, (before, now) in config_changes(checkpointer.read_config(), config).items():
         change = f"{knob} was {before} and is now {now}"
-        if knob.startswith("model.") or knob in ("train.stage", "seed"):
+        if knob.startswith(("model.", "vlm.")) or knob in ("train.stage", "seed"):
             raise UserError(f"cannot resume: {change}; give the old value, or train into another workdir")
         print(f"    changed since the checkpoint: {change}")
 

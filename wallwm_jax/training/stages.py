@@ -4,12 +4,15 @@
     action   the action tower on a frozen video tower held at the anchor noise level           (stage 2 of the paper)
     chunk    both towers on the next chunk of fixed length, after a history                    (stage 5, optional)
     joint    everything at once, for small data sets and demonstrations
+    vlm_sft  the vision-language model answers what comes next; a small language model reads reasoning traces
+    vlm_text a projector from the frozen VLM into the video tower's text space, and its heads  (stage 3 of the paper)
 
 Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the
 paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`; in `chunk`,
 whose noise the paper leaves open, half of the events have the video at the anchor, where inference reads its features,
-and half anywhere, or the tower would forget how to get there. A parameter
-group that a stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
+and half anywhere, or the tower would forget how to get there; `vlm_sft` trains VLM and small language model, which the
+paper takes as they are; `vlm_text` learns which features are text, too. A parameter group that a stage neither trains
+nor freezes is not attached: it is not in memory and not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ class Stage:
       name: what `config.train.stage` says.
       trains: top-level parameter groups that the optimizer updates.
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
-      losses: streams in the loss, of "video", "action", "duration".
+      losses: streams in the loss, of "video", "action", "duration"; of a VLM stage, of "answer", "small", "align",
+        "present", "next", "time".
       window_kinds: kinds of event-store windows this stage can learn from.
       video_sigma: "uniform" (flow-matching time uniform, then shifted), "anchor" (`objective.anchor_sigma` with jitter)
-        or "mixed" (either, half of the events each).
+        or "mixed" (either, half of the events each); "" without video.
+      model: "world_action" or "language", which `training.families` knows.
     """
 
     name: str
@@ -40,7 +45,8 @@ class Stage:
     freezes: tuple[str, ...]
     losses: tuple[str, ...]
     window_kinds: tuple[str, ...]
-    video_sigma: str
+    video_sigma: str = ""
+    model: str = "world_action"
 
     @property
     def runs_actions(self) -> bool:
@@ -91,6 +97,22 @@ STAGES: dict[str, Stage] = {
             losses=("video", "action"),
             window_kinds=("history",),
             video_sigma="mixed",
+        ),
+        Stage(
+            name="vlm_sft",
+            trains=("vlm", "small"),
+            freezes=(),
+            losses=("answer", "small"),
+            window_kinds=("event",),
+            model="language",
+        ),
+        Stage(
+            name="vlm_text",
+            trains=("vlm_text",),
+            freezes=("vlm", "text"),
+            losses=("align", "present", "next", "time"),
+            window_kinds=("event",),
+            model="language",
         ),
     )
 }

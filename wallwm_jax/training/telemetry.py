@@ -29,6 +29,7 @@ from wallwm_jax.console import UserError, write_text
 from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.parallel.chips import peak_flops
 from wallwm_jax.training.goodput import Goodput
+from wallwm_jax.training.stages import get_stage
 
 METRICS_FILE = "metrics.jsonl"
 _TIMING = ("step_s", "input_wait_s", "mfu")
@@ -175,7 +176,7 @@ def ideal_step_s(config: ConfigDict, mesh: Mesh) -> float | None:
       mesh: over all devices of the run.
     """
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    if peak is None:
+    if peak is None or get_stage(config.train.stage).model != "world_action":  # whose FLOPs are counted
         return None
     row = training_flops(config, RowShape.of(config, len(config.data.views)), config.train.stage)
     return config.data.rows * row / (mesh.size * peak)

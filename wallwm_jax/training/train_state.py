@@ -19,7 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
-from wallwm_jax.models import world_action_model
+from wallwm_jax.training.families import family_of
 from wallwm_jax.training.stages import Stage
 
 PyTree = Any
@@ -49,7 +49,7 @@ def initial_state(
     config: ConfigDict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """A fresh state; pure, to be jitted with output shardings."""
-    trainable, frozen = stage.split(world_action_model.init(config.model, key))
+    trainable, frozen = stage.split(family_of(stage).init(config, stage, key))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,

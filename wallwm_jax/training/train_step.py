@@ -19,16 +19,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from wallwm_jax.models import param_axes, world_action_model
+from wallwm_jax.models import param_axes
 from wallwm_jax.optim.muon import MuonSharding
 from wallwm_jax.optim.muon_cost import MuonCost, muon_cost_report
 from wallwm_jax.optim.optimizer import build_optimizer, learning_rate
 from wallwm_jax.parallel import sharding
-from wallwm_jax.training.objectives import Batch, compute_loss
+from wallwm_jax.training.families import Family, family_of
 from wallwm_jax.training.stages import Stage, get_stage
 from wallwm_jax.training.train_state import TrainState, ema_decay, initial_state, update_ema
 
 PyTree = Any
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 _INIT_STREAM = 2**31 - 1  # folded into the seed for the initial parameters; steps fold in their number
@@ -45,6 +46,7 @@ class TrainStep:
       abstract_state: shapes, dtypes and shardings of the state, no memory.
       rows: sharding of every array of a batch.
       stage: what trains.
+      family: what it is a stage of: its rows and its loss.
       optimizer: the gradient transformation inside `step`.
       muon_cost: what Muon's part of a step costs a chip; None where nothing is Muon's.
     """
@@ -54,11 +56,12 @@ class TrainStep:
     abstract_state: TrainState
     rows: NamedSharding
     stage: Stage
+    family: Family
     optimizer: optax.GradientTransformation
     muon_cost: MuonCost | None
 
     def abstract_batch(self, spec: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch as shapes with shardings, from `packing.batch_spec`."""
+        """The batch as shapes with shardings, from `family.rows.spec`."""
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows) for name, (shape, dtype) in spec.items()}
 
 
@@ -75,12 +78,13 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
       UserError: unknown stage or optimizer, or a schedule that does not fit.
     """
     stage = get_stage(config.train.stage)
-    shapes, _ = stage.split(world_action_model.abstract_params(config.model))
+    family = family_of(stage)
+    shapes, _ = stage.split(jax.eval_shape(lambda: family.init(config, stage, jax.random.key(0))))
     matrices, placement = param_axes.muon_matrices(shapes), muon_sharding(shapes, mesh)
     optimizer = build_optimizer(config.optim, config.train.steps, matrices, param_axes.decay_mask(shapes), placement)
     channels = config.model.latent_channels
     weight = np.ones(channels, np.float32) if channel_weight is None else np.asarray(channel_weight, np.float32)
-    if weight.shape != (channels,):
+    if "video" in stage.losses and weight.shape != (channels,):
         raise ValueError(f"channel_weight has shape {weight.shape}; the model has {channels} latent channels")
 
     def fresh() -> TrainState:
@@ -93,7 +97,7 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
     def _step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         loss = functools.partial(
-            compute_loss,
+            family.compute_loss,
             frozen=state.frozen,
             config=config,
             stage=stage,
@@ -127,6 +131,7 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
         ),
         rows=rows,
         stage=stage,
+        family=family,
         optimizer=optimizer,
         muon_cost=(
             muon_cost_report(matrices, shapes, placement, dtype=config.optim.muon_dtype)

@@ -102,6 +102,11 @@ class FolderTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
+def get_tokenizer(name: str) -> Tokenizer:
+    """ "bytes", or the folder of a `FolderTokenizer`."""
+    return BytesTokenizer() if name == "bytes" else FolderTokenizer(name)
+
+
 def prompt(tokenizer: Tokenizer, instruction: str, images: int, image_tokens: int) -> list[int]:
     """Ids of one turn of the user, the images first, and the opening of the answer, as the published chat template.
 

@@ -122,6 +122,11 @@ class ScriptedPlanner:
         self._facts_of: dict[str, Any] | None = None
         self._rest_height: dict[tuple[str, int], float] = {}
 
+    @property
+    def instruction(self) -> str:
+        """The task in words."""
+        return self._scene.instruction()[0]
+
     def next_event(self, level: str) -> PlannedEvent | None:
         """The event to do now; None where nothing is left to do or the episode has failed.
 
@@ -141,7 +146,7 @@ class ScriptedPlanner:
                 level=level,
                 verb=subtask_verb,
                 caption=subtask_caption,
-                parent_caption=self._scene.instruction()[0],
+                parent_caption=self.instruction,
                 duration_s=self._duration(level, subtask_verb),
                 is_done=lambda: self._achieved(subgoal),
             )

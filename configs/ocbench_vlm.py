@@ -1,0 +1,35 @@
+r"""A tiny vision-language model that names the next event on OCBench, for two CPU cores; stages by argument.
+
+    python -m wallwm_jax.train --config=configs/ocbench_vlm.py:vlm_sft --config.data.store=runs/quickstart/store \
+        --workdir=runs/vlm
+    python -m wallwm_jax.evaluation.planner_accuracy --workdir=runs/vlm --store=runs/quickstart/store
+
+It reads bytes and two views, and names subtasks. Then its features take the place of the text encoder of a world action
+model, with the model's own sizes from configs/ocbench_quickstart.py:
+
+    python -m wallwm_jax.train --config=configs/ocbench_vlm.py:vlm_text --config.data.store=runs/quickstart/store \
+        --workdir=runs/vlm_text --config.train.init_from=runs/vlm --config.train.text_from=runs/quickstart/train
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ocbench_quickstart
+
+
+def get_config(stage: str = "vlm_sft") -> ConfigDict:
+    """Stage `vlm_sft` or `vlm_text`."""
+    config = ocbench_quickstart.get_config()
+    config.unlock()
+    config.data.levels = ConfigDict({"subtask": 1.0})
+    config.data.rows = 8
+    config.data.vlm.length = 512
+    config.data.vlm.answer_length = 96
+    config.data.vlm.trace_length = 448
+    config.optim.muon_lr = 5e-3
+    config.optim.lr = 2e-3
+    config.optim.warmup_steps = 50
+    config.train.stage = stage
+    config.train.steps = 1000
+    config.train.ema_decay = 0.99
+    config.train.save_every = 250
+    return config.lock()

@@ -1,0 +1,344 @@
+"""The VLM stages: what a row asks, what each stage learns and leaves alone, the planner, and how it is measured."""
+
+import itertools
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import save_run
+from training_setup import STEPS, training_config
+from vlm_setup import (
+    built_vlm_step,
+    compiled_vlm_step,
+    random_vlm_state,
+    use_prepared_vlm_steps,
+    vlm_batch,
+    vlm_training_config,
+)
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.pipeline import make_loader
+from wallwm_jax.data.vlm_batches import Questions, VlmRows
+from wallwm_jax.evaluation import planner_accuracy
+from wallwm_jax.events import planning_text
+from wallwm_jax.events.planning_text import DONE, Plan
+from wallwm_jax.inference.planner import VlmPlanner
+from wallwm_jax.models.vlm.tokenizer import BytesTokenizer
+from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.train import run
+from wallwm_jax.training.checkpoint import load_params
+from wallwm_jax.training.language_objectives import align_loss, answer_loss
+from wallwm_jax.training.telemetry import read_metrics
+from wallwm_jax.training.train_state import flatten
+from wallwm_jax.training.train_step import build_train_step
+
+
+def changed(config, **knobs):
+    """The config with `section__knob=value` set; `vlm_...` knobs are of `data.vlm`."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for name, value in knobs.items():
+            section, knob = name.split("__")
+            (config.data.vlm if section == "vlm" else config[section])[knob] = value
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def store(clustered_store):
+    return open_store(clustered_store)
+
+
+@pytest.fixture(scope="module")
+def config(clustered_store):
+    return vlm_training_config(clustered_store)
+
+
+# Text
+
+
+@pytest.mark.parametrize("before", ["", planning_text.trace(["lift it"], ["next: to it", "go"], "")])
+def test_an_answer_is_read_as_it_was_written(before):
+    assert planning_text.parse(before + planning_text.answer("open it, then wait", 2.4)) == Plan(
+        "open it, then wait", 2.5, False
+    )
+    assert planning_text.parse(before + planning_text.answer("", 0.0)) == Plan("", None, True)
+    assert planning_text.parse("something else") == Plan("something else", None, False)
+
+
+# Rows
+
+
+def test_rows_are_a_pure_function_of_seed_and_row_for_any_number_of_hosts(store, config):
+    def take(count, config=config, **where):
+        with make_loader(store, config, VlmRows, **where) as loader:
+            return list(itertools.islice(loader, count))
+
+    whole = take(4)
+    halves = [take(2, host_index=host, host_count=2, start_step=2) for host in (0, 1)]
+    for step, parts in enumerate(zip(*halves)):
+        assert whole[2 + step]["row"].tolist() == [4 + 2 * step, 5 + 2 * step]
+        for name, value in whole[2 + step].items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value, err_msg=name)
+    assert not np.array_equal(take(1, changed(config, data__rows=4))[0]["ids"][:2], take(1, _seeded(config))[0]["ids"])
+    spec = VlmRows.spec(config, 2)
+    assert {name: (value.shape, value.dtype) for name, value in whole[0].items() if name in spec} == spec
+
+
+def _seeded(config):
+    config = config.copy_and_resolve_references().unlock()
+    config.seed = 1
+    return config.lock()
+
+
+def test_a_row_asks_for_its_event_and_the_answer_is_its_caption_with_the_duration(store, config):
+    tokenizer, rows = BytesTokenizer(), VlmRows(store, config)
+    for number in range(12):
+        row, (window,) = rows(number), rows.sampler.row(number)
+        span, record = store.span(window), store.read(window)
+        start, end = int(row["answer_start"]), int(row["length"])
+        prompt, said = tokenizer.decode(row["ids"][:start]), tokenizer.decode(row["ids"][start:end])
+        assert end - start == row["answer_length"] and row["ids"][end - 1] == tokenizer.end_id
+        assert (row["ids"] == tokenizer.image_id).sum() == 2 * 2 * 2  # two views of 2 x 2 tokens
+        assert prompt.endswith(f"next {record.level}?\nassistant\n")
+        history = [store.caption(caption) for caption in record.previous_caption_ids]
+        if said == DONE:
+            assert record.next_caption_ids[("task", "subtask", "action").index(record.level)] == -1
+            assert row["remaining_s"] == 0 and row["text_length"].tolist() == [1]
+            history.append(span["caption"])
+        else:
+            assert said == planning_text.answer(span["caption"], record.duration_s)
+            assert row["remaining_s"] == np.float32(record.duration_s)
+            assert row["text_length"].tolist() == [len(span["caption"]) + 1]
+        kept = re.search("done: (.*)\n", prompt)[1]
+        assert (kept == "nothing" and (not history or len(prompt) > 100)) or "; ".join(history).endswith(kept)
+        trace = tokenizer.decode(row["trace_ids"][: row["trace_length"]])
+        assert trace.endswith(f"next: {said}")
+
+
+def test_the_loss_covers_the_answer_only(clustered_store, config):
+    batch = {name: jnp.asarray(value) for name, value in vlm_batch(clustered_store, config).items()}
+    start, length = int(batch["answer_start"][0]), int(batch["answer_length"][0])
+    logits = jax.random.normal(jax.random.key(0), (2, config.data.vlm.answer_length, 264))
+    counted = {
+        place
+        for place in range(config.data.vlm.length)
+        if answer_loss(logits, {**batch, "ids": batch["ids"].at[0, place].add(-1)}) != answer_loss(logits, batch)
+    } if length < 40 else set(range(start, start + length))  # fmt: skip
+    assert counted == set(range(start, start + length))
+    slope = np.asarray(jax.grad(answer_loss)(logits, batch))[0]
+    assert not slope[length:].any() and np.abs(slope[:length]).max(-1).min() > 0
+
+
+def test_history_is_cut_from_the_front_and_what_cannot_fit_is_named(store, config):
+    tight = changed(config, vlm__length=178)
+    tokenizer, last = BytesTokenizer(), max(range(12), key=lambda row: VlmRows(store, config)(row)["length"])
+    whole, cut = (VlmRows(store, knobs)(last) for knobs in (config, tight))
+    before, after = (
+        re.search("done: (.*)\n", tokenizer.decode(row["ids"][: row["answer_start"]]))[1] for row in (whole, cut)
+    )
+    assert len(after) < len(before) and (after == "nothing" or before.endswith(f"; {after}"))
+    for knobs, message in [
+        ({"vlm__length": 120}, "more than the 56 of data.vlm.length - data.vlm.answer_length; raise data.vlm.length"),
+        ({"vlm__answer_length": 30}, "more than data.vlm.answer_length=30; raise it"),
+        ({"vlm__image_size": 40}, "data.vlm.image_size=40 must be a multiple of 16"),
+        ({"vlm__answer": "poem"}, "data.vlm.answer='poem' is neither event nor trace"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            VlmRows.check(store, changed(config, **knobs))
+
+
+def test_the_event_before_can_be_shown_too(store, config):
+    questions = Questions(store, changed(config, vlm__previous_images=True))
+    index = store.index
+    chosen = (index["kind"] == 0) & (index["level"] == 2) & (index["episode"] == index["episode"][0])
+    first, second = sorted(np.flatnonzero(chosen), key=lambda window: index["event_index"][window])[:2]
+    earlier, later = questions.ask(first).pictures, questions.ask(second).pictures
+    assert earlier.shape == later.shape == (4, 32, 32, 3)
+    np.testing.assert_array_equal(later[:2], earlier[2:])
+    np.testing.assert_array_equal(earlier[:2], earlier[2:])  # nothing before: the same again
+
+
+# Learning
+
+
+@pytest.mark.parametrize("stage", ["vlm_sft", "vlm_text"])
+def test_each_loss_falls_and_what_is_frozen_stays_bit_for_bit(clustered_store, stage):
+    built, step = built_vlm_step(clustered_store, stage), compiled_vlm_step(clustered_store, stage)
+    batch = vlm_batch(clustered_store, vlm_training_config(clustered_store, stage))
+    state, placed = random_vlm_state(built), jax.device_put(batch, built.rows)
+    before, lines = jax.device_get({"on": flatten(state.trainable), "off": flatten(state.frozen)}), []
+    for _ in range(STEPS):
+        state, metrics = step(state, placed)
+        lines.append({name: float(value) for name, value in metrics.items()})
+    after = jax.device_get({"on": flatten(state.trainable), "off": flatten(state.frozen)})
+    assert {path.split("/")[0] for path in after["on"]} == set(built.stage.trains)
+    assert {path.split("/")[0] for path in after["off"]} == set(built.stage.freezes)
+    assert [path for path, leaf in after["on"].items() if np.array_equal(leaf, before["on"][path])] == []
+    for path, leaf in after["off"].items():
+        assert leaf.dtype == "bfloat16"
+        np.testing.assert_array_equal(leaf, before["off"][path])
+    assert {name for name in lines[0] if name.startswith("loss_")} == {f"loss_{name}" for name in built.stage.losses}
+    for name in built.stage.losses:
+        assert lines[-1][f"loss_{name}"] < lines[0][f"loss_{name}"], name
+    weights = {"answer": 1.0, "small": 1.0, "align": 1.0, "next": 0.1, "time": 0.1, "present": 0.1}
+    total = sum(weights[name] * lines[0][f"loss_{name}"] for name in built.stage.losses)
+    assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["vlm_sft", "vlm_text"])
+def test_a_row_of_padding_leaves_no_trace(clustered_store, stage):
+    """Whatever its pictures and ids hold, loss and gradient are the same bits."""
+    built, step = built_vlm_step(clustered_store, stage), compiled_vlm_step(clustered_store, stage)
+    batch, seen = vlm_batch(clustered_store, vlm_training_config(clustered_store, stage)), []
+    for name, value in (("window_index", -1), ("answer_length", 0), ("trace_length", 0), ("remaining_s", 0)):
+        batch[name][1] = value
+    for poison in (0, 77):
+        batch["images"][1], batch["ids"][1, 3:40], batch["trace_ids"][1, 2:30] = poison, poison, poison
+        _, metrics = step(random_vlm_state(built), jax.device_put(batch, built.rows))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    assert seen[0]["events"] == 1 and seen[0] == seen[1]
+
+
+def test_the_alignment_is_one_for_the_mean_feature_and_zero_for_the_target():
+    target = jax.random.normal(jax.random.key(0), (3, 5, 4)) * jnp.array([0.1, 1, 10, 100])
+    length = jnp.array([5, 2, 0])
+    real = jnp.concatenate([target[0], target[1, :2]])
+    mean = jnp.broadcast_to(real.mean(0), target.shape)
+    assert float(align_loss(mean, target, length)) == pytest.approx(1.0, rel=2e-2)
+    assert float(align_loss(target.at[1, 2:].set(9e9).at[2].set(9e9), target, length)) == 0.0
+
+
+# Runs
+
+
+@pytest.fixture
+def prepared_steps(monkeypatch, clustered_store):
+    use_prepared_vlm_steps(monkeypatch, clustered_store)
+
+
+@pytest.mark.usefixtures("prepared_steps")
+def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(clustered_store, store, tmp_path):
+    config, stop = vlm_training_config(clustered_store), threading.Event()
+    stop.set()
+    assert run(config, tmp_path / "stopped", stop=stop).step == 1
+    assert run(config, tmp_path / "stopped", resume=True).step == STEPS
+    run(config, tmp_path / "whole")
+    lines = [
+        [
+            {name: value for name, value in line.items() if not name.endswith("_s")}
+            for line in read_metrics(tmp_path / n)
+        ]
+        for n in ("whole", "stopped")
+    ]
+    assert len(lines[0]) == STEPS and lines[0] == lines[1]
+
+    save_run(tmp_path / "world", store, training_config(clustered_store))
+    text = vlm_training_config(clustered_store, "vlm_text")
+    with pytest.raises(UserError, match=r"give --config\.train\.text_from=WORKDIR of its run"):
+        run(changed(text, train__init_from=str(tmp_path / "whole")), tmp_path / "none")
+    sources = {"train__init_from": str(tmp_path / "whole"), "train__text_from": str(tmp_path / "world")}
+    run(changed(text, **sources), tmp_path / "text")
+    sft, world, result = (flatten(load_params(tmp_path / name).params) for name in ("whole", "world", "text"))
+    assert {path.split("/")[0] for path in result} == {"vlm", "text", "vlm_text"}
+    for path, leaf in result.items():
+        source = {"vlm": sft, "text": world}.get(path.split("/")[0])
+        if source is not None:
+            np.testing.assert_array_equal(leaf, np.asarray(source[path]).astype("bfloat16").astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("stage", "knobs", "message"),
+    [
+        ("vlm_text", {}, "freezes vlm and text: say where they come from with --config.train.init_from=WORKDIR of a"),
+        ("vlm_sft", {"train__text_from": "x"}, "train.text_from='x' is for stage 'vlm_text'"),
+        ("vlm_sft", {"data__window_kind": "fixed"}, "cannot train on data.window_kind='fixed'; it takes event"),
+    ],
+)
+def test_what_a_vlm_stage_cannot_do_is_refused(clustered_store, tmp_path, stage, knobs, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(changed(vlm_training_config(clustered_store, stage), **knobs), tmp_path / "run")
+
+
+# Planner
+
+
+def test_the_planner_asks_as_training_did(store, config):
+    planner = VlmPlanner(random_vlm_state(built_vlm_step(store.path, "vlm_sft")).trainable, config)
+    rows, questions = VlmRows(store, changed(config, vlm__done_prob=0.0)), Questions(store, config)
+    for number in range(4):
+        row, (window,) = rows(number), rows.sampler.row(number)
+        ids, pictures = planner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
+        np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
+        np.testing.assert_array_equal(pictures, row["images"])
+
+
+@pytest.mark.extended
+def test_the_planner_says_what_the_model_was_overfitted_on(clustered_store, store, config):
+    config = changed(config, train__steps=120, optim__lr=1e-2, vlm__done_prob=0.0)
+    built = build_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    batch = jax.device_put(vlm_batch(clustered_store, config), built.rows)
+    state = random_vlm_state(built)
+    for _ in range(120):
+        state, metrics = built.step(state, batch)
+    assert float(metrics["loss_answer"]) < 0.02
+    planner, rows, questions = VlmPlanner(state.trainable, config), VlmRows(store, config), Questions(store, config)
+    for number in range(2):
+        (window,) = rows.sampler.row(number)
+        question = questions.ask(window)
+        (plan,) = planner.plan([planner_accuracy.request_of(question, config.data.views)])
+        assert plan.caption == store.span(window)["caption"] and not plan.done
+        assert plan.duration_s == pytest.approx(question.remaining_s, abs=0.25)
+
+
+# Measuring
+
+
+class Oracle:
+    """Knows all answers, and changes them by `spoil`."""
+
+    def __init__(self, answers, spoil):
+        self.answers, self.spoil = iter(answers), spoil
+
+    def plan(self, requests):
+        return [self.spoil(*next(self.answers)) for _ in requests]
+
+
+def test_accuracy_counts_wordings_objects_and_seconds(clustered_store, config):
+    held_out = open_store(clustered_store, "heldout")
+    asked = planner_accuracy.collect(held_out, config, ["subtask", "action"], 1000)
+
+    def measured(spoil):
+        oracle = Oracle(asked, spoil)
+        return planner_accuracy.measure(oracle, held_out, config, levels=["subtask", "action"], limit=1000)
+
+    def told(wordings, choose):
+        return Plan(choose(wordings), 2.0, False) if wordings else Plan("", None, True)
+
+    right = measured(lambda question, wordings: told(wordings, lambda wordings: wordings[-1]))
+    assert right["planner"]["exact"]["rate"] == 1.0
+    errors = [abs(question.remaining_s - 2.0) for question, wordings in asked if wordings]
+    assert right["planner"]["seconds_error"] == pytest.approx(np.median(errors))
+    elsewhere = measured(
+        lambda question, wordings: told(wordings, lambda wordings: re.sub(" to the .*", "", wordings[0]) + " on a pole")
+    )
+    share = sum(not wordings for _, wordings in asked) / len(asked)
+    assert elsewhere["planner"]["exact"]["rate"] == pytest.approx(share)
+    assert elsewhere["planner"]["object"]["rate"] == 1.0
+    assert right["majority"]["exact"] == elsewhere["majority"]["exact"]
+    assert right["majority"]["exact"]["rate"] <= right["after_last"]["exact"]["rate"] < 1.0
+    assert 0 < right["planner"]["exact_unseen_order"]["episodes"] < len(asked)
+
+
+def test_verb_and_thing_of_a_caption():
+    for caption, expected in {
+        "press the red button on the right to unlock the drawer": ("press", "red button"),
+        "pick up the blue block on the left and put it onto the table": ("pick", "blue block"),
+        "open the drawer by moving its handle to the left": ("open", "drawer"),
+        "lift the cube": ("lift", "cube"),
+        "wait": None,
+    }.items():
+        assert planner_accuracy.verb_and_thing(caption) == expected

@@ -1,0 +1,138 @@
+"""Planners: what has been seen and done, and the instruction, in; the next event in words, with its duration, out.
+
+planner = VlmPlanner.from_checkpoint("runs/vlm")
+plan = planner.plan([PlanRequest(observation.frames, "make all buttons the same colour", done=["press ..."])])[0]
+action = policy.infer(observation, plan.caption, plan.duration_s)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from wallwm_jax.console import UserError
+from wallwm_jax.data.vlm_batches import Prompts, resized
+from wallwm_jax.events import planning_text
+from wallwm_jax.events.planning_text import Plan
+from wallwm_jax.models import language_pathway
+from wallwm_jax.models.vlm import vlm
+from wallwm_jax.models.vlm.tokenizer import pad
+from wallwm_jax.training.checkpoint import load_params
+
+_BUCKET = 128  # prompts are padded to a multiple of this: few compilations, little waste
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a planner is told.
+
+    Attributes:
+      frames: view name → `[H, W, 3]` uint8 RGB, now.
+      instruction: the task.
+      done: captions of the events so far, in time order.
+      level: of the event to name, "subtask" or "action".
+      previous_frames: those seen where the last event began; None before the first.
+    """
+
+    frames: Mapping[str, np.ndarray]
+    instruction: str
+    done: Sequence[str] = ()
+    level: str = "subtask"
+    previous_frames: Mapping[str, np.ndarray] | None = None
+
+
+class Planner(Protocol):
+    """Names the next event of each of several episodes."""
+
+    def plan(self, requests: Sequence[PlanRequest]) -> list[Plan]:
+        """One answer per request: the caption of the next event, how many seconds it takes, or that all is done."""
+
+
+class VlmPlanner:
+    """The vision-language model of a run of stage `vlm_sft` or `vlm_text` as a `Planner`.
+
+    Attributes:
+      config: of the run.
+      levels: those that it was trained to name.
+      step: training step of the parameters.
+    """
+
+    def __init__(self, params: Mapping[str, Any], config: ConfigDict, *, batch_size: int = 8, step: int = 0) -> None:
+        """`params` hold the group "vlm"; `config.data.views` names its views. Nothing is compiled yet."""
+        self.config, self.step, self._batch_size = config, step, batch_size
+        self.levels = tuple(level for level, share in config.data.levels.items() if share)
+        self._views = tuple(config.data.views)
+        self._params = jax.tree.map(jnp.asarray, params["vlm"])
+        self._prompts, self._sizes = Prompts(config), language_pathway.vlm_config(config)
+        tokenizer = self._prompts.tokenizer
+        self._generate = jax.jit(
+            functools.partial(
+                vlm.generate,
+                config=self._sizes,
+                steps=config.data.vlm.answer_length,
+                end_id=tokenizer.end_id,
+                pad_id=tokenizer.pad_id,
+            )
+        )
+
+    @classmethod
+    def from_checkpoint(cls, workdir: str | Path, *, step: int | None = None, batch_size: int = 8) -> VlmPlanner:
+        """Loads the newest checkpoint of a run, or that of `step`.
+
+        Raises:
+          UserError: no run there, no such checkpoint, or a run without a vision-language model.
+        """
+        loaded = load_params(workdir, step)
+        config = ConfigDict(loaded.config)
+        if "vlm" not in loaded.params:
+            raise UserError(
+                f"{str(workdir)!r} was trained in stage {config.train.stage!r} and has no vision-language model; a "
+                "planner needs a run of stage 'vlm_sft' or 'vlm_text'"
+            )
+        config.data.views = tuple(loaded.assets["store"]["views"])
+        return cls(loaded.params, config.lock(), batch_size=batch_size, step=loaded.step)
+
+    def plan(self, requests: Sequence[PlanRequest]) -> list[Plan]:
+        """See `Planner`; runs in batches of one size, a program per length of prompts, rounded up.
+
+        Raises:
+          UserError: a level that the run did not train, a missing view, or a prompt that does not fit.
+        """
+        size = self._batch_size
+        texts = [
+            text for start in range(0, len(requests), size) for text in self.answers(requests[start : start + size])
+        ]
+        return [planning_text.parse(text) for text in texts]
+
+    def answers(self, requests: Sequence[PlanRequest]) -> list[str]:
+        """What the model says, unread; at most a batch of requests."""
+        rows = [self._prompt(request) for request in requests]
+        longest = max(len(ids) for ids, _ in rows)
+        rows += rows[:1] * (self._batch_size - len(rows))
+        tokenizer = self._prompts.tokenizer
+        ids, mask = pad(tokenizer, [ids for ids, _ in rows], min(-(-longest // _BUCKET) * _BUCKET, self._prompts.room))
+        inputs = vlm.prepare(self._sizes, ids, mask, np.stack([pictures for _, pictures in rows]))
+        said = np.asarray(self._generate(self._params, inputs=inputs))
+        return [tokenizer.decode(tokens.tolist()) for tokens in said[: len(requests)]]
+
+    def _prompt(self, request: PlanRequest) -> tuple[list[int], np.ndarray]:
+        if request.level not in self.levels:
+            raise UserError(f"this planner names events of {', '.join(self.levels)}, not of {request.level!r}")
+        shown = [request.frames]
+        if self.config.data.vlm.previous_images:
+            shown.insert(0, request.previous_frames or request.frames)
+        pictures = np.stack([self._picture(frames, view) for frames in shown for view in self._views])
+        return self._prompts.ids(request.instruction, request.level, request.done, len(pictures)), pictures
+
+    def _picture(self, frames: Mapping[str, np.ndarray], view: str) -> np.ndarray:
+        if view not in frames:
+            raise UserError(f"the planner looks at view {view!r}; the observation has {', '.join(frames)}")
+        return resized(frames[view], self.config.data.vlm.image_size)

@@ -1,0 +1,144 @@
+"""Losses of the VLM stages: the answer in words, the reasoning trace, and L_text (WALL-WM section 3.1).
+
+As in `objectives`, every loss is a sum over the valid elements of the whole global batch divided by their number, so it
+does not depend on how rows are spread over devices. Rows of padding count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from wallwm_jax.models import language_pathway, world_action_model
+from wallwm_jax.models.vlm import language_model, text_projector, vlm
+from wallwm_jax.training.objectives import detached, masked_mean
+from wallwm_jax.training.stages import Stage
+
+Batch = dict[str, jax.Array]
+Params = Mapping[str, Any]
+
+_VARIANCE_FLOOR = 1e-4  # of a channel of the text encoder, in shares of the mean variance
+
+
+def compute_loss(
+    trainable: Params,
+    frozen: Params,
+    config: ConfigDict,
+    stage: Stage,
+    batch: Batch,
+    key: jax.Array,
+    channel_weight: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of the stage's losses on one `VlmBatch`; nothing in it is random.
+
+    Args:
+      trainable: parameter groups that the loss is differentiated by.
+      frozen: the other attached groups, in any float dtype; they are read in float32.
+      config: `data.vlm`, `vlm`, `model` and `objective` are read.
+      stage: which losses count.
+      batch: of `data.vlm_batches`.
+      key, channel_weight: not used; every stage is given them.
+
+    Returns:
+      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's losses, "events" (rows that
+      are no padding).
+    """
+    params = {**trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen))}
+    inputs = vlm_inputs(batch)
+    hidden = vlm.forward(params["vlm"], language_pathway.vlm_config(config), inputs)
+    losses: dict[str, jax.Array] = {}
+    if "answer" in stage.losses:
+        features = answer_features(hidden, batch, config.data.vlm.answer_length)
+        logits = vlm.logits(params["vlm"], language_pathway.vlm_config(config), features)
+        losses["answer"] = answer_loss(logits, batch)
+    if "small" in stage.losses:
+        losses["small"] = trace_loss(params["small"], config, batch)
+    if "vlm_text" in params:
+        losses |= _text_losses(params, config, batch, hidden)
+    total = sum((config.objective[f"{name}_weight"] * loss for name, loss in losses.items()), jnp.float32(0.0))
+    metrics = {f"loss_{name}": loss for name, loss in losses.items()}
+    return total, {"loss": total, **metrics, "events": jnp.sum(batch["window_index"] >= 0)}
+
+
+def vlm_inputs(batch: Batch) -> vlm.Inputs:
+    """A `VlmBatch` as the VLM takes it."""
+    mask = jnp.arange(batch["ids"].shape[1]) < batch["length"][:, None]
+    return vlm.Inputs(batch["ids"], mask, jnp.swapaxes(batch["positions"], 0, 1), batch["images"])
+
+
+def answer_features(hidden: jax.Array, batch: Batch, length: int) -> jax.Array:
+    """`[B, length, D]` of `hidden [B, S, D]`: at i the position before the answer's token i, which predicts it."""
+    places = batch["answer_start"][:, None] - 1 + jnp.arange(length)
+    return jnp.take_along_axis(hidden, jnp.minimum(places, hidden.shape[1] - 1)[..., None], 1)
+
+
+def answer_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Cross-entropy of the answer's tokens, the end id included, by `logits [B, A, V]` of `answer_features`."""
+    order = jnp.arange(logits.shape[1])
+    places = jnp.minimum(batch["answer_start"][:, None] + order, batch["ids"].shape[1] - 1)
+    targets = jnp.take_along_axis(batch["ids"], places, 1)
+    return _cross_entropy(logits, targets, order < batch["answer_length"][:, None])
+
+
+def trace_loss(params: Params, config: ConfigDict, batch: Batch) -> jax.Array:
+    """Cross-entropy of the reasoning trace by the small language model, which reads it from its start id on."""
+    sizes, ids = language_pathway.small_config(config), batch["trace_ids"]
+    order = jnp.arange(ids.shape[1])
+    is_token = (order < batch["trace_length"][:, None]) | (order == 0)
+    hidden = language_model.forward(dict(params), sizes, ids[:, :-1], mask=is_token[:, :-1])
+    return _cross_entropy(
+        language_model.logits(dict(params), sizes, hidden), ids[:, 1:], order[1:] < batch["trace_length"][:, None]
+    )
+
+
+def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.Array) -> dict[str, jax.Array]:
+    sizes = language_pathway.projector_config(config)
+    image_id = language_pathway.vlm_config(config).image_id
+    is_prompt = jnp.arange(hidden.shape[1]) < batch["answer_start"][:, None]
+    found = text_projector.text_features(params["vlm_text"], sizes, hidden, is_prompt & (batch["ids"] != image_id))
+    groups = {**detached(config.model), **{name: params[name] for name in ("text",) if name in params}}
+    target = world_action_model.encode_text(groups, config.model, batch)
+    has_next = (batch["window_index"] >= 0) & (batch["remaining_s"] > 0)[:, None]
+    features = answer_features(hidden, batch, config.data.vlm.answer_length)
+    log_s = text_projector.remaining_time(params["vlm_text"], sizes, features[:, 0])
+    return {
+        "align": align_loss(found.features, target.features[:, 0], (target.length * has_next)[:, 0]),
+        "present": present_loss(found.present, target.length[:, 0], has_next[:, 0]),
+        "next": answer_loss(text_projector.next_logits(params["vlm_text"], sizes, features), batch),
+        "time": time_loss(log_s, batch["remaining_s"]),
+    }
+
+
+def align_loss(features: jax.Array, target: jax.Array, length: jax.Array) -> jax.Array:
+    """Mean square of `features - target` `[B, L, Dt]` over the first `length [B]` of each row, a channel in units of
+    the target's standard deviation over the batch: 1 is what the mean feature would reach."""
+    target = jax.lax.stop_gradient(target.astype(jnp.float32))
+    valid = (jnp.arange(target.shape[1]) < length[:, None])[..., None]
+    count = jnp.maximum(jnp.sum(valid), 1)
+    mean = jnp.sum(jnp.where(valid, target, 0.0), (0, 1)) / count
+    variance = jnp.sum(jnp.where(valid, jnp.square(target - mean), 0.0), (0, 1)) / count
+    variance = variance + _VARIANCE_FLOOR * jnp.mean(variance) + jnp.finfo(jnp.float32).tiny
+    error = jnp.square(features.astype(jnp.float32) - target) / variance
+    return masked_mean(error, jnp.broadcast_to(valid, error.shape))
+
+
+def present_loss(logits: jax.Array, length: jax.Array, valid: jax.Array) -> jax.Array:
+    """Binary cross-entropy of `logits [B, L]`: are the first `length [B]` features text; over the rows `valid [B]`."""
+    is_text = jnp.arange(logits.shape[1]) < length[:, None]
+    error = optax.sigmoid_binary_cross_entropy(logits, is_text.astype(jnp.float32))
+    return masked_mean(error, jnp.broadcast_to(valid[:, None], error.shape))
+
+
+def time_loss(log_seconds: jax.Array, remaining_s: jax.Array) -> jax.Array:
+    """Huber loss of `log_seconds [B]` where an event follows, that is, `remaining_s [B]` is above 0."""
+    valid = remaining_s > 0
+    return masked_mean(optax.huber_loss(log_seconds, jnp.log(jnp.where(valid, remaining_s, 1.0))), valid)
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
+    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), valid)
