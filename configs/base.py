@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
                 dict(width=32, heads=2, ffn=64, depth=2, patch=8, frames=2, merge=2, positions=16)
             ),
             small=_language(width=96, ffn=192, depth=4),  # the language model that reads reasoning traces
+            entry_depths=(0, 2, 4, 6),  # stage staircase: layers of the VLM below each latent's entry
             resampler_depth=2,  # blocks between the VLM's features and the video tower's text space
             compute_dtype="float32",  # float32 | bfloat16
             remat="none",  # as model.remat
@@ -138,6 +139,8 @@ def get_config() -> ConfigDict:
             align_weight=1.0,  # stage vlm_text: distance to the text encoder's features, per channel variance
             next_weight=0.1,  # cross-entropy of the answer by a head on the frozen VLM
             time_weight=0.1,  # Huber loss of the remaining log-seconds
+            trace_weight=1.0,  # stage staircase: cross-entropy of the trace that the small model reads from the latents
+            match_weight=1.0,  # distance of what the video tower reads from them to what it reads from the caption
             present_weight=0.1,  # cross-entropy of which features are text, not padding
         )
     )
@@ -164,9 +167,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict(
         dict(
-            stage="joint",  # joint | video | action | vlm_sft | vlm_text
+            stage="joint",  # joint | video | action | chunk | vlm_sft | vlm_text | staircase
             init_from="",  # workdir, checkpoint or converted weights: parameters are restored where they match
-            text_from="",  # stage vlm_text: run of a world action model, whose bytes text encoder is aligned to
+            text_from="",  # vlm_text, staircase: run of a world action model, to whose reading of text they are aligned
             steps=1000,
             max_seconds=0.0,  # safety stop after this much training time, whatever the schedule; 0 never
             log_every=10,

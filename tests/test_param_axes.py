@@ -7,8 +7,9 @@ import pytest
 from random_batch import tiny_config
 
 from wallwm_jax.models import param_axes
-from wallwm_jax.models.vlm import language_model, text_projector, vision_tower
+from wallwm_jax.models.vlm import language_model, staircase, text_projector, vision_tower
 from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.staircase import StaircaseConfig
 from wallwm_jax.models.vlm.text_projector import ProjectorConfig
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
 from wallwm_jax.models.world_action_model import abstract_params
@@ -35,6 +36,12 @@ def params():
         "vlm": {"language": language, "vision": vision},
         "small": language,
         "vlm_text": jax.eval_shape(lambda: text_projector.init(projector, jax.random.key(0))),
+        "staircase": jax.eval_shape(
+            lambda backbone: staircase.init(
+                StaircaseConfig((0,), 16, 16), LanguageConfig.tiny(), backbone, jax.random.key(0)
+            ),
+            language_model.abstract_params(LanguageConfig.tiny()),
+        ),
     }
 
 

@@ -15,22 +15,24 @@ ALL = {"video", "action", "text", "duration"}
 def test_the_table_is_that_of_the_paper_and_its_additions():
     """T trained, F frozen, - not attached.
 
-    The paper's rows are video DiT, action DiT, T5, VLM backbone, project-out and heads (`vlm_text`) in stages 1 video,
-    2 action, 3 vlm_text, 5 chunk. Ours: the stages joint and vlm_sft, the duration head, the small language model, and that the
-    bytes text encoder trains. The towers, frozen in the paper's stage 3, do not take part in its loss: not attached.
+    The paper's rows are video DiT, action DiT, T5, VLM backbone, project-out and heads (`vlm_text`), in stages 1 video,
+    2 action, 3 vlm_text, 4 staircase, 5 chunk. Ours: the stages joint and vlm_sft, the duration head, the small
+    language model, that the bytes text encoder trains, and that stage 4 ties latents to the video tower and its text.
+    The towers, frozen in the paper's stage 3, do not take part in its loss: not attached.
     """
-    groups = ("video", "action", "text", "duration", "vlm", "vlm_text", "small")
+    groups = ("video", "action", "text", "duration", "vlm", "vlm_text", "small", "staircase")
     table = {
         name: "".join("T" if group in stage.trains else "F" if group in stage.freezes else "-" for group in groups)
         for name, stage in STAGES.items()
     }
     assert table == {
-        "video": "T-T----",
-        "action": "FTFT---",
-        "vlm_text": "--F-FT-",
-        "joint": "TTTT---",
-        "vlm_sft": "----T-T",
-        "chunk": "TTFF---",
+        "video": "T-T-----",
+        "action": "FTFT----",
+        "vlm_text": "--F-FT--",
+        "staircase": "F-F-F-FT",
+        "joint": "TTTT----",
+        "vlm_sft": "----T-T-",
+        "chunk": "TTFF----",
     }
     assert {name: stage.losses for name, stage in STAGES.items()} == {
         "video": ("video",),
@@ -39,6 +41,7 @@ def test_the_table_is_that_of_the_paper_and_its_additions():
         "joint": ("video", "action", "duration"),
         "chunk": ("video", "action"),
         "vlm_sft": ("answer", "small"),
+        "staircase": ("trace", "match"),
     }
     assert {name: stage.video_sigma for name, stage in STAGES.items() if stage.video_sigma} == {
         "joint": "uniform",

@@ -36,7 +36,7 @@ def vlm_training_config(store_path: str | Path, stage: str = "vlm_sft") -> Confi
                 linear_value_dim=16,
             )  # fmt: skip
         config.vlm.vision.update(width=16, ffn=24, depth=1)
-        config.vlm.resampler_depth = 1
+        config.vlm.update(resampler_depth=1, entry_depths=(0, 1))
         config.optim.update(name="adamw", lr=1e-2)
     return config.lock()
 

@@ -302,13 +302,15 @@ def check_config(config: ConfigDict) -> None:
             f"stage {stage.name!r} freezes {' and '.join(stage.freezes)}: say where they come from with "
             f"--config.train.init_from=WORKDIR of a {earlier} run"
         )
-    aligns = "align" in stage.losses and config.model.text.kind == "bytes"
+    aligns = "video" in stage.freezes or ("align" in stage.losses and config.model.text.kind == "bytes")
+    aligns = aligns and stage.model == "language"
     if aligns != bool(config.train.text_from):
         raise UserError(
-            "stage 'vlm_text' aligns to the text encoder of a world action model: give --config.train.text_from="
+            f"stage {stage.name!r} aligns to how a world action model reads text: give --config.train.text_from="
             "WORKDIR of its run"
             if aligns
-            else f"train.text_from={config.train.text_from!r} is for stage 'vlm_text' on a store of captions as bytes"
+            else f"train.text_from={config.train.text_from!r} is for stage 'staircase', and for 'vlm_text' on a store "
+            "of captions as bytes"
         )
 
 
@@ -329,6 +331,7 @@ def _with_views(config: ConfigDict, store: EventStore) -> ConfigDict:
 
 
 def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
+    from wallwm_jax.models.vlm.staircase import clone
     from wallwm_jax.training.checkpoint import load_start
     from wallwm_jax.training.train_state import take_over
 
@@ -339,8 +342,10 @@ def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
     params, what = load_start(origin)
     if config.train.text_from:
         text, step = load_start(config.train.text_from)
-        params = {**params, "text": text.get("text", {})}
+        params |= {name: text[name] for name in ("text", "video") if name in text and name in built.stage.freezes}
         origin, what = f"{origin} and {config.train.text_from}", f"{what} and {step}"
+    if "staircase" in built.stage.trains and "staircase" not in params and "vlm" in params:
+        params["staircase"] = clone(params["vlm"]["language"])  # a branch starts as its backbone
     state, result = take_over(state, params, origin)
     print(f"    parameters from {origin}, {what}:\n{result.table()}")
     return state

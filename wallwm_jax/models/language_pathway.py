@@ -3,7 +3,9 @@
 vlm       the vision-language model: backbone of text, planner
 small     a small language model, which reads reasoning traces
 vlm_text  from the VLM's features into the video tower's text space, with two heads
-text      the world action model's text encoder, towards which `vlm_text` is trained; absent with stored features
+staircase a branch of the VLM that gives latents in that space, without words
+text      the world action model's text encoder, towards which both are trained; absent with stored features
+video     its video tower, whose cross-attention reads text and latents
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import jax
 from ml_collections import ConfigDict
 
 from wallwm_jax.models import world_action_model
-from wallwm_jax.models.vlm import language_model, text_projector, vlm
+from wallwm_jax.models.vlm import language_model, staircase, text_projector, vlm
 from wallwm_jax.models.vlm.config import LanguageConfig
+from wallwm_jax.models.vlm.staircase import StaircaseConfig
 from wallwm_jax.models.vlm.text_projector import ProjectorConfig
 from wallwm_jax.models.vlm.tokenizer import get_tokenizer
 from wallwm_jax.models.vlm.vision_tower import VisionConfig
@@ -24,7 +27,7 @@ from wallwm_jax.models.vlm.vlm import VLMConfig
 
 Params = dict[str, Any]
 
-GROUPS = ("vlm", "small", "vlm_text", "text")
+GROUPS = ("vlm", "small", "vlm_text", "text", "staircase", "video")
 
 
 def vlm_config(config: ConfigDict) -> VLMConfig:
@@ -55,6 +58,13 @@ def projector_config(config: ConfigDict) -> ProjectorConfig:
     )
 
 
+def staircase_config(config: ConfigDict) -> StaircaseConfig:
+    """The stairs of `config.vlm.entry_depths`, into the text space of `config.model`."""
+    stairs = StaircaseConfig(tuple(config.vlm.entry_depths), config.model.text.width, config.vlm.small.width)
+    stairs.check(config.vlm.language.depth)
+    return stairs
+
+
 def init(config: ConfigDict, key: jax.Array, groups: Collection[str] = GROUPS) -> Params:
     """Random parameters, float32, of those of the `groups` that the config has; `config` is the whole config."""
     keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS))))
@@ -65,6 +75,12 @@ def init(config: ConfigDict, key: jax.Array, groups: Collection[str] = GROUPS) -
         params["small"] = language_model.init(small_config(config), keys["small"])
     if "vlm_text" in groups:
         params["vlm_text"] = text_projector.init(projector_config(config), keys["vlm_text"])
-    if "text" in groups and config.model.text.kind == "bytes":
-        params["text"] = world_action_model.init(config.model, keys["text"])["text"]
+    if "staircase" in groups:
+        language = vlm_config(config).language
+        backbone = language_model.init(language, keys["staircase"])  # taken over from the VLM where training starts
+        params["staircase"] = staircase.init(staircase_config(config), language, backbone, keys["staircase"])
+    world = [name for name in ("text", "video") if name in groups]
+    if world:
+        found = world_action_model.init(config.model, keys["text"])
+        params |= {name: found[name] for name in world if name in found}
     return params

@@ -35,7 +35,7 @@ class Rule:
 
 _BLOCK = r"(video|action|text|vlm_text|vlm/vision)/blocks/"
 _ATTENTION = _BLOCK + r"(\w*attention/)+"
-_MODEL = r"(vlm/language|small)/"
+_MODEL = r"(vlm/language|small|staircase)/"
 _LANGUAGE = _MODEL + r"blocks/(linear|full)/"
 _DELTA = _MODEL + r"blocks/linear/delta/"
 _GATED = _MODEL + r"blocks/full/attention/"
@@ -114,6 +114,11 @@ RULES = (
     Rule(r"vlm_text/(project|output)/bias", ("embed",), VECTOR),
     Rule(r"vlm_text/(memory_)?norm/(scale|bias)", ("embed",), VECTOR),
     Rule(r"vlm_text/queries", ("text", "embed"), VECTOR),
+    Rule(r"staircase/border/start", ("embed",), VECTOR),
+    Rule(r"staircase/border/steps", ("text", "embed"), VECTOR),
+    Rule(r"staircase/border/(relay_)?norm/scale", ("embed",), VECTOR),
+    Rule(r"staircase/border/(relay|projector|prefix)/kernel", ("embed", "embed_out"), TABLE),
+    Rule(r"staircase/border/(relay|projector|prefix)/bias", ("embed",), VECTOR),
     Rule(r"vlm_text/next/kernel", ("embed", "vocabulary"), TABLE),
     Rule(r"vlm_text/(time|present)/kernel", ("embed", "quantile"), TABLE),
     Rule(r"vlm_text/(time|present)/bias", ("quantile",), VECTOR),
@@ -161,7 +166,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def groups(params: Any) -> Any:
-    """Per leaf its part of the model: "video", "action", "text", "duration", "vlm", "small" or "vlm_text".
+    """Per leaf its part of the model: "video", "action", "text", "duration", "vlm", "small", "vlm_text" or "staircase".
 
     Stages train and freeze by it.
     """

@@ -109,6 +109,13 @@ class VideoBlock(nnx.Module):
             return jnp.swapaxes(mixed.reshape(b, n, f, width), 1, 2)
         return jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
 
+    def read_text(self, probes: jax.Array, tokens: jax.Array, bias: jax.Array) -> jax.Array:
+        """What the cross-attention gives stream states `probes [P, D]` of `tokens [B, L, D]`, `[B, P, D]`."""
+        attention = self.text_attention
+        query = attention.queries(self.text_norm(probes))
+        query = jnp.broadcast_to(query, (len(tokens), *query.shape))
+        return attention.merge(attend(query, attention.keys(tokens), attention.values(tokens), key_bias=bias))
+
     def _text(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Cross-attention of a frame's cells to its event's caption: keys once per event, then gathered per frame."""
         b, f, _, _ = x.shape
@@ -173,7 +180,7 @@ class VideoTower(nnx.Module):
         time, modulation = self.time_embedding(TIMESTEPS * frame_sigma)
         view_id = jnp.take_along_axis(batch["view_id"], slot[..., None], 1)
         frame_angles = position_angles(batch["latent_pos"], axis_dims(head_dim)[0])
-        text, bias = self._caption_tokens(features, length)
+        text, bias = self.caption_tokens(features, length)
         return VideoCondition(
             sigma=frame_sigma,
             time=time,
@@ -208,7 +215,7 @@ class VideoTower(nnx.Module):
         cameras = jnp.swapaxes(batch["view_geometry"], 1, 2)
         return sight_mask(cameras, rows, columns, near=cone.near, far=cone.far, widen=cone.widen)
 
-    def _caption_tokens(self, features: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def caption_tokens(self, features: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Caption tokens through Wan's text MLP `[B, E, L, D]`, and their logit bias `[B, E, L]`.
 
         With `text.pad_to` = P, one token is appended: Wan pads captions with zero features to P tokens and attends to

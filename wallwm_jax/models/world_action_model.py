@@ -182,6 +182,23 @@ def action_velocity(
     return action.velocity(batch, actions, noisy_actions, action_sigma, condition)
 
 
+def read_text(params: Params, config: ConfigDict, text: TextContext, probes: jax.Array) -> jax.Array:
+    """What the video tower reads of a text: per block the output of its cross-attention, `[layers, B, P, D]` float32.
+
+    Args:
+      params, config: of this model.
+      text: captions of one event per row, E = 1; or what stands for them.
+      probes: `[P, D]` states of the stream, before the block's norm.
+    """
+    video = _bind(params, config).video
+    tokens, bias = video.caption_tokens(text.features, text.length)
+
+    def step(_: None, blocks: tuple[VideoBlock], __: None) -> tuple[None, jax.Array]:
+        return None, blocks[0].read_text(probes, tokens[:, 0], bias[:, 0])
+
+    return layer_stack.run(step, None, (video.blocks,))[1].astype(jnp.float32)
+
+
 def predict_duration(params: Params, config: ConfigDict, batch: Batch, text: TextContext) -> jax.Array:
     """Quantiles of each event's duration, `[B, E, Q]` log-seconds, rising with `config.duration_quantiles`.
 

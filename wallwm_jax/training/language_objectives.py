@@ -1,4 +1,4 @@
-"""Losses of the VLM stages: the answer in words, the reasoning trace, and L_text (WALL-WM section 3.1).
+"""Losses of the VLM stages: the answer in words, the reasoning trace, L_text and L_CoT (WALL-WM sections 3.1, 3.2).
 
 As in `objectives`, every loss is a sum over the valid elements of the whole global batch divided by their number, so it
 does not depend on how rows are spread over devices. Rows of padding count nowhere.
@@ -15,14 +15,16 @@ import optax
 from ml_collections import ConfigDict
 
 from wallwm_jax.models import language_pathway, world_action_model
-from wallwm_jax.models.vlm import language_model, text_projector, vlm
+from wallwm_jax.models.vlm import language_model, staircase, text_projector, vlm
+from wallwm_jax.models.world_action_model import TextContext
 from wallwm_jax.training.objectives import detached, masked_mean
 from wallwm_jax.training.stages import Stage
 
 Batch = dict[str, jax.Array]
 Params = Mapping[str, Any]
 
-_VARIANCE_FLOOR = 1e-4  # of a channel of the text encoder, in shares of the mean variance
+_PROBES = 16  # queries at which readings of a text are compared
+_VARIANCE_FLOOR = 1e-4  # of a channel of the text encoder, or of a reading, in shares of the mean
 
 
 def compute_loss(
@@ -49,9 +51,11 @@ def compute_loss(
       are no padding).
     """
     params = {**trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen))}
-    inputs = vlm_inputs(batch)
-    hidden = vlm.forward(params["vlm"], language_pathway.vlm_config(config), inputs)
     losses: dict[str, jax.Array] = {}
+    if "staircase" in params:
+        losses |= _latent_losses(params, config, batch)
+    else:
+        hidden = vlm.forward(params["vlm"], language_pathway.vlm_config(config), vlm_inputs(batch))
     if "answer" in stage.losses:
         features = answer_features(hidden, batch, config.data.vlm.answer_length)
         logits = vlm.logits(params["vlm"], language_pathway.vlm_config(config), features)
@@ -85,15 +89,53 @@ def answer_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     return _cross_entropy(logits, targets, order < batch["answer_length"][:, None])
 
 
-def trace_loss(params: Params, config: ConfigDict, batch: Batch) -> jax.Array:
-    """Cross-entropy of the reasoning trace by the small language model, which reads it from its start id on."""
+def trace_loss(params: Params, config: ConfigDict, batch: Batch, prefix: jax.Array | None = None) -> jax.Array:
+    """Cross-entropy of the reasoning trace by the small language model, which reads it from its start id on, behind a
+    soft prefix `[B, K, D]` where there is one (WALL-WM eq. 19)."""
     sizes, ids = language_pathway.small_config(config), batch["trace_ids"]
     order = jnp.arange(ids.shape[1])
-    is_token = (order < batch["trace_length"][:, None]) | (order == 0)
-    hidden = language_model.forward(dict(params), sizes, ids[:, :-1], mask=is_token[:, :-1])
+    mask = ((order < batch["trace_length"][:, None]) | (order == 0))[:, :-1]
+    embedded, before = language_model.embed(dict(params), sizes, ids[:, :-1]), 0
+    if prefix is not None:
+        before = prefix.shape[1]
+        embedded = jnp.concatenate([prefix.astype(embedded.dtype), embedded], 1)
+        mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], 1)
+    hidden = language_model.forward(dict(params), sizes, embedded, mask=mask)[:, before:]
     return _cross_entropy(
         language_model.logits(dict(params), sizes, hidden), ids[:, 1:], order[1:] < batch["trace_length"][:, None]
     )
+
+
+def match_loss(found: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean square of `found - target` `[layers, B, P, D]` over the rows `valid [B]`, in units of the target's variance
+    over them, layer by layer: 1 is what the mean reading would reach."""
+    target = jax.lax.stop_gradient(target)
+    weight = valid[None, :, None, None] / jnp.maximum(jnp.sum(valid), 1)
+    mean = jnp.sum(weight * target, 1, keepdims=True)
+    parts = (target - mean, target, found - target)
+    spread, size, error = (jnp.sum(weight * jnp.square(part), (1, 2, 3)) for part in parts)
+    return jnp.mean(error / (spread + _VARIANCE_FLOOR * size + jnp.finfo(jnp.float32).tiny))
+
+
+def _latent_losses(params: Params, config: ConfigDict, batch: Batch) -> dict[str, jax.Array]:
+    """Of the staircase's latents behind the prompt: what a small model can read from them, and the video tower."""
+    sizes, stairs = language_pathway.vlm_config(config), language_pathway.staircase_config(config)
+    inputs, length = vlm_inputs(batch), batch["ids"].shape[1]
+    prompt = inputs._replace(mask=jnp.arange(length) < batch["answer_start"][:, None])
+    _, cache = vlm.prefill(params["vlm"], sizes, prompt, slots=length + len(stairs.entry_depths))
+    latents = staircase.decode(params["staircase"], stairs, sizes.language, cache)
+    prefix = staircase.soft_prefix(params["staircase"], stairs, sizes.language, latents)
+    groups = {**detached(config.model), **{name: params[name] for name in ("text", "video") if name in params}}
+    text = world_action_model.encode_text(groups, config.model, batch)
+    features = staircase.project(params["staircase"], stairs, sizes.language, latents)
+    instead = TextContext(features[:, None], jnp.full_like(text.length, features.shape[1]))
+    probes = jax.random.normal(jax.random.key(0), (_PROBES, config.model.width))
+    found, target = (world_action_model.read_text(groups, config.model, part, probes) for part in (instead, text))
+    has_next = (batch["window_index"][:, 0] >= 0) & (batch["remaining_s"] > 0)
+    return {
+        "trace": trace_loss(params["small"], config, batch, prefix),
+        "match": match_loss(found, target, has_next),
+    }
 
 
 def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.Array) -> dict[str, jax.Array]:

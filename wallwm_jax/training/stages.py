@@ -6,13 +6,15 @@
     joint    everything at once, for small data sets and demonstrations
     vlm_sft  the vision-language model answers what comes next; a small language model reads reasoning traces
     vlm_text a projector from the frozen VLM into the video tower's text space, and its heads  (stage 3 of the paper)
+    staircase  latents of a branch of the frozen VLM: a small model reads the trace from them  (stage 4 of the paper)
 
 Additions to the paper's table, ours: the bytes text encoder trains in `video` and `joint` and is frozen after (the
 paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`; in `chunk`,
 whose noise the paper leaves open, half of the events have the video at the anchor, where inference reads its features,
 and half anywhere, or the tower would forget how to get there; `vlm_sft` trains VLM and small language model, which the
-paper takes as they are; `vlm_text` learns which features are text, too. A parameter group that a stage neither trains
-nor freezes is not attached: it is not in memory and not in the checkpoint.
+paper takes as they are; `vlm_text` learns which features are text, too; `staircase` also ties its latents to the video
+tower, which the paper leaves open. A parameter group that a stage neither trains nor freezes is not attached: it is not
+in memory and not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Stage:
       trains: top-level parameter groups that the optimizer updates.
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
       losses: streams in the loss, of "video", "action", "duration"; of a VLM stage, of "answer", "small", "align",
-        "present", "next", "time".
+        "present", "next", "time", "trace", "match".
       window_kinds: kinds of event-store windows this stage can learn from.
       video_sigma: "uniform" (flow-matching time uniform, then shifted), "anchor" (`objective.anchor_sigma` with jitter)
         or "mixed" (either, half of the events each); "" without video.
@@ -111,6 +113,14 @@ STAGES: dict[str, Stage] = {
             trains=("vlm_text",),
             freezes=("vlm", "text"),
             losses=("align", "present", "next", "time"),
+            window_kinds=("event",),
+            model="language",
+        ),
+        Stage(
+            name="staircase",
+            trains=("staircase",),
+            freezes=("vlm", "small", "video", "text"),
+            losses=("trace", "match"),
             window_kinds=("event",),
             model="language",
         ),

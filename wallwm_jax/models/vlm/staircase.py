@@ -40,20 +40,22 @@ class StaircaseConfig:
       entry_depths: layers below each position's entry, the first 0, never falling; equal ones enter together, from the
         last position before them. All zeros are K prompt tokens.
       out_width: of the projected latents, that of the video tower's text features.
+      prefix_width: of the soft prefix, the width of the language model that reads it.
     """
 
     entry_depths: tuple[int, ...]
     out_width: int
+    prefix_width: int
 
     @classmethod
-    def stairs(cls, latents: int, out_width: int, spacing: int = 4) -> StaircaseConfig:
+    def stairs(cls, latents: int, out_width: int, prefix_width: int, spacing: int = 4) -> StaircaseConfig:
         """Position k enters at depth k times `spacing`."""
-        return cls(tuple(spacing * k for k in range(latents)), out_width)
+        return cls(tuple(spacing * k for k in range(latents)), out_width, prefix_width)
 
     @classmethod
-    def flat(cls, latents: int, out_width: int, relay_depth: int) -> StaircaseConfig:
+    def flat(cls, latents: int, out_width: int, prefix_width: int, relay_depth: int) -> StaircaseConfig:
         """The control: the first position alone runs the lower layers, all others enter at `relay_depth` from it."""
-        return cls((0, *(relay_depth for _ in range(latents - 1))), out_width)
+        return cls((0, *(relay_depth for _ in range(latents - 1))), out_width, prefix_width)
 
     def check(self, depth: int) -> None:
         """Raises `UserError` where the positions cannot enter a backbone of `depth` layers so."""
@@ -81,6 +83,7 @@ class Border(nnx.Module):
         self.relay = Linear(width, width, rngs=rngs, dtype=dtype, std=0.0)
         self.norm = OffsetNorm(width)
         self.projector = Linear(width, config.out_width, rngs=rngs, dtype=dtype)
+        self.prefix = Linear(width, config.prefix_width, rngs=rngs, dtype=dtype)
 
     def enter(self, source: jax.Array, step: jax.Array) -> jax.Array:
         """New positions `[B, n, D]` from the state `source [B, 1, D]` of the one before; at first, its copies."""
@@ -102,11 +105,13 @@ def init(config: StaircaseConfig, language: LanguageConfig, backbone: Params, ke
     """
     config.check(language.depth)
     border = nnx.to_pure_dict(nnx.state(Border(config, language, rngs=nnx.Rngs(params=key)), nnx.Param))
-    copied = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), {name: backbone[name] for name in _CLONED})
-    return {"blocks": copied["blocks"], "border": {**border, "norm": copied["norm"]}}
+    copied = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), clone(backbone))
+    return {**copied, "border": {**border, **copied["border"]}}
 
 
-_CLONED = ("blocks", "norm")
+def clone(backbone: Params) -> Params:
+    """What a branch takes over from its backbone's parameters: the blocks and the final norm."""
+    return {"blocks": backbone["blocks"], "border": {"norm": backbone["norm"]}}
 
 
 def decode(params: Params, config: StaircaseConfig, language: LanguageConfig, cache: Cache) -> jax.Array:
@@ -136,6 +141,11 @@ def decode(params: Params, config: StaircaseConfig, language: LanguageConfig, ca
 def project(params: Params, config: StaircaseConfig, language: LanguageConfig, latents: jax.Array) -> jax.Array:
     """Latents `[B, K, D]` to the video tower's text space, `[B, K, out_width]`, float32."""
     return _bind(params, config, language).projector(latents).astype(jnp.float32)
+
+
+def soft_prefix(params: Params, config: StaircaseConfig, language: LanguageConfig, latents: jax.Array) -> jax.Array:
+    """Latents `[B, K, D]` as embeddings of a smaller language model, `[B, K, prefix_width]`, float32 (P_pref)."""
+    return _bind(params, config, language).prefix(latents).astype(jnp.float32)
 
 
 def _bind(params: Params, config: StaircaseConfig, language: LanguageConfig) -> Border:
