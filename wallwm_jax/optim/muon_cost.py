@@ -103,7 +103,7 @@ def _exchange(plan: Plan, group: Group, itemsize: int) -> float:
     whole = group.shape.m * group.shape.n * itemsize
     there = sum(group.slots * whole * (1 - 1 / plan.sizes[axis]) for axis in group.split_axes)
     copies = math.prod(plan.sizes[axis] for axis in group.copy_axes)
-    return 2 * there + (copies - 1) * group.kept * whole / group.shards
+    return 2 * there + (copies - 1) * max(group.kept) * whole / group.shards
 
 
 def _describe(plan: Plan, profile: int) -> str:
