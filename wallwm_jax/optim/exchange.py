@@ -73,16 +73,16 @@ def _run(plan: Plan, matrices: dict[str, jax.Array], *, orthogonalize: Orthogona
 def _orthogonalize(
     plan: Plan, profile: tuple[int, ...], orthogonalize: Orthogonalize, owned: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """The branch of one profile: the filled slots of each class in one batch, zeros in the others."""
-    results: list[jax.Array] = []
-    for members in by_shape(plan.groups):
-        counts = [profile[i] for i in members]
-        batch = jnp.concatenate([owned[i][:count] for i, count in zip(members, counts)])
-        factors = _by_parts(plan.groups[members[0]].shape, batch, orthogonalize) if len(batch) else batch
-        for i, part in zip(members, jnp.split(factors, np.cumsum(counts)[:-1])):
-            empty = jnp.zeros((len(owned[i]) - len(part), *part.shape[1:]), owned[i].dtype)
-            results.append(jnp.concatenate([part.astype(owned[i].dtype), empty]))
-    return tuple(results)
+    """The branch of one profile: its matrices one after the other, each in place; empty slots stay as they are."""
+
+    def one(group: Group, slot: jax.Array | int, mine: jax.Array) -> jax.Array:
+        factor = _by_parts(group.shape, jax.lax.dynamic_slice_in_dim(mine, slot, 1), orthogonalize)
+        return jax.lax.dynamic_update_slice_in_dim(mine, factor.astype(mine.dtype), slot, 0)
+
+    return tuple(
+        jax.lax.fori_loop(0, count, functools.partial(one, group), mine)
+        for group, count, mine in zip(plan.groups, profile, owned)
+    )
 
 
 def _by_parts(shape: MatrixShape, batch: jax.Array, orthogonalize: Orthogonalize) -> jax.Array:
