@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from wallwm_jax.optim.ownership import Group, Leaf, MatrixShape, Plan, by_shape
+from wallwm_jax.optim.ownership import Group, Leaf, MatrixShape, Plan
 
 Orthogonalize = Callable[[jax.Array], jax.Array]
 
@@ -59,7 +59,7 @@ def _run(plan: Plan, matrices: dict[str, jax.Array], *, orthogonalize: Orthogona
         owned = branches[0](owned)
     else:
         owned = jax.lax.switch(_place(plan.profile, plan.axes), branches, owned)
-    owned = jax.lax.optimization_barrier(owned)
+    owned = jax.lax.optimization_barrier(owned)  # and all iterated before any leaves
     results: dict[str, jax.Array] = {}
     for group, mine in zip(plan.groups, owned):
         stacked, start = _from_owner(plan, group, mine), 0

@@ -2,14 +2,13 @@
 
 Orthogonalising needs whole matrices, parameters are sharded. So each matrix has one owner among the chips; its shards
 travel to the owner and the result back. The plan is a pure function of shapes, specs and shardings: matrices of one
-shape and layout form a *group*, whose shards travel together; those of one shape form a *class*, orthogonalised in one
-batch; owners are balanced by longest processing time first. Nothing of it is kept in the optimizer state.
+shape, a *class*, and one layout form a *group*, whose shards travel together; owners are balanced by longest processing
+time first. Nothing of it is kept in the optimizer state.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -293,9 +292,3 @@ def flatten(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
     """(path, leaf) pairs; a path is the keys joined by "/"."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in pairs]
-
-
-def by_shape(groups: Sequence[Group]) -> list[list[int]]:
-    """Indices of the groups of each class; groups are sorted by class."""
-    indices = range(len(groups))
-    return [list(members) for _, members in itertools.groupby(indices, key=lambda i: groups[i].shape)]
