@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon as optax_scale_by_muon
 
 from wallwm_jax.optim.muon import ADAMW, MatrixSpec, muon, scale_by_muon
+from wallwm_jax.optim.muon_cost import muon_cost_report
 from wallwm_jax.optim.newton_schulz import COEFFICIENTS, flops, orthogonalize
 
 SPEC = MatrixSpec(1, 2)
@@ -95,6 +96,15 @@ def test_flops_are_those_of_the_products():
     assert flops((10, 6), 1) <= counted <= flops((10, 6), 1) + 800  # beside them some element-wise ones
 
 
+def test_the_plan_counts_what_is_alive_at_once():
+    """Of one matrix, iterated in place: itself and a Gram matrix; the next iterate takes the gradient's memory."""
+    shapes = {"w": jax.ShapeDtypeStruct((1, 256, 512), jnp.float32)}
+    assert muon_cost_report({"w": SPEC}, shapes).peak_bytes_per_chip == 2 * (256 * 512 + 256 * 256)
+    stack = {"w": jax.ShapeDtypeStruct((3, 250, 512), jnp.float32)}  # rows padded to 256; copied to be replaced
+    cost = muon_cost_report({"w": SPEC}, stack)
+    assert cost.peak_bytes_per_chip == 2 * (3 * 256 * 512 + 2 * 256 * 512 + 256 * 256)
+
+
 # The rule
 
 
@@ -163,8 +173,8 @@ def test_a_fused_kernel_with_a_split_is_its_parts(split):
     apart = scale_by_muon({i: SPEC for i in parts}, **{**options, "neuron_decay": None})
     together, _ = rule.update({"w": fused}, rule.init({"w": fused}))
     separate, _ = apart.update(parts, apart.init(parts))
-    np.testing.assert_allclose(jnp.split(together["w"], cuts, 2)[0], separate[0], atol=1e-6)
-    np.testing.assert_allclose(together["w"], jnp.concatenate(list(separate.values()), 2), atol=1e-6)
+    np.testing.assert_allclose(jnp.split(together["w"], cuts, 2)[0], separate[0], atol=1e-5)
+    np.testing.assert_allclose(together["w"], jnp.concatenate(list(separate.values()), 2), atol=1e-5)
 
 
 def test_a_stack_is_its_layers_and_other_axes_may_be_the_matrix():

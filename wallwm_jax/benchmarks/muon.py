@@ -95,15 +95,17 @@ def table(result: dict[str, Any]) -> str:
     """The figures as lines for people."""
     lines = [
         f"{result['model']} on {result['topology']}, {result['chips']} chips; per chip and update:",
-        f"{'':<18}{'TFLOP':>8}{'ideal':>8}{'GB recv':>9}{'GB temp':>9}{'share':>8}  collectives",
+        f"{'':<18}{'TFLOP':>8}{'ideal':>8}{'GB recv':>9}{'GB temp':>9}{'peak':>8}{'plan':>8}{'share':>8}  collectives",
     ]
     for name, row in result.items():
         if isinstance(row, dict):
             lines.append(
                 f"{name:<18}{row['flops_per_chip'] / 1e12:>8.2f}{row['ideal_flops_per_chip'] / 1e12:>8.2f}"
                 f"{row['bytes_received_per_chip'] / 1e9:>9.3f}{row['temp_bytes_per_chip'] / 1e9:>9.2f}"
+                f"{row['peak_bytes_per_chip'] / 1e9:>8.3f}{_planned(row):>8}"
                 f"{100 * row['share_of_step']:>7.2f}%  {row['collectives']}"
             )
+    lines.append("peak: GB of these alive at once, the rest is holes between them; plan: the peak by the static plan")
     lines.append(f"share: compiler's cycles plus what is received over one link, of a step of {STEP_SECONDS} s")
     return "\n".join(lines)
 
@@ -158,6 +160,7 @@ def _compile(
         "ideal_flops_per_chip": cost.ideal_flops_per_chip,
         "bytes_received_per_chip": received,
         "temp_bytes_per_chip": found.temporaries,
+        "peak_bytes_per_chip": found.peak,
         "collectives": dict(found.collectives),
         "compute_seconds": compute,
         "exchange_seconds": exchange,
@@ -171,6 +174,10 @@ def _compile(
 def _optax(specs: dict[str, MatrixSpec]) -> optax.GradientTransformation:
     numbers = {path: MuonDimensionNumbers(spec.reduction, spec.output) for path, spec in specs.items()}
     return optax_scale_by_muon(weight_dimension_numbers=numbers)
+
+
+def _planned(row: dict[str, Any]) -> str:
+    return f"{row['plan']['peak_bytes_per_chip'] / 1e9:.3f}" if "plan" in row else ""
 
 
 def _shape(mesh: dict[str, int]) -> str:

@@ -9,6 +9,7 @@ on its profile, without collectives, so that some may own one large matrix and o
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from wallwm_jax.optim.ownership import Group, Leaf, MatrixShape, Plan, by_shape
+from wallwm_jax.optim.ownership import Group, Leaf, MatrixShape, Plan
 
 Orthogonalize = Callable[[jax.Array], jax.Array]
 
@@ -52,11 +53,13 @@ def run_plan(
 def _run(plan: Plan, matrices: dict[str, jax.Array], *, orthogonalize: Orthogonalize) -> dict[str, jax.Array]:
     """What one chip does."""
     owned = tuple(_to_owner(plan, group, _stacked(group, matrices)) for group in plan.groups)
+    owned = jax.lax.optimization_barrier(owned)  # all there before any is iterated: no phase's memory adds to another's
     branches = [functools.partial(_orthogonalize, plan, profile, orthogonalize) for profile in plan.profiles]
     if len(branches) == 1:
         owned = branches[0](owned)
     else:
         owned = jax.lax.switch(_place(plan.profile, plan.axes), branches, owned)
+    owned = jax.lax.optimization_barrier(owned)  # and all iterated before any leaves
     results: dict[str, jax.Array] = {}
     for group, mine in zip(plan.groups, owned):
         stacked, start = _from_owner(plan, group, mine), 0
@@ -70,16 +73,16 @@ def _run(plan: Plan, matrices: dict[str, jax.Array], *, orthogonalize: Orthogona
 def _orthogonalize(
     plan: Plan, profile: tuple[int, ...], orthogonalize: Orthogonalize, owned: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """The branch of one profile: the filled slots of each class in one batch, zeros in the others."""
-    results: list[jax.Array] = []
-    for members in by_shape(plan.groups):
-        counts = [profile[i] for i in members]
-        batch = jnp.concatenate([owned[i][:count] for i, count in zip(members, counts)])
-        factors = _by_parts(plan.groups[members[0]].shape, batch, orthogonalize) if len(batch) else batch
-        for i, part in zip(members, jnp.split(factors, np.cumsum(counts)[:-1])):
-            empty = jnp.zeros((len(owned[i]) - len(part), *part.shape[1:]), owned[i].dtype)
-            results.append(jnp.concatenate([part.astype(owned[i].dtype), empty]))
-    return tuple(results)
+    """The branch of one profile: its matrices one after the other, each in place; empty slots stay as they are."""
+
+    def one(group: Group, slot: jax.Array | int, mine: jax.Array) -> jax.Array:
+        factor = _by_parts(group.shape, jax.lax.dynamic_slice_in_dim(mine, slot, 1), orthogonalize)
+        return jax.lax.dynamic_update_slice_in_dim(mine, factor.astype(mine.dtype), slot, 0)
+
+    return tuple(
+        jax.lax.fori_loop(0, count, functools.partial(one, group), mine)
+        for group, count, mine in zip(plan.groups, profile, owned)
+    )
 
 
 def _by_parts(shape: MatrixShape, batch: jax.Array, orthogonalize: Orthogonalize) -> jax.Array:
@@ -100,8 +103,7 @@ def _to_owner(plan: Plan, group: Group, stacked: jax.Array) -> jax.Array:
     """Local shards `[count, m', n']` of all matrices to the whole ones that this chip owns, `[slots, m, n]`."""
     if not plan.axes:
         return stacked
-    padded = jnp.concatenate([stacked, jnp.zeros((1, *stacked.shape[1:]), stacked.dtype)])
-    shards = jnp.take(padded, jnp.asarray(group.table)[_copy(plan, group)], axis=0)
+    shards = _of_copy(plan, group, _addressed, stacked)
     for axis in group.split_axes:
         shards = jax.lax.all_to_all(shards, axis, split_axis=0, concat_axis=_side(group, axis), tiled=True)
     return shards
@@ -112,23 +114,54 @@ def _from_owner(plan: Plan, group: Group, owned: jax.Array) -> jax.Array:
     if not plan.axes:
         return owned
     for axis in reversed(group.split_axes):
-        owned = jax.lax.all_to_all(owned, axis, split_axis=_side(group, axis), concat_axis=0, tiled=True)
-    kept, order = _return_order(group)
-    if group.copy_axes:
-        owned = jnp.take(owned, jnp.asarray(kept)[_copy(plan, group)], axis=0)
-        owned = jax.lax.all_gather(owned, group.copy_axes, tiled=True)
-    return jnp.take(owned, order, axis=0)
+        # Blocks by destination, made here: XLA's own way from one axis to another copies twice and pads.
+        size, side = plan.sizes[axis], _side(group, axis)
+        blocks = owned.reshape(*owned.shape[:side], size, -1, *owned.shape[side + 1 :])
+        blocks = jnp.moveaxis(blocks, side, 0)
+        owned = jax.lax.all_to_all(blocks.reshape(-1, *blocks.shape[2:]), axis, split_axis=0, concat_axis=0, tiled=True)
+    owned = _of_copy(plan, group, _collected, owned)
+    if not group.copy_axes:
+        return owned
+    gathered = jax.lax.all_gather(owned, group.copy_axes)
+    return jnp.concatenate([part[:kept] for part, kept in zip(gathered, group.kept)])
 
 
-def _return_order(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """Which slots each copy passes on, `[copies, kept]`, and the place `[count]` of each matrix in what is gathered."""
-    kept = np.zeros((len(group.table), group.kept), np.int32)
-    order = np.empty(group.count, np.int32)
-    for copy, row in enumerate(group.table):
-        slots = np.flatnonzero(row < group.count)
-        kept[copy, : len(slots)] = slots
-        order[row[slots]] = copy * group.kept + np.arange(len(slots)) if group.copy_axes else slots
-    return kept, order
+def _of_copy(plan: Plan, group: Group, function: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """`function(group, slots of this chip's copy, x)`."""
+    branches = [functools.partial(function, group, slots) for slots in group.table]
+    return branches[0](x) if len(branches) == 1 else jax.lax.switch(_copy(plan, group), branches, x)
+
+
+def _addressed(group: Group, table: np.ndarray, stacked: jax.Array) -> jax.Array:
+    """`[count, m', n']` to what goes to each slot of each shard, `[shards * slots, m', n']`; zeros to empty ones."""
+    columns = []
+    for slot in table:
+        runs = [
+            stacked[slot[start] : slot[start] + length] if slot[start] < group.count
+            else jnp.zeros((length, *stacked.shape[1:]), stacked.dtype)
+            for start, length in _runs(slot < group.count)
+        ]  # fmt: skip
+        columns.append(jnp.concatenate(runs))
+    return jnp.stack(columns, 1).reshape(-1, *stacked.shape[1:])
+
+
+def _collected(group: Group, table: np.ndarray, shards: jax.Array) -> jax.Array:
+    """The way back: `[shards * slots, m', n']` to a copy's matrices in order, zeros up to the most of any copy."""
+    by_slot = shards.reshape(group.shards, group.slots, *shards.shape[1:])
+    parts = [
+        by_slot[start : start + length, i]
+        for i, slot in enumerate(table)
+        for start, length in _runs(slot < group.count)
+        if slot[start] < group.count
+    ]
+    missing = max(group.kept) - sum(len(part) for part in parts)
+    return jnp.concatenate([*parts, jnp.zeros((missing, *shards.shape[1:]), shards.dtype)])
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Start and length of each run of equal flags."""
+    starts = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+    return [(start, end - start) for start, end in itertools.pairwise(starts)]
 
 
 def _side(group: Group, axis: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +14,9 @@ from jax.typing import DTypeLike
 
 from wallwm_jax.optim.muon import MuonSharding, plan_of
 from wallwm_jax.optim.ownership import Group, Plan
+
+_GRADIENT = 4
+"""Bytes of an element of the gradients, float32."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class MuonCost:
       profiles: "2 of 5120x5120" and the like → chips that own so much.
       flops_per_chip: of the busiest chip's products; ideal_flops_per_chip: if all had the same.
       bytes_received_per_chip: by all exchanges.
-      exchange_bytes_per_chip: what the owned matrices take, and so a third to a fifth of the step's temporaries.
+      peak_bytes_per_chip: of the temporaries that are alive together at the worst moment, beside gradients and
+        momentum; see `_peak`. Holes that an allocator leaves between them come on top.
       collectives: kind → number.
     """
 
@@ -35,7 +41,7 @@ class MuonCost:
     flops_per_chip: float
     ideal_flops_per_chip: float
     bytes_received_per_chip: float
-    exchange_bytes_per_chip: float
+    peak_bytes_per_chip: float
     collectives: dict[str, int]
 
     @property
@@ -55,13 +61,20 @@ class MuonCost:
             f"products     {self.flops_per_chip / 1e12:.3f} TFLOP per chip, {balanced}",
             f"received     {self.bytes_received_per_chip / 1e9:.3f} GB per chip in "
             + (", ".join(f"{count} {kind}" for kind, count in self.collectives.items()) or "no collective"),
+            f"temporaries  {self.peak_bytes_per_chip / 1e9:.3f} GB per chip alive at once",
         ]
         lines += [f"{chips:>5} chips own {what or 'nothing'}" for what, chips in self.profiles.items()]
         return "\n".join(lines)
 
 
 def muon_cost_report(
-    specs: Any, params: Any, sharding: MuonSharding | None = None, *, dtype: DTypeLike = jnp.bfloat16, steps: int = 5
+    specs: Any,
+    params: Any,
+    sharding: MuonSharding | None = None,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    steps: int = 5,
+    tile: tuple[int, int] = (8, 128),
 ) -> MuonCost:
     """The cost of `scale_by_muon(specs, sharding=sharding)` on these parameters (arrays or shapes).
 
@@ -69,6 +82,7 @@ def muon_cost_report(
       specs, sharding: as for `scale_by_muon`.
       dtype: in which matrices travel.
       steps: of the iteration.
+      tile: of rows and columns, to which the chip's memory pads arrays; that of TPUs.
     """
     plan = plan_of(specs, params, sharding)
     loads = [plan.flops(profile, steps) for profile in plan.profiles]
@@ -89,9 +103,7 @@ def muon_cost_report(
         flops_per_chip=max(loads, default=0.0),
         ideal_flops_per_chip=total / plan.owners,
         bytes_received_per_chip=sum(exchanges),
-        exchange_bytes_per_chip=sum(
-            group.slots * group.shape.m * group.shape.n * jnp.dtype(dtype).itemsize for group in plan.groups
-        ),
+        peak_bytes_per_chip=_peak(plan, jnp.dtype(dtype).itemsize, tile),
         collectives={kind: count for kind, count in collectives.items() if count},
     )
 
@@ -103,7 +115,68 @@ def _exchange(plan: Plan, group: Group, itemsize: int) -> float:
     whole = group.shape.m * group.shape.n * itemsize
     there = sum(group.slots * whole * (1 - 1 / plan.sizes[axis]) for axis in group.split_axes)
     copies = math.prod(plan.sizes[axis] for axis in group.copy_axes)
-    return 2 * there + (copies - 1) * group.kept * whole / group.shards
+    return 2 * there + (copies - 1) * max(group.kept) * whole / group.shards
+
+
+def _peak(plan: Plan, itemsize: int, tile: tuple[int, int]) -> float:
+    """Most bytes of temporaries that are alive together, over the three phases of a step.
+
+    Owned matrices live from their arrival to the end of the iteration, their factors from there to their departure;
+    the compiler chooses which group travels first, so the others count as there. Buffers that live shorter take the
+    memory of gradients that are already read, one in each that is large enough, until the updates are written there.
+    The compiler's own peak is this within 0.1 % on eleven of twelve layouts of 1.3B to 14B; on 1.3B FSDP 2 x tensor 4
+    it is 18 % higher, as it prepares directions of the next group early.
+    """
+    owned = [group.slots * _padded(group.shape.m, group.shape.n, tile) * itemsize for group in plan.groups]
+    gradients = [[_GRADIENT * math.prod(leaf.shape) / group.shards for leaf in group.leaves] for group in plan.groups]
+    free = [size for sizes in gradients for size in sizes]
+    peaks = [0.0]
+    for group, mine, sizes in zip(plan.groups, owned, gradients):
+        x = _padded(group.shape.m, group.shape.n, tile) * itemsize
+        mixed = sum(_padded(min(part), min(part), tile) for part in group.shape.parts) * itemsize
+        # One slot is iterated where it is; several are copied, to be replaced one by one.
+        peaks.append(sum(owned) + _beside(free, [x, mixed] if group.slots == 1 else [mine, x, x, mixed]))
+        if plan.axes:
+            others = sum(owned) - mine
+            directions = [size * itemsize / _GRADIENT for size in sizes]
+            of_others = [size for other in gradients if other is not sizes for size in other]
+            shards = _travelling(plan, group, tile) * itemsize
+            peaks += [
+                others + sum(directions) + _beside(of_others, [max(directions)]),  # stacked, one by one
+                others + sum(directions) + _beside(free, [shards]),  # sent, or back from all copies
+                others + max(shards, mine) + _beside(free, [shards]),  # exchanged
+            ]
+    return max(peaks)
+
+
+def _beside(free: Sequence[float], buffers: Sequence[float]) -> float:
+    """Bytes of the buffers that do not fit into the free ones, the largest first, each into the smallest it can."""
+    left, outside = sorted(free), 0.0
+    for size in sorted(buffers, reverse=True):
+        place = bisect.bisect_left(left, size)
+        if place < len(left):
+            left.pop(place)
+        else:
+            outside += size
+    return outside
+
+
+def _travelling(plan: Plan, group: Group, tile: tuple[int, int]) -> float:
+    """Elements of the shards that a chip sends, or receives, in one exchange."""
+    rows, columns = (
+        size // math.prod(plan.sizes[axis] for axis in axes)
+        for size, axes in zip((group.shape.m, group.shape.n), group.layout)
+    )
+    return group.shards * group.slots * _padded(rows, columns, tile)
+
+
+def _padded(rows: int, columns: int, tile: tuple[int, int]) -> int:
+    """Elements of a matrix in tiles, laid out the way that pads less."""
+
+    def area(rows: int, columns: int) -> int:
+        return math.ceil(rows / tile[0]) * tile[0] * math.ceil(columns / tile[1]) * tile[1]
+
+    return min(area(rows, columns), area(columns, rows))
 
 
 def _describe(plan: Plan, profile: int) -> str:

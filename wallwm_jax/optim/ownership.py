@@ -2,16 +2,15 @@
 
 Orthogonalising needs whole matrices, parameters are sharded. So each matrix has one owner among the chips; its shards
 travel to the owner and the result back. The plan is a pure function of shapes, specs and shardings: matrices of one
-shape and layout form a *group*, whose shards travel together; those of one shape form a *class*, orthogonalised in one
-batch; owners are balanced by longest processing time first. Nothing of it is kept in the optimizer state.
+shape, a *class*, and one layout form a *group*, whose shards travel together; owners are balanced by longest processing
+time first. Nothing of it is kept in the optimizer state.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +104,8 @@ class Group:
       leaves: where they come from, in order.
       split_axes: owner axes that split the matrices, in the order of the exchanges.
       copy_axes: owner axes along which they are copies.
-      table: `[copies, shards * slots]`, the matrix in each slot of each owner; `count` marks an empty slot.
+      table: `[copies, slots, shards]`, the matrix in each slot of each owner, numbered in this order so that what
+        travels is a few runs of neighbours; `count` marks an empty slot.
       count: number of matrices.
     """
 
@@ -116,17 +116,21 @@ class Group:
     copy_axes: Axes
     table: np.ndarray
     count: int
-    shards: int
 
     @property
     def slots(self) -> int:
         """Places for matrices of this group at each owner."""
-        return self.table.shape[1] // self.shards
+        return self.table.shape[1]
 
     @property
-    def kept(self) -> int:
-        """Most matrices of the group that the chips of one copy own together."""
-        return max(int(np.sum(row < self.count)) for row in self.table)
+    def shards(self) -> int:
+        """Chips that share one copy."""
+        return self.table.shape[2]
+
+    @property
+    def kept(self) -> list[int]:
+        """Matrices of the group that the chips of each copy own together."""
+        return [int(np.sum(copy < self.count)) for copy in self.table]
 
 
 @dataclass(frozen=True)
@@ -187,13 +191,12 @@ def make_plan(
         members[shape, layout].append(Leaf(path, spec, tuple(shapes[path]), is_transposed))
     keys = sorted(members, key=lambda key: (-key[0].flops(1), str(key)))
     counts = [sum(leaf.stack for leaf in members[key]) for key in keys]
-    owners = _longest_first([key[0].flops(1) for key in keys], counts, math.prod(sizes[axis] for axis in axes))
     grid = tuple(sizes[axis] for axis in axes)
+    owned = _longest_first([key[0].flops(1) for key in keys], counts, math.prod(grid))
     groups = tuple(
-        _group(key[0], key[1], tuple(members[key]), axes, grid, own, count)
-        for key, own, count in zip(keys, owners, counts)
+        _group(key[0], key[1], tuple(members[key]), axes, own.reshape(grid)) for key, own in zip(keys, owned)
     )
-    held = [tuple(int(np.sum(own == owner)) for own in owners) for owner in range(math.prod(grid))]
+    held = [tuple(own.tolist()) for own in owned.T]
     profiles = tuple(sorted(set(held), reverse=True))
     profile = np.array([profiles.index(one) for one in held], np.int32).reshape(grid)
     return Plan(groups, axes, profiles, profile, sizes)
@@ -232,40 +235,31 @@ def _names(entry: Any, sizes: Mapping[str, int]) -> Axes:
     return names
 
 
-def _longest_first(costs: Sequence[float], counts: Sequence[int], owners: int) -> list[np.ndarray]:
-    """Owner of each matrix of each group: the costliest first, always to the least loaded."""
+def _longest_first(costs: Sequence[float], counts: Sequence[int], owners: int) -> np.ndarray:
+    """Matrices of each group that each owner gets, `[groups, owners]`: the costliest first, to the least loaded."""
     heap = [(0.0, owner) for owner in range(owners)]
-    result = []
-    for cost, count in zip(costs, counts):
-        own = np.empty(count, np.int64)
-        for matrix in range(count):
-            load, own[matrix] = heapq.heappop(heap)
-            heapq.heappush(heap, (load + cost, int(own[matrix])))
-        result.append(own)
-    return result
+    owned = np.zeros((len(counts), owners), np.int64)
+    for group, (cost, count) in enumerate(zip(costs, counts)):
+        for _ in range(count):
+            load, owner = heapq.heappop(heap)
+            heapq.heappush(heap, (load + cost, owner))
+            owned[group, owner] += 1
+    return owned
 
 
 def _group(
-    shape: MatrixShape,
-    layout: tuple[Axes, Axes],
-    leaves: tuple[Leaf, ...],
-    axes: Axes,
-    grid: tuple[int, ...],
-    own: np.ndarray,
-    count: int,
+    shape: MatrixShape, layout: tuple[Axes, Axes], leaves: tuple[Leaf, ...], axes: Axes, owned: np.ndarray
 ) -> Group:
+    """The group of which each chip of the grid `axes` gets `owned` matrices."""
     split_axes = tuple(axis for axis in axes if axis in (*layout[0], *layout[1]))
     copy_axes = tuple(axis for axis in axes if axis not in split_axes)
     order = [axes.index(axis) for axis in (*copy_axes, *split_axes)]
-    slots = max(1, *Counter(own.tolist()).values())
-    table = np.full((*grid, slots), count, np.int32)
-    filled: Counter[int] = Counter()
-    for matrix, owner in enumerate(own.tolist()):
-        table[(*np.unravel_index(owner, grid), filled[owner])] = matrix
-        filled[owner] += 1
-    copies = math.prod(grid[axes.index(axis)] for axis in copy_axes)
-    table = np.transpose(table, (*order, len(grid))).reshape(copies, -1)
-    return Group(shape, layout, leaves, split_axes, copy_axes, table, count, table.shape[1] // slots)
+    copies = math.prod(owned.shape[axes.index(axis)] for axis in copy_axes)
+    held = owned.transpose(order).reshape(copies, 1, -1)
+    is_filled = np.arange(max(1, owned.max()))[:, None] < held
+    count = int(owned.sum())
+    table = np.where(is_filled, np.cumsum(is_filled).reshape(is_filled.shape) - 1, count)
+    return Group(shape, layout, leaves, split_axes, copy_axes, table, count)
 
 
 def matrix_paths(specs: Any, params: Any) -> dict[str, MatrixSpec]:
@@ -298,9 +292,3 @@ def flatten(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
     """(path, leaf) pairs; a path is the keys joined by "/"."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in pairs]
-
-
-def by_shape(groups: Sequence[Group]) -> list[list[int]]:
-    """Indices of the groups of each class; groups are sorted by class."""
-    indices = range(len(groups))
-    return [list(members) for _, members in itertools.groupby(indices, key=lambda i: groups[i].shape)]

@@ -82,6 +82,7 @@ class Statistics:
       kernels: name of Pallas kernel → number of executions. kernel_flops: of attention kernels, as executed: 4 per
         query, key and feature forward, 10 in the fused backward.
       arguments, temporaries, outputs: bytes of device memory; outputs that reuse an argument's memory not counted.
+      peak: bytes of the temporaries that are alive at once, without the holes that the allocator leaves between them.
     """
 
     flops: float = 0.0
@@ -93,6 +94,7 @@ class Statistics:
     arguments: int = 0
     temporaries: int = 0
     outputs: int = 0
+    peak: int = 0
 
     @property
     def memory(self) -> int:
@@ -152,6 +154,7 @@ def statistics(compiled: Any) -> Statistics:
     memory = compiled.memory_analysis()
     result.arguments, result.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     result.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    result.peak = memory.peak_memory_in_bytes - result.arguments - result.outputs
     return result
 
 
