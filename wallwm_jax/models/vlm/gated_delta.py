@@ -73,9 +73,7 @@ def chunked(
     since_start = jnp.exp(jnp.cumsum(log_decay, -1))
     system = beta[..., None] * decay * _einsum("nbhik,nbhjk->nbhij", key, key)[:, :, :, None]
     sides = jnp.concatenate([values, since_start[..., None] * key[:, :, :, None]], -1)
-    solved = jax.lax.linalg.triangular_solve(
-        system, beta[..., None] * sides, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = _solve(system, beta[..., None] * sides)
     mixing = decay * _einsum("nbhik,nbhjk->nbhij", query, key)[:, :, :, None]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -92,6 +90,31 @@ def chunked(
     last, out = jax.lax.scan(step, start, (query, key, solved, mixing, since_start, decay[..., -1, :]))
     out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, N, C, H, R, V]
     return out.reshape(len(out), -1, *value.shape[2:])[:, :length], last.reshape(state.shape)
+
+
+@jax.custom_vjp
+def _solve(system: jax.Array, sides: jax.Array) -> jax.Array:
+    """x of `(I + L) x = sides`, `[..., C, D]`; L `[..., C, C]` is `system` below its diagonal.
+
+    Its own derivative is products with the inverse: XLA's CPU backend takes seconds for that of a batch of solves.
+    """
+    return _solve_forward(system, sides)[0]
+
+
+def _solve_forward(system: jax.Array, sides: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    one = jnp.broadcast_to(jnp.eye(system.shape[-1]), system.shape)
+    inverse = jax.lax.linalg.triangular_solve(system, one, left_side=True, lower=True, unit_diagonal=True)
+    solved = _einsum("...ij,...jd->...id", inverse, sides)
+    return solved, (inverse, solved)
+
+
+def _solve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse, solved = saved
+    of_sides = _einsum("...ji,...jd->...id", inverse, gradient)
+    return -jnp.tril(_einsum("...id,...jd->...ij", of_sides, solved), -1), of_sides
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
 
 
 def causal_conv(x: jax.Array, kernel: jax.Array, before: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
