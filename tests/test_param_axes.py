@@ -28,7 +28,7 @@ def params():
     model = tiny_config().model.copy_and_resolve_references()
     with model.unlocked():
         model.place_embedding = True
-    language = language_model.abstract_params(LanguageConfig.tiny(tied=False))
+    language, tiny = language_model.abstract_params(LanguageConfig.tiny(tied=False)), LanguageConfig.tiny()
     vision = vision_tower.abstract_params(VisionConfig.tiny())
     projector = ProjectorConfig(in_width=16, vocabulary=8, queries=3, width=16, heads=2, depth=1)
     return {
@@ -37,10 +37,8 @@ def params():
         "small": language,
         "vlm_text": jax.eval_shape(lambda: text_projector.init(projector, jax.random.key(0))),
         "staircase": jax.eval_shape(
-            lambda backbone: staircase.init(
-                StaircaseConfig((0,), 16, 16), LanguageConfig.tiny(), backbone, jax.random.key(0)
-            ),
-            language_model.abstract_params(LanguageConfig.tiny()),
+            lambda backbone: staircase.init(StaircaseConfig((0,), 16, 16), tiny, backbone, jax.random.key(0)),
+            language_model.abstract_params(tiny),
         ),
     }
 

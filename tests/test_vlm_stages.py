@@ -123,12 +123,10 @@ def test_the_loss_covers_the_answer_only(clustered_store, config):
     batch = {name: jnp.asarray(value) for name, value in vlm_batch(clustered_store, config).items()}
     start, length = int(batch["answer_start"][0]), int(batch["answer_length"][0])
     logits = jax.random.normal(jax.random.key(0), (2, config.data.vlm.answer_length, 264))
-    counted = {
-        place
-        for place in range(config.data.vlm.length)
-        if answer_loss(logits, {**batch, "ids": batch["ids"].at[0, place].add(-1)}) != answer_loss(logits, batch)
-    } if length < 40 else set(range(start, start + length))  # fmt: skip
-    assert counted == set(range(start, start + length))
+    losses = {place: answer_loss(logits, {**batch, "ids": batch["ids"].at[0, place].add(-1)})
+              for place in (0, start - 1, start, start + length - 1, start + length)}  # fmt: skip
+    inside = {place for place, loss in losses.items() if loss != answer_loss(logits, batch)}
+    assert inside == {start, start + length - 1}
     slope = np.asarray(jax.grad(answer_loss)(logits, batch))[0]
     assert not slope[length:].any() and np.abs(slope[:length]).max(-1).min() > 0
 
@@ -212,11 +210,11 @@ def test_a_match_is_one_for_the_mean_reading_and_zero_for_the_target():
 
 
 def test_the_alignment_is_one_for_the_mean_feature_and_zero_for_the_target():
-    target = jax.random.normal(jax.random.key(0), (3, 5, 4)) * jnp.array([0.1, 1, 10, 100])
+    target = jax.random.normal(jax.random.key(0), (3, 5, 4)) * jnp.array([0.5, 1, 2, 4])
     length = jnp.array([5, 2, 0])
     real = jnp.concatenate([target[0], target[1, :2]])
     mean = jnp.broadcast_to(real.mean(0), target.shape)
-    assert float(align_loss(mean, target, length)) == pytest.approx(1.0, rel=2e-2)
+    assert float(align_loss(mean, target, length)) == pytest.approx(1.0, rel=1e-3)
     assert float(align_loss(target.at[1, 2:].set(9e9).at[2].set(9e9), target, length)) == 0.0
 
 
