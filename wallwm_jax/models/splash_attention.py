@@ -19,7 +19,7 @@ from wallwm_jax.models.per_device import per_device
 _BLOCKS = (512, 384, 256, 128)
 _PADDING = 1.1  # a larger block may pad this much more than the smallest one
 _WORTHWHILE = 256 * 256  # logits per row and head, below which XLA's dense attention is as good
-_MOST_KEYS = 3072  # that fit the backward kernel at once; it writes the gradient of the queries once per block of keys
+_MOST_KEYS = 2048  # that fit the backward kernel at once; it writes the gradient of the queries once per block of keys
 _NO_KEY = -1  # segment of closed keys: no query has it
 
 
