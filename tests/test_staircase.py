@@ -9,12 +9,12 @@ import optax
 import pytest
 from tiny_model import quick_compilation, random_like
 
+from wallwm_jax.benchmarks import staircase as benchmark
 from wallwm_jax.console import UserError
 from wallwm_jax.models.vlm import language_model as lm
 from wallwm_jax.models.vlm import staircase
 from wallwm_jax.models.vlm.config import LanguageConfig
 from wallwm_jax.models.vlm.staircase import StaircaseConfig
-from wallwm_jax.parallel.aot import count_instructions
 
 LANGUAGE = LanguageConfig.tiny(
     width=32, ffn=48, depth=8, heads=2, kv_heads=1, head_dim=16, rotary_dim=8, mrope_section=(2, 1, 1),
@@ -164,49 +164,12 @@ def test_every_parameter_gets_its_gradient_and_the_backbone_none_where_it_is_fro
 # What it costs
 
 
-def layer_steps(function, *arguments, width, ffn):
-    """How often the program runs a feed-forward's last product, one of each layer: its layers one after the other."""
-
-    def count(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            inside = [sub for value in equation.params.values() for sub in jax.tree.leaves(value, is_leaf=is_jaxpr)]
-            repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            total += repeats * sum(count(getattr(sub, "jaxpr", sub)) for sub in inside if is_jaxpr(sub))
-            total += equation.primitive.name == "dot_general" and equation.invars[1].aval.shape == (ffn, width)
-        return total
-
-    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
-
-
 @pytest.mark.extended
-def test_eight_latents_of_32_layers_take_32_steps_and_little_more_than_half_the_work_of_eight_tokens():
+def test_eight_latents_of_32_layers_take_32_steps_and_little_more_than_half_the_work_of_eight_tokens(capsys):
     """Sequential steps 32 against 256. Work as compiled: at most 0.6 of eight tokens decoded in turn."""
-    language = LanguageConfig.tiny(depth=32, width=64, ffn=192, heads=2, head_dim=32, linear_key_heads=2)
-    config = StaircaseConfig.stairs(8, out_width=24, prefix_width=16, spacing=4)
-    backbone = lm.abstract_params(language)
-    branch = jax.eval_shape(lambda backbone: staircase.init(config, language, backbone, jax.random.key(0)), backbone)
-    cache = jax.eval_shape(lambda: lm.empty_cache(language, 1, 40))
-
-    def in_turn(branch, cache):
-        hidden = jnp.broadcast_to(branch["border"]["start"], (1, 1, language.width))
-        params = {**branch, "norm": branch["border"]["norm"], "embedding": None}
-        return jax.lax.fori_loop(
-            0, 8, lambda _, carry: lm.extend(params, language, carry[0], carry[1]), (hidden, cache)
-        )[0]
-
-    def at_once(branch, cache):
-        return staircase.decode(branch, config, language, cache)
-
-    sizes = dict(width=language.width, ffn=language.ffn)
-    assert layer_steps(at_once, branch, cache, **sizes) == 32
-    assert layer_steps(in_turn, branch, cache, **sizes) == 8 * 32
-    work = [
-        count_instructions(jax.jit(function).lower(branch, cache).compile().as_text()).flops
-        for function in (at_once, in_turn)
-    ]
-    assert 0.5 < work[0] / work[1] <= 0.6, work
+    result = benchmark.measure(2, depth=32, latents=8, spacing=4, width=64)
+    assert result["staircase"]["layer_steps"] == 32
+    assert result["in_turn"]["layer_steps"] == 8 * 32
+    ratio = result["staircase"]["flops"] / result["in_turn"]["flops"]
+    assert 0.5 < ratio <= 0.6
+    assert f"work         {ratio:.3f} of that in turn" in benchmark.table(result)

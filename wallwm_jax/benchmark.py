@@ -21,6 +21,10 @@ The policy server as a robot feels it, through a client on loopback (pip install
 
     python -m wallwm_jax.benchmark serving --workdir=runs/quickstart/train
 
+Staircase Decoding beside decoding as many tokens in turn:
+
+    python -m wallwm_jax.benchmark staircase
+
 Muon on a TPU slice that only the compiler knows, beside optax's, from the compiled programs (pip install "jax[tpu]"):
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
@@ -48,6 +52,7 @@ _PARTS = {
     "loader": ("config", "steps", "store"),
     "inference": ("config", "steps", "store", "views", "workdir"),
     "serving": ("steps", "workdir"),
+    "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
 }
 
