@@ -25,8 +25,6 @@ def get_config(stage: str = "vlm_sft") -> ConfigDict:
     config.data.vlm.length = 416  # about six subtasks of history
     config.data.vlm.answer_length = 96
     config.data.vlm.trace_length = 320
-    config.vlm.language.depth = 4
-    config.vlm.small.update(dict(width=64, ffn=128, heads=2, kv_heads=1, linear_key_heads=1, linear_value_heads=2))
     config.optim.muon_lr = 5e-3
     config.optim.lr = 2e-3
     config.optim.warmup_steps = 50

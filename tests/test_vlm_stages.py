@@ -19,6 +19,7 @@ from vlm_setup import (
     vlm_training_config,
 )
 
+from wallwm_jax.benchmarks import preflight, train_step
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.pipeline import make_loader
@@ -259,6 +260,12 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(cluster
 def test_what_a_vlm_stage_cannot_do_is_refused(clustered_store, tmp_path, stage, knobs, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run(changed(vlm_training_config(clustered_store, stage), **knobs), tmp_path / "run")
+
+
+def test_preflight_and_benchmark_say_that_they_do_not_know_these_stages(config):
+    for measured in (lambda: train_step.prepare(config, "", 2), lambda: preflight.inspect(config, "v5p:2x2x1")):
+        with pytest.raises(UserError, match="stage 'vlm_sft' cannot be measured"):
+            measured()
 
 
 # Planner
