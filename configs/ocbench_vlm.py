@@ -21,10 +21,10 @@ def get_config(stage: str = "vlm_sft") -> ConfigDict:
     config = ocbench_quickstart.get_config()
     config.unlock()
     config.data.levels = ConfigDict({"subtask": 1.0})
-    config.data.rows = 8
-    config.data.vlm.length = 512
+    config.data.rows = 4
+    config.data.vlm.length = 416  # about six subtasks of history
     config.data.vlm.answer_length = 96
-    config.data.vlm.trace_length = 448
+    config.data.vlm.trace_length = 320
     config.optim.muon_lr = 5e-3
     config.optim.lr = 2e-3
     config.optim.warmup_steps = 50

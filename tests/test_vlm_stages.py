@@ -19,6 +19,8 @@ from vlm_setup import (
     vlm_training_config,
 )
 
+from wallwm_jax import evaluate
+from wallwm_jax.benchmarks import preflight, train_step
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.pipeline import make_loader
@@ -26,11 +28,12 @@ from wallwm_jax.data.vlm_batches import Questions, VlmRows
 from wallwm_jax.evaluation import planner_accuracy
 from wallwm_jax.events import planning_text
 from wallwm_jax.events.planning_text import DONE, Plan
+from wallwm_jax.inference import planner as planner_module
 from wallwm_jax.inference.planner import VlmPlanner
 from wallwm_jax.models.vlm.tokenizer import BytesTokenizer
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.train import _fresh_state, run
-from wallwm_jax.training.checkpoint import load_params
+from wallwm_jax.training.checkpoint import Loaded, load_params
 from wallwm_jax.training.language_objectives import align_loss, answer_loss, match_loss
 from wallwm_jax.training.telemetry import read_metrics
 from wallwm_jax.training.train_state import flatten
@@ -276,6 +279,12 @@ def test_what_a_vlm_stage_cannot_do_is_refused(clustered_store, tmp_path, stage,
         run(changed(vlm_training_config(clustered_store, stage), **knobs), tmp_path / "run")
 
 
+def test_preflight_and_benchmark_say_that_they_do_not_know_these_stages(config):
+    for measured in (lambda: train_step.prepare(config, "", 2), lambda: preflight.inspect(config, "v5p:2x2x1")):
+        with pytest.raises(UserError, match="stage 'vlm_sft' cannot be measured"):
+            measured()
+
+
 # Planner
 
 
@@ -287,6 +296,22 @@ def test_the_planner_asks_as_training_did(store, config):
         ids, pictures = planner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
         np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
         np.testing.assert_array_equal(pictures, row["images"])
+
+
+def test_a_planner_that_does_not_fit_the_evaluation_is_refused(store, config, monkeypatch):
+    params = random_vlm_state(built_vlm_step(store.path, "vlm_sft")).trainable
+    assets = {"store": {"views": list(config.data.views)}}
+    monkeypatch.setattr(planner_module, "load_params", lambda *_: Loaded(params, assets, config.to_dict(), 7))
+    planner = evaluate._planner(evaluate.Options(planner="run"), config.data.views)
+    assert (planner.step, planner.levels) == (7, ("action", "subtask"))
+    assert evaluate._planner(evaluate.Options(), ()) is None  # the scripted one
+    with pytest.raises(UserError, match="looks at ur5e/wrist, but the policy was trained on front_pixels"):
+        evaluate._planner(evaluate.Options(planner="run"), ["front_pixels"])
+    with pytest.raises(UserError, match="--level=segment is none of them"):
+        evaluate._planner(evaluate.Options(planner="run", level="segment"), config.data.views)
+    del params["vlm"]
+    with pytest.raises(UserError, match="has no vision-language model; a planner needs a run of stage 'vlm_sft'"):
+        VlmPlanner.from_checkpoint("run")
 
 
 @pytest.mark.extended

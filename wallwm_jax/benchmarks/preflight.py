@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from wallwm_jax.benchmarks.random_batch import with_views
+from wallwm_jax.benchmarks.random_batch import require_packed, with_views
 from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.optim.muon_cost import MuonCost
 from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
@@ -150,6 +150,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
     Raises:
       UserError: the topology is unknown, mesh and rows do not fit it, or nobody says how many views there are.
     """
+    require_packed(config)
     config = with_views(config, views)
     chip, devices = chip_of(topology), topology_devices(topology)
     mesh = make_mesh(mesh_sizes(config), devices)

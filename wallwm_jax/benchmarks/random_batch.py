@@ -8,8 +8,18 @@ from ml_collections import ConfigDict
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec
 from wallwm_jax.models.text.byte_ids import encode_bytes
+from wallwm_jax.training.stages import get_stage
 
 _WORDS = ("reach", "grasp", "lift", "press", "the", "red", "green", "block", "button", "on", "left", "right", "slowly")
+
+
+def require_packed(config: ConfigDict) -> None:
+    """Raises `UserError` unless `config.train.stage` is of the world action model, whose rows and FLOPs are known."""
+    if get_stage(config.train.stage).model != "world_action":
+        raise UserError(
+            f"stage {config.train.stage!r} cannot be measured: rows of packed events are made up and counted, those of "
+            "the VLM stages are not; its times are in the metrics.jsonl of a run"
+        )
 
 
 def with_views(config: ConfigDict, views: int) -> ConfigDict:

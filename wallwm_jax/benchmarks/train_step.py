@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wallwm_jax.benchmarks import torch_peer
-from wallwm_jax.benchmarks.random_batch import random_batch, with_views
+from wallwm_jax.benchmarks.random_batch import random_batch, require_packed, with_views
 from wallwm_jax.benchmarks.timing import Result, Seconds, machine, machine_line
 from wallwm_jax.console import UserError, phase
 from wallwm_jax.data.event_store import open_store
@@ -137,6 +137,7 @@ def table(result: Result) -> str:
 
 def prepare(config: ConfigDict, store: str, views: int) -> tuple[ConfigDict, dict[str, np.ndarray], np.ndarray | None]:
     """The config with its views, the batch, and the weight of each latent channel; arguments as of `measure`."""
+    require_packed(config)
     if not store:
         config = with_views(config, views)
         return config, random_batch(config, views=len(config.data.views), full=True), None

@@ -240,6 +240,11 @@ class VlmRows:
                 f"event store {str(store.path)!r} has text as {text}, but model.text.kind is "
                 f"{config.model.text.kind!r}; set it to the store's value"
             )
+        if store.meta.get("text_width", config.model.text.width) != config.model.text.width:
+            raise UserError(
+                f"event store {str(store.path)!r} has text features {store.meta['text_width']} wide, but "
+                f"model.text.width is {config.model.text.width}; set it to the store's value"
+            )
         if vlm.answer not in ("event", "trace"):
             raise UserError(f"data.vlm.answer={vlm.answer!r} is neither event nor trace")
         levels = [level for level, share in config.data.levels.items() if share]
@@ -270,17 +275,17 @@ class VlmRows:
             try:
                 self._place(out, self._questions.ask(window, at_end))
                 out["window_index"][0] = window
-            except BadRecord:
-                out["bad_index"][0] = window
+            except BadRecord as error:
+                out["bad_index"][0] = error.index
         return out
 
     def _place(self, out: dict[str, np.ndarray], question: Question) -> None:
         vlm, tokenizer = self._config.data.vlm, self._prompts.tokenizer
         prompt_ids = self._prompts.ids(question.instruction, question.level, question.done, len(question.pictures))
         final = planning_text.answer(question.caption, question.remaining_s)
-        answer = self._trace(question, final, vlm.answer_length - 1) if vlm.answer == "trace" else (
-            tokenizer.encode(final)
-        )  # fmt: skip
+        answer = tokenizer.encode(final)
+        if vlm.answer == "trace":
+            answer = self._trace(question, final, vlm.answer_length - 1)
         answer = [*answer, tokenizer.end_id]
         trace = [tokenizer.start_id, *self._trace(question, final, vlm.trace_length - 2), tokenizer.end_id]
         ids = [*prompt_ids, *answer]
