@@ -451,6 +451,10 @@ def test_expert_commands_through_canonical_actions_succeed_and_episodes_judge_th
         assert environments.replay_expert(env, trial, "subtask") is None
     episode = environments.Episode(env, trial, Rules(), video_stride=2)
     assert episode.situation().caption == expert.spans(rollout)["subtask"][0].caption
+    assert episode.situation().instruction == expert.spans(rollout)["task"][0].caption
+    given_up = environments.Episode(env, trial, Rules(), video_stride=2).end()
+    assert given_up.over and not given_up.success and [subtask.success for subtask in given_up.subtasks] == [False]
+    episode = environments.Episode(env, trial, Rules(), video_stride=2)
     end = episode.play(rollout.command_poses, rollout.command_grippers)
     assert end.over and end.success and end.subtasks[0].success and end.subtasks[0].events == 1
 
