@@ -209,6 +209,8 @@ class Goals:
 
 
 class GoalPlanner:
+    instruction = "reach all goals"
+
     def __init__(self, env, durations):
         self.env = env
 
