@@ -90,4 +90,4 @@ def test_on_tpu_heads_are_exchanged_for_tokens_where_they_divide(heads, kind):
     stream = 2 * tokens * config.model.width * 3 / 4  # bytes of one bfloat16 stream that a chip does not have
     moved = {name: found.received.get(name, 0.0) / (layers * stream) for name in ("all-to-all", "all-gather")}
     # Forward twice and backward: 3 x (query, key, value and output), of which a chip receives a quarter each.
-    assert moved["all-to-all"] == pytest.approx(3.0 if kind == "all-to-all" else 0.0, rel=0.4)
+    assert moved["all-to-all"] == pytest.approx(3.0 if kind == "all-to-all" else 0.0, rel=0.4, abs=0.1)

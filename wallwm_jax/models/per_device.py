@@ -41,9 +41,19 @@ def per_device(
     divides = mesh.shape["context"] > 1 and query.shape[2] % mesh.shape["context"] == 0
     context = "context" if splits_queries and divides and "context" not in heads else None
     of_query, of_key = PartitionSpec(rows, heads, context, None), PartitionSpec(rows, heads, None, None)
-    return jax.shard_map(
+
+    def by_tokens(x: jax.Array) -> jax.Array:
+        """`x [B, H, S, D]` split as its sequence is outside, or projections would gather all tokens and give heads."""
+        if "context" not in heads or x.shape[2] % mesh.shape["context"]:
+            return x
+        outside = PartitionSpec(rows, tuple(axis for axis in heads if axis != "context"), "context", None)
+        return jax.lax.with_sharding_constraint(x, outside)
+
+    query, key, value = map(by_tokens, (query, key, value))
+    mixed = jax.shard_map(
         kernel,
         in_specs=(of_query, of_key, of_key, PartitionSpec(rows, context), PartitionSpec(rows, None)),
         out_specs=of_query,
         check_vma=False,
     )(query, key, value, q_segments, kv_segments)
+    return by_tokens(mixed)
