@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import history_windows
 import pytest
 from synthetic import synthetic_episode
 
@@ -42,6 +41,8 @@ def clustered_store(small_store, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def history_store(tmp_path_factory) -> EventStore:
     """A store of 4 synthetic episodes with windows of 24 steps after two latents of history, and subtask events."""
+    import history_windows  # needs configs, which not every process that loads this file can import
+
     target = tmp_path_factory.mktemp("stores") / "history"
     history_windows.build(target)
     return open_store(target)

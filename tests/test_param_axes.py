@@ -82,5 +82,5 @@ def test_decay_spares_biases_norms_and_modulation(params):
 
 
 def test_groups_are_the_top_level_parts(params):
-    parts = {"video", "action", "text", "duration", "vlm", "small", "vlm_text"}
+    parts = {"video", "action", "text", "duration", "vlm", "small", "vlm_text", "staircase"}
     assert set(leaves(param_axes.groups(params)).values()) == parts
