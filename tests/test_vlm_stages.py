@@ -32,9 +32,10 @@ from wallwm_jax.inference import planner as planner_module
 from wallwm_jax.inference.planner import VlmPlanner
 from wallwm_jax.models.vlm.tokenizer import BytesTokenizer
 from wallwm_jax.parallel.mesh import make_mesh
-from wallwm_jax.train import _fresh_state, run
+from wallwm_jax.train import run
 from wallwm_jax.training.checkpoint import Loaded, load_params
 from wallwm_jax.training.language_objectives import align_loss, answer_loss, match_loss
+from wallwm_jax.training.starting import fresh_state
 from wallwm_jax.training.telemetry import read_metrics
 from wallwm_jax.training.train_state import flatten
 from wallwm_jax.training.train_step import build_train_step
@@ -259,7 +260,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(cluster
             np.testing.assert_array_equal(leaf, np.asarray(source[path]).astype("bfloat16").astype(np.float32))
 
     stairs = changed(vlm_training_config(clustered_store, "staircase"), **sources)
-    branch = _fresh_state(built_vlm_step(clustered_store, "staircase"), stairs).trainable["staircase"]
+    branch = fresh_state(built_vlm_step(clustered_store, "staircase"), stairs).trainable["staircase"]
     for path, leaf in flatten({"blocks": branch["blocks"], "norm": branch["border"]["norm"]}).items():
         np.testing.assert_array_equal(leaf, sft[f"vlm/language/{path}"])  # it starts as its backbone
     run(stairs, tmp_path / "stairs")

@@ -33,7 +33,7 @@ from absl import flags
 
 from wallwm_jax.config import define_config_flag, to_json
 from wallwm_jax.console import UserError, run_command
-from wallwm_jax.training.resume import config_changes
+from wallwm_jax.training.starting import config_changes
 
 DAMAGED_EXIT = 3
 

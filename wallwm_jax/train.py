@@ -72,8 +72,6 @@ if TYPE_CHECKING:
     from wallwm_jax.training.checkpoint import Checkpointer
     from wallwm_jax.training.limits import TimeLimit
     from wallwm_jax.training.telemetry import Telemetry
-    from wallwm_jax.training.train_state import TrainState
-    from wallwm_jax.training.train_step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,9 @@ def run(
     from wallwm_jax.training.goodput import Goodput
     from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
     from wallwm_jax.training.profiling import Profiler, dump_program
-    from wallwm_jax.training.resume import check_resumed
     from wallwm_jax.training.run_card import add_start
     from wallwm_jax.training.stages import get_stage
+    from wallwm_jax.training.starting import check_resumed, fresh_state
     from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
@@ -188,7 +186,7 @@ def run(
         # State.
         watchdog.enter("initialise")
         with phase(f"restore step {first}" if first else "initialise"), goodput.span("restore" if first else "init"):
-            state = checkpointer.restore(built.abstract_state) if first else _fresh_state(built, config)
+            state = checkpointer.restore(built.abstract_state) if first else fresh_state(built, config)
             first = checkpointer.start_step  # an older one, where the newest turned out to be damaged
             checkpointer.keep_frozen(state.frozen)
 
@@ -328,27 +326,6 @@ def _with_views(config: ConfigDict, store: EventStore) -> ConfigDict:
     with config.unlocked():
         config.data.views = resolve_views(store, config)
     return config.lock()
-
-
-def _fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
-    from wallwm_jax.models.vlm.staircase import clone
-    from wallwm_jax.training.checkpoint import load_start
-    from wallwm_jax.training.train_state import take_over
-
-    state = built.init()
-    if not config.train.init_from:
-        return state
-    origin = config.train.init_from
-    params, what = load_start(origin)
-    if config.train.text_from:
-        text, step = load_start(config.train.text_from)
-        params |= {name: text[name] for name in ("text", "video") if name in text and name in built.stage.freezes}
-        origin, what = f"{origin} and {config.train.text_from}", f"{what} and {step}"
-    if "staircase" in built.stage.trains and "staircase" not in params and "vlm" in params:
-        params["staircase"] = clone(params["vlm"]["language"])  # a branch starts as its backbone
-    state, result = take_over(state, params, origin)
-    print(f"    parameters from {origin}, {what}:\n{result.table()}")
-    return state
 
 
 def _reason_to_stop(

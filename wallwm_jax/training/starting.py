@@ -1,14 +1,42 @@
-"""What may change when a run goes on: whatever neither the parameters nor the order of data depend on."""
+"""How a run starts: with parameters of earlier ones, or where it ended, if nothing it depends on has changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ml_collections import ConfigDict
+
 from wallwm_jax.console import UserError
+from wallwm_jax.models.vlm import staircase
+from wallwm_jax.training.checkpoint import load_start
+from wallwm_jax.training.train_state import TrainState, take_over
 
 if TYPE_CHECKING:
     from wallwm_jax.training.checkpoint import Checkpointer
+    from wallwm_jax.training.train_step import TrainStep
+
+
+def fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
+    """The state at step 0: random, then what `train.init_from` and `train.text_from` have; says what came from there.
+
+    Raises:
+      UserError: nothing is there, or it lacks what the stage freezes.
+    """
+    state = built.init()
+    if not config.train.init_from:
+        return state
+    origin = config.train.init_from
+    params, what = load_start(origin)
+    if config.train.text_from:
+        text, step = load_start(config.train.text_from)
+        params |= {name: text[name] for name in ("text", "video") if name in text and name in built.stage.freezes}
+        origin, what = f"{origin} and {config.train.text_from}", f"{what} and {step}"
+    if "staircase" in built.stage.trains and "staircase" not in params and "vlm" in params:
+        params["staircase"] = staircase.clone(params["vlm"]["language"])  # a branch starts as its backbone
+    state, result = take_over(state, params, origin)
+    print(f"    parameters from {origin}, {what}:\n{result.table()}")
+    return state
 
 
 def check_resumed(config: Mapping[str, Any], assets: Mapping[str, Any], checkpointer: Checkpointer) -> None:
