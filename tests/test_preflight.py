@@ -167,7 +167,7 @@ def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
     """A block's feed-forward, forward and backward on the preset's mesh: gathers and reduce-scatters of its weights."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     mesh = make_mesh(mesh_preset(topology), topology_devices(topology))
-    width, layers, rows = 1024, 4, 4 * mesh.size
+    width, layers, rows = 1024, 4, 256 * mesh.size
 
     def placed(shape, *names):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(names, shape, mesh))
@@ -200,6 +200,7 @@ def test_muon_alone_and_event_mode_are_answered_too(capsys):
     config = sized_config()
     with config.unlocked():
         config.model.update(compute_dtype="bfloat16")
+        config.data.rows = 4
         config.mesh.update(data=2, fsdp=2)
         config.train.stage = "joint"
         config.sampling.update(buckets=(5,), steps=3, video_steps=2)

@@ -103,7 +103,8 @@ def _to_owner(plan: Plan, group: Group, stacked: jax.Array) -> jax.Array:
     """Local shards `[count, m', n']` of all matrices to the whole ones that this chip owns, `[slots, m, n]`."""
     if not plan.axes:
         return stacked
-    shards = _of_copy(plan, group, _addressed, stacked)
+    # One buffer: XLA's CPU backend gives parts of a sum or transpose layouts of their own, then refuses to send them.
+    shards = jax.lax.optimization_barrier(_of_copy(plan, group, _addressed, stacked))
     for axis in group.split_axes:
         shards = jax.lax.all_to_all(shards, axis, split_axis=0, concat_axis=_side(group, axis), tiled=True)
     return shards
@@ -118,7 +119,8 @@ def _from_owner(plan: Plan, group: Group, owned: jax.Array) -> jax.Array:
         size, side = plan.sizes[axis], _side(group, axis)
         blocks = owned.reshape(*owned.shape[:side], size, -1, *owned.shape[side + 1 :])
         blocks = jnp.moveaxis(blocks, side, 0)
-        owned = jax.lax.all_to_all(blocks.reshape(-1, *blocks.shape[2:]), axis, split_axis=0, concat_axis=0, tiled=True)
+        blocks = jax.lax.optimization_barrier(blocks.reshape(-1, *blocks.shape[2:]))  # one buffer, as on the way there
+        owned = jax.lax.all_to_all(blocks, axis, split_axis=0, concat_axis=0, tiled=True)
     owned = _of_copy(plan, group, _collected, owned)
     if not group.copy_axes:
         return owned
