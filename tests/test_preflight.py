@@ -162,7 +162,16 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(monkeypatch):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("topology", ["v5p:4x4x8", "v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5p:4x4x8",
+        "v5p:8x8x8",
+        "v5e:16x16",
+        "v6e:16x16",
+        pytest.param("tpu7x:4x4x4", marks=pytest.mark.xfail(reason="gradients are all-reduced, then cut", strict=True)),
+    ],
+)
 def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
     """A block's feed-forward, forward and backward on the preset's mesh: gathers and reduce-scatters of its weights."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
