@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from wallwm_jax.config import require_directory, settings
-from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.console import UserError, phase, run_command, write_text
 
 # Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         film = _closed_loop(store, mode, planner, trials, options, result["success"], seconds, deadline)
         result["rollout"] = _save_film(film, float(store.meta["video_fps"]), directory)
     result["phase_seconds"] = seconds
-    temporary = directory / f".{RESULT_FILE}"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(directory / RESULT_FILE)
+    write_text(directory / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -274,7 +274,7 @@ class History:
             self._commands.append(command)
             self._step += 1
         if self._step % self._mode.stride == 0:
-            self._frames.append({view: np.asarray(frame) for view, frame in observation.frames.items()})
+            self._frames.append({view: np.array(frame) for view, frame in observation.frames.items()})
         self._last = observation
 
     def request(self) -> ChunkRequest:
