@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     """The quickstart with 2 x 2 patches and more steps."""
     config = ocbench_quickstart.get_config()
     config.unlock()
+    config.model.latent_shape = (8, 8)  # 64 pixels
     config.model.patch = (2, 2)
     config.model.place_embedding = False  # as measured
     config.optim.warmup_steps = 100

@@ -30,7 +30,7 @@ timed() { # phase, command ...: runs it and keeps its seconds for the report
 
 if [ ! -e "$OUT/store/store.json" ]; then
   timed data python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=72 --seed="$SEED" \
-    --out="$OUT/store"
+    --size=48 --views=front_pixels,ur5e/wrist --out="$OUT/store"
 fi
 if [ ! -e "$OUT/seconds.training" ]; then
   timed training python -m wallwm_jax.train --config=configs/ocbench_quickstart.py --config.data.store="$OUT/store" \

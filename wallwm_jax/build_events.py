@@ -63,6 +63,7 @@ def build(
     *,
     episodes: int = 40,
     size: int = 64,
+    views: Sequence[str] = (),
     workers: int = 2,
     overwrite: bool = False,
 ) -> Build:
@@ -76,7 +77,7 @@ def build(
 
     seconds: dict[str, float] = {}
     with atomic_directory(out, overwrite=overwrite) as directory:
-        stream, families = _open_source(source, episodes, options.seed, size, workers)
+        stream, families = _open_source(source, episodes, options.seed, size, views, workers)
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, stream, options)
         with phase("cluster windows", seconds):
@@ -107,7 +108,7 @@ def report(build: Build, out: str) -> str:
 
 
 def _open_source(
-    source: str, episodes: int, seed: int, size: int, workers: int
+    source: str, episodes: int, seed: int, size: int, views: Sequence[str], workers: int
 ) -> tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]:
     """The episodes of a source, and a function that tells the count per family once they are all read."""
     name, _, families = source.partition(":")
@@ -118,8 +119,11 @@ def _open_source(
     if episodes < 1:
         raise UserError(f"--episodes is {episodes}; at least one per family is needed")
     from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
+    from wallwm_jax.sources.simulator.ocbench_env import VIEWS
 
-    stream = demonstrations(families.split(","), episodes, seed, size=size, workers=workers)
+    if unknown := set(views) - set(VIEWS):
+        raise UserError(f"--views names {sorted(unknown)[0]!r}; OCBench has {', '.join(VIEWS)}")
+    stream = demonstrations(families.split(","), episodes, seed, size=size, views=views or VIEWS, workers=workers)
     return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
 
 
@@ -134,6 +138,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("text_encoder", "bytes", ["bytes", "umt5"], "bytes is learned by the model, umt5 frozen")
     flags.DEFINE_string("text_weights", "", "Folder of the text encoder's converted weights (umt5)")
     flags.DEFINE_integer("size", 64, "Height and width of the frames, pixels")
+    flags.DEFINE_list("views", [], "Cameras to record; none takes all. Rendering is most of the recording's time")
     flags.DEFINE_list(
         "windows",
         ["event", "fixed"],
@@ -174,6 +179,7 @@ def main(_: Sequence[str]) -> None:
         options,
         episodes=values.episodes,
         size=values.size,
+        views=tuple(values.views),
         workers=values.workers,
         overwrite=values.overwrite,
     )
