@@ -50,6 +50,10 @@ class Actor(Protocol):
     level: str
     recent: int
 
+    @property
+    def mode(self) -> EventMode | UnifiedMode:
+        """The model in its decoding mode."""
+
     def begin(self, situations: Mapping[int, Situation]) -> None:
         """Begins an episode in each of these slots."""
 
@@ -59,8 +63,8 @@ class Actor(Protocol):
     def follow(self, moves: Mapping[int, Move], situations: Mapping[int, Situation]) -> None:
         """What came of these moves; some of the episodes may be over."""
 
-    def with_params(self: A, params: Any) -> A:
-        """The same actor with other parameters of its model."""
+    def untrained(self: A, params: Any) -> A:
+        """The same actor with random parameters of its model, whose own durations would mean nothing."""
 
 
 class EventActor:
@@ -73,12 +77,12 @@ class EventActor:
     ) -> None:
         """`planner` names the events (None: the scripted one); `own_duration` asks the model how long they take."""
         self.level = level
-        self._mode, self._planner, self._own_duration = mode, planner, own_duration
+        self.mode, self._planner, self._own_duration = mode, planner, own_duration
 
-    def with_params(self, params: Any) -> EventActor:
+    def untrained(self, params: Any) -> EventActor:
         """See `Actor`."""
         twin = copy.copy(self)
-        twin._mode = self._mode.with_params(params)
+        twin.mode, twin._own_duration = self.mode.with_params(params), False
         return twin
 
     def begin(self, situations: Mapping[int, Situation]) -> None:
@@ -95,7 +99,7 @@ class EventActor:
             for slot in acting
         ]
         noise = [_noise(situations[slot], seeds[slot]) for slot in acting]
-        events = self._mode.plan(requests, seeds=noise) if acting else []
+        events = self.mode.plan(requests, seeds=noise) if acting else []
         for slot, event in zip(acting, events):
             moves[slot] = Move(plans[slot].caption, *absolute_commands(event.actions, situations[slot].pose))
         return moves
@@ -157,18 +161,18 @@ class ChunkActor:
                 f"give a multiple of {mode.stride} up to {mode.chunk}, or 0 for all"
             )
         self.level, self.recent = level, 1 + mode.past_frames
-        self._mode, self._text, self._execute = mode, text, execute or mode.chunk
+        self.mode, self._text, self._execute = mode, text, execute or mode.chunk
         self._encoded: dict[str, Conditioning] = {}
 
-    def with_params(self, params: Any) -> ChunkActor:
+    def untrained(self, params: Any) -> ChunkActor:
         """See `Actor`."""
         twin = copy.copy(self)
-        twin._mode, twin._encoded = self._mode.with_params(params), {}
+        twin.mode, twin._encoded = self.mode.with_params(params), {}
         return twin
 
     def begin(self, situations: Mapping[int, Situation]) -> None:
         """See `Actor`."""
-        self._histories = {slot: History(self._mode) for slot in situations}
+        self._histories = {slot: History(self.mode) for slot in situations}
         self._subtasks = {slot: _Subtask(now.frames) for slot, now in situations.items()}
         for slot, now in situations.items():
             self._histories[slot].observe(now)
@@ -178,7 +182,7 @@ class ChunkActor:
         requests = [self._histories[slot].request() for slot in situations]
         noise = [_noise(now, seeds[slot]) for slot, now in situations.items()]
         told = [now.caption if self._text == EVENT else now.instruction for now in situations.values()]
-        chunks = self._mode.plan_all(requests, self._conditionings(situations, told), seeds=noise)
+        chunks = self.mode.plan_all(requests, self._conditionings(situations, told), seeds=noise)
         played = slice(self._execute)
         return {
             slot: Move(caption, chunk.poses[played], chunk.grippers[played])
@@ -195,14 +199,14 @@ class ChunkActor:
     def _conditionings(self, situations: Mapping[int, Situation], told: Sequence[str]) -> list[Conditioning]:
         if isinstance(self._text, str):
             for text in set(told) - set(self._encoded):
-                self._encoded[text] = self._mode.encode_text(text)
+                self._encoded[text] = self.mode.encode_text(text)
             return [self._encoded[text] for text in told]
         questions = []
         for slot, now in situations.items():
             done = tuple(subtask.caption for subtask in now.subtasks if subtask.success)
             before = self._subtasks[slot].frames_before(len(done), now.frames)
             questions.append(PlanRequest(now.frames, now.instruction, done, self.level, before))
-        return [self._mode.from_latents(latents) for latents in self._text.latents(questions)]
+        return [self.mode.from_latents(latents) for latents in self._text.latents(questions)]
 
 
 @dataclass

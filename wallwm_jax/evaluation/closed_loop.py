@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from wallwm_jax.console import progress
+from wallwm_jax.console import UserError, progress
 from wallwm_jax.data.event_store import EventStore
 from wallwm_jax.evaluation.actors import Actor, ChunkActor, EventActor
-from wallwm_jax.evaluation.environments import EnvironmentPool, Situation, SubtaskResult, Trial
+from wallwm_jax.evaluation.environments import EnvironmentPool, Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.latent_conditioner import LatentConditioner
@@ -241,6 +241,49 @@ def typical_durations(store: EventStore) -> dict[tuple[str, str], float]:
             for span in spans:
                 seconds[level, span["verb"]].append((span["end"] - span["start"]) / store.meta["clock_hz"])
     return {key: float(np.median(values)) for key, values in seconds.items()}
+
+
+def open_pool(
+    store: EventStore, slots: int, *, views: Sequence[str], level: str = "subtask", patience: float, processes: int
+) -> EnvironmentPool:
+    """Simulators as the store was recorded in: its picture size and clock, its experts' typical durations."""
+    return EnvironmentPool(
+        slots,
+        views=views,
+        size=int(store.meta["size"][0]),
+        video_stride=int(store.meta["video_stride"]),
+        rules=Rules(level, patience, durations=typical_durations(store)),
+        processes=processes,
+    )
+
+
+def draw_trials(store: EventStore, families: Sequence[str], episodes: int, seed: int) -> list[Trial]:
+    """Trials in OCBench: environments in turn, seeds that no episode of the store has.
+
+    Args:
+      store: of the demonstrations.
+      families: or environment ids; none takes those of the store.
+      episodes: how many; none needs no simulator.
+      seed: that the trials' seeds are drawn from; more episodes of one seed begin with the same.
+
+    Raises:
+      UserError: the simulator is not there, or the store was not recorded in it and no family is given.
+    """
+    if not episodes:
+        return []
+    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
+    from wallwm_jax.sources.simulator.rendering import check_rendering
+
+    check_rendering()
+    asked = [env_id for family in families for env_id in environments(family)]
+    env_ids = asked or recorded_environments(store.meta["sources"])
+    if not env_ids:
+        raise UserError(
+            f"event store {str(store.path)!r} was not recorded in OCBench ({store.meta['sources']}); "
+            "name --families to act in, or pass --episodes=0"
+        )
+    used = {episode["seed"] for episode in store.episodes}
+    return held_out_trials(env_ids, episodes, seed, attempt_seed, used)
 
 
 def held_out_trials(

@@ -287,7 +287,7 @@ class EnvironmentPool:
         return _gather(jobs)
 
     def play(self, commands: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, Situation]:
-        """Plays an event or chunk per slot: absolute poses `[T, G, 4, 4]` and grippers `[T, G]`, one per control step."""
+        """Plays an event or chunk per slot: absolute poses `[T, G, 4, 4]`, grippers `[T, G]`, one per control step."""
         return _gather({slot: self._submit(slot, _play, slot, *pair) for slot, pair in commands.items()})
 
     def end(self, slots: Sequence[int]) -> dict[int, Situation]:
