@@ -247,5 +247,5 @@ def test_a_run_without_what_is_asked_of_it_is_an_error(history_store, tmp_path):
     with pytest.raises(UserError, match="was trained in stage 'joint' and has no staircase"):
         LatentConditioner.from_checkpoint(tmp_path / "run")
     event = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(window_kind="event")), store={})
-    with pytest.raises(UserError, match="unified mode needs a model trained with data.window_kind"):
+    with pytest.raises(UserError, match=r"unified mode needs a model trained with data\.window_kind"):
         open_actor(SimpleNamespace(event_mode=event, unified_mode=None), Acting(mode="unified"))

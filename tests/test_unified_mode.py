@@ -12,6 +12,7 @@ from tiny_model import quick_compilation, random_params
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import pack_row
+from wallwm_jax.evaluation.open_loop import recorded_chunk_request
 from wallwm_jax.inference import denoising, unified_mode
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.policy import Policy
@@ -81,6 +82,14 @@ def test_the_model_sees_what_it_saw_in_training(mode, store, number):
     np.testing.assert_allclose(made["actions"][given], row["actions"][: record.past_actions], atol=1e-5)
     for name in ("state", "state_valid", "view_id", "window_number"):
         np.testing.assert_allclose(made[name][:1], row[name][:1], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_recorded_window_tells_the_model_what_living_through_it_does(mode, store, number):
+    _, record, episode = recorded(store, number)
+    asked = mode.inputs(recorded_chunk_request(record))
+    for name, array in mode.inputs(lived(mode, store, record, episode)).items():
+        np.testing.assert_allclose(asked[name], array, atol=1e-5, err_msg=name)
 
 
 def test_sources_of_text_are_swapped_in_one_program(mode, store):
