@@ -1,5 +1,6 @@
 """Unified mode: it sees what training saw, conditioning is swapped without compiling, gradients reach it."""
 
+import copy
 from types import SimpleNamespace
 
 import jax
@@ -99,6 +100,21 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
     np.testing.assert_allclose(chunks[1].actions, chunks[4].actions, atol=1e-6)
     for one, other in ((0, 1), (1, 3)):
         assert np.abs(chunks[one].actions - chunks[other].actions).max() > 1e-3
+
+
+def test_a_text_is_encoded_once_for_each_set_of_parameters(mode, monkeypatch):
+    twin, asked = copy.copy(mode), []
+    monkeypatch.setattr(twin, "_encode_text", lambda params, _: asked.append(params) or (len(asked), 1))
+    with mode.config.unlocked():
+        mode.config.sampling.guidance = 3.0  # which needs the null text, too
+    try:
+        told = [twin.encode_text(text) for text in ("reach", "lift", "reach")]
+        assert len(asked) == 3 and told[0] == told[2] and told[0].null == told[1].null
+        monkeypatch.setattr(twin, "engine", mode.engine.with_params({}))
+        assert twin.encode_text("reach") != told[0] and asked[3:] == [{}, {}]
+    finally:
+        with mode.config.unlocked():
+            mode.config.sampling.guidance = 1.0
 
 
 def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mode, store):

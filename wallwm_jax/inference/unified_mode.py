@@ -30,7 +30,6 @@ from wallwm_jax.console import UserError
 from wallwm_jax.events.actions import ACTION_DIM, absolute_commands, relative_actions, state_vector
 from wallwm_jax.events.windows import GROUP
 from wallwm_jax.inference import denoising
-from wallwm_jax.inference.captions import fit_picture
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.samplers import ModelFlow
 from wallwm_jax.models import world_action_model as wam
@@ -38,6 +37,8 @@ from wallwm_jax.models.codecs import to_uint8
 from wallwm_jax.models.world_action_model import TextContext
 
 PyTree = Any
+
+_KEPT_TEXTS = 256  # features of 512 tokens of UMT5 take 8 MB
 
 
 class Conditioning(NamedTuple):
@@ -73,6 +74,15 @@ class ChunkRequest:
     number: int
 
 
+class Draft(NamedTuple):
+    """A chunk whose video is still at the anchor: what it was made of, and its latents."""
+
+    request: ChunkRequest
+    inputs: Mapping[str, np.ndarray]
+    conditioning: Conditioning
+    latents: jax.Array
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One chunk as the model sees it.
@@ -81,12 +91,14 @@ class Chunk:
       actions: `[H, 32]` canonical actions relative to the observation, un-normalised.
       poses, grippers: `[H, G, 4, 4]` absolute commands in the base frame, metres, and `[H, G]`.
       latents: view name → `[M + 1 + N, h, w, C]` un-normalised latents, the past first; None unless asked for.
+      draft: what `UnifiedMode.finish` needs to denoise the video after all; None where `latents` are there.
     """
 
     actions: np.ndarray
     poses: np.ndarray
     grippers: np.ndarray
     latents: Mapping[str, np.ndarray] | None
+    draft: Draft | None = None
 
 
 class UnifiedMode:
@@ -110,6 +122,7 @@ class UnifiedMode:
         self.history, self.chunk = int(store["history_latents"]), int(store["fixed_steps"])
         self.stride = int(store["video_stride"])
         self._encode_text: Any = jax.jit(functools.partial(_encode_text, self.config))
+        self._texts: tuple[PyTree, dict[str, tuple[jax.Array, jax.Array]]] = engine.params, {}
         self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
         self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
 
@@ -132,9 +145,8 @@ class UnifiedMode:
         self.plan(request, self.encode_text(""), video=video)
 
     def encode_text(self, text: str) -> Conditioning:
-        """An instruction as the text encoder of the model's training has it; "" is the null text."""
-        features, length = self._encode_text(self.engine.params, self.engine.captions.encode([text]))
-        return Conditioning(features, length, self._null())
+        """An instruction as the text encoder of the model's training has it, encoded once; "" is the null text."""
+        return Conditioning(*self._features(text), self._null())
 
     def from_latents(self, latents: jax.Array) -> Conditioning:
         """Latents `[K, Dt]` in the place of a text's features.
@@ -142,7 +154,7 @@ class UnifiedMode:
         Raises:
           UserError: they are more, or of another width, than a text's features.
         """
-        features, _ = jax.eval_shape(self._encode_text, self.engine.params, self.engine.captions.encode([""]))
+        features, _ = self._features("")
         if latents.ndim != 2 or latents.shape[1] != features.shape[1] or len(latents) > len(features):
             raise UserError(
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
@@ -165,17 +177,18 @@ class UnifiedMode:
         """
         inputs = self.inputs(request)
         latents, actions = self._sample(self.engine.params, inputs, conditioning, np.array([seed], np.uint32))
-        films = None
-        if video:
-            if self.config.sampling.sampler == "anchored":
-                latents = self._finish(self.engine.params, inputs, conditioning, latents)
-            z = self.engine.stats.denormalize_latents(np.asarray(latents[0]))
-            films = {view: z[v] for v, view in enumerate(self.engine.views) if view in request.frames}
+        draft = Draft(request, inputs, conditioning, latents)
         future = np.asarray(actions[0])[inputs["past"].shape[1] :][: self.chunk]
         canonical = self.engine.stats.denormalize_actions(future)
         canonical = np.where(inputs["state_valid"][0], canonical, 0.0).astype(np.float32)
         poses, grippers = absolute_commands(canonical, request.pose)
-        return Chunk(canonical, poses, grippers, films)
+        return Chunk(canonical, poses, grippers, self._films(draft) if video else None, None if video else draft)
+
+    def finish(self, chunk: Chunk) -> Mapping[str, np.ndarray]:
+        """The latents that `plan(..., video=True)` would have returned, of a chunk without; its actions stay."""
+        if chunk.draft is None:
+            raise ValueError("this chunk has its video already")
+        return self._films(chunk.draft)
 
     def decode(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """View name → `[1 + 4 (M + N), H, W, 3]` uint8, past and predicted; ValueError for a chunk without latents."""
@@ -212,23 +225,31 @@ class UnifiedMode:
 
     def _encoded(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
         """Normalised latents `[V, 1 + M, h, w, C]`; zeros for an absent view."""
-        length, size = 1 + self.past_frames, tuple(self.engine.store["size"])
-        present = np.array([view in frames for view in self.engine.views])
-        if not present.any():
-            raise UserError(f"the history has none of the views {list(self.engine.views)}, only {list(frames)}")
-        videos = np.zeros((len(self.engine.views), length, *size, 3), np.uint8)
-        for v, view in enumerate(self.engine.views):
-            if present[v]:
-                if len(frames[view]) != length:
-                    raise UserError(f"view {view!r} has {len(frames[view])} frames; the history is {length}")
-                videos[v] = [fit_picture(frame, size, view) for frame in frames[view]]
-        latents = self.engine.stats.normalize_latents(self.engine.codec.encode(videos))
-        return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
+        length = 1 + self.past_frames
+        for view, shots in frames.items():
+            if len(shots) != length:
+                raise UserError(f"view {view!r} has {len(shots)} frames; the history is {length}")
+        return self.engine.encode_views(frames)
+
+    def _films(self, draft: Draft) -> dict[str, np.ndarray]:
+        """Un-normalised latents by view, denoised to the end."""
+        latents = draft.latents
+        if self.config.sampling.sampler == "anchored":
+            latents = self._finish(self.engine.params, draft.inputs, draft.conditioning, latents)
+        z = self.engine.stats.denormalize_latents(np.asarray(latents[0]))
+        return {view: z[v] for v, view in enumerate(self.engine.views) if view in draft.request.frames}
+
+    def _features(self, text: str) -> tuple[jax.Array, jax.Array]:
+        """Features and length of a text, encoded once with these parameters; beyond `_KEPT_TEXTS` all are forgotten."""
+        params, known = self._texts
+        if params is not self.engine.params or len(known) >= _KEPT_TEXTS:
+            params, known = self._texts = self.engine.params, {}
+        if text not in known:
+            known[text] = self._encode_text(params, self.engine.captions.encode([text]))
+        return known[text]
 
     def _null(self) -> tuple[jax.Array, jax.Array] | None:
-        if self.config.sampling.guidance == 1.0:
-            return None
-        return self._encode_text(self.engine.params, self.engine.captions.encode([""]))
+        return None if self.config.sampling.guidance == 1.0 else self._features("")
 
 
 class History:
