@@ -308,7 +308,7 @@ class FakePool:
     def __init__(self, slots, length=2):
         self.slots, self.length, self.left, self.started = slots, length, {}, []
 
-    def start(self, trials, *, film=()):
+    def start(self, trials, *, level, film=(), recent=0):
         self.trials = trials
         self.left = {slot: self.length for slot in trials}
         self.started.append([trial.seed for trial in trials.values()])

@@ -47,7 +47,7 @@ def recorded(store, number):
     return index, record, synthetic_episode(seed, steps=64 + 7 * seed)
 
 
-def lived(mode, store, record, episode, number):
+def lived(mode, store, record, episode):
     """A history that has seen the record's frames and the episode's commands up to its observation."""
     history, stride, past = History(mode), mode.stride, mode.past_frames
     shown = {step: past - (record.start - step) // stride for step in range(0, record.start + 1, stride)}
@@ -58,7 +58,6 @@ def lived(mode, store, record, episode, number):
         observation = SimpleNamespace(frames=frames or blank, pose=episode.poses[step], gripper=episode.grippers[step])
         command = (episode.command_poses[step - 1], episode.command_grippers[step - 1]) if step else None
         history.observe(observation, command)
-    history._chunks = number
     return history.request()
 
 
@@ -66,7 +65,7 @@ def lived(mode, store, record, episode, number):
 def test_the_model_sees_what_it_saw_in_training(mode, store, number):
     """The whole batch of a window, made from a robot's history, is the row that training packs of the same window."""
     index, record, episode = recorded(store, number)
-    inputs = mode.inputs(lived(mode, store, record, episode, number))
+    inputs = mode.inputs(lived(mode, store, record, episode))
     made = {name: np.asarray(value)[0] for name, value in
             denoising.window_batch(mode.config.model, inputs, 1 + STEPS // 8).items()}  # fmt: skip
     row = pack_row(store, mode.config, [index], 0, store.meta["views"])
@@ -88,7 +87,7 @@ def test_the_model_sees_what_it_saw_in_training(mode, store, number):
 def test_sources_of_text_are_swapped_in_one_program(mode, store):
     """A global instruction, one for each chunk, latents; latents that are a text's features give that text's chunk."""
     _, record, episode = recorded(store, 1)
-    request = lived(mode, store, record, episode, 1)
+    request = lived(mode, store, record, episode)
     task, event = mode.encode_text("put the red block on the left"), mode.encode_text("reach")
     chunks = [mode.plan(request, conditioning) for conditioning in (task, event, task)]
     before = mode.compilations
@@ -119,7 +118,7 @@ def test_a_text_is_encoded_once_for_each_set_of_parameters(mode, monkeypatch):
 
 def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mode, store):
     _, record, episode = recorded(store, 1)
-    request = lived(mode, store, record, episode, 1)
+    request = lived(mode, store, record, episode)
     chunk = mode.plan(request, mode.encode_text("reach"), video=True)
     offset = chunk.poses[:, 0, :3, 3] - episode.poses[record.start][0, :3, 3]
     np.testing.assert_allclose(offset, chunk.actions[:, :3], atol=1e-6)
@@ -134,13 +133,17 @@ def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mod
 def test_the_gradient_of_an_action_loss_reaches_the_conditioning(mode, store):
     """Against a finite difference along a random direction."""
     _, record, episode = recorded(store, 1)
-    inputs, task = mode.inputs(lived(mode, store, record, episode, 1)), mode.encode_text("reach")
+    inputs, task = mode.inputs(lived(mode, store, record, episode)), mode.encode_text("reach")
     noise = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, PAST + STEPS, 32)), jnp.float32)
 
     @jax.jit
     def loss(features):
         flow = unified_mode._flow(
-            mode.config, 1 + STEPS // 8, mode.engine.params, inputs, task._replace(features=features)
+            mode.config,
+            1 + STEPS // 8,
+            mode.engine.params,
+            inputs,
+            unified_mode.stacked([task._replace(features=features)]),
         )
         _, context = flow.context(flow.batch["latents"], jnp.float32(0.357))
         return jnp.mean(flow.action(context, noise, jnp.float32(0.5)) ** 2)
@@ -202,7 +205,6 @@ def test_a_policy_lives_through_chunks(mode, store):
         observation = seen(step)
         policy.observe(observation, command)
         by_hand.observe(observation, command)
-    by_hand._chunks = 1
     second = policy.infer(observation, "reach", mode="unified")
     told = policy.unified_mode.plan(by_hand.request(), policy.unified_mode.encode_text("reach"), seed=6)
     np.testing.assert_array_equal(second.actions, told.actions)

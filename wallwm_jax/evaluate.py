@@ -13,12 +13,22 @@ The vision-language model of a run names the next event, from pictures and what 
 
     python -m wallwm_jax.evaluate --workdir=runs/cpu --store=runs/store --out=runs/evaluation_vlm --planner=runs/vlm
 
-Closed loop: a scripted planner names the next event from the simulator's state (the oracle; --planner for another),
-the policy acts for the whole event.
-Seeds are new. Three policies run on the same trials: the trained model, the same network untrained, and the expert's
-commands replayed through the model's action representation, which shows what the adapter allows.
+Unified mode, of a run on windows with history (configs/ocbench_chunk.py): chunks of fixed length, told the task's
+instruction, the scripted planner's next event (--text=event), or by the latents of a run of stage staircase:
+
+    python -m wallwm_jax.evaluate --workdir=runs/chunk --store=runs/store --out=runs/evaluation_unified --mode=unified
+    python -m wallwm_jax.evaluate --workdir=runs/chunk --store=runs/store --out=runs/evaluation_latents --mode=unified \
+        --text=runs/staircase
+
+`python -m wallwm_jax.evaluation.arms` compares several such ways to act on the same trials.
+
+Closed loop: in event mode a scripted planner names the next event from the simulator's state (the oracle; --planner for
+another), and the policy acts for the whole event; in unified mode it acts for a chunk, or its first --execute steps.
+Subtasks are judged by the scripted planner's goals in any case. Seeds are new. Three policies run on the same trials:
+the trained model, the same network untrained, and the expert's commands replayed through the model's action
+representation, which shows what the adapter allows.
 Open loop: on the store's heldout split, the error of the predicted actions beside two baselines, predicted durations,
-and the predicted final frame.
+and the predicted final frame; in unified mode on its windows with history, told their instruction.
 
 --out then holds evaluation.json (rates with Wilson 95 % intervals, errors, every trial), rollout.gif and strips;
 `python -m wallwm_jax.evaluation.report` makes a page of it.
@@ -42,11 +52,11 @@ from wallwm_jax.console import UserError, phase, run_command, write_text
 # Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
 if TYPE_CHECKING:
     from wallwm_jax.data.event_store import EventStore
+    from wallwm_jax.evaluation.actors import Actor
     from wallwm_jax.evaluation.closed_loop import Film
     from wallwm_jax.evaluation.environments import Trial
     from wallwm_jax.evaluation.open_loop import OpenLoopResult
-    from wallwm_jax.inference.event_mode import EventMode
-    from wallwm_jax.inference.planner import VlmPlanner
+    from wallwm_jax.inference.policy import Policy
 
 RESULT_FILE = "evaluation.json"
 
@@ -60,10 +70,8 @@ class Options:
     Attributes:
       episodes: closed-loop episodes per policy; 0 leaves the simulator out.
       families: OCBench families or environment ids to act in; none takes those of the store.
-      planner: what names the events: "oracle", the scripted planner, or the workdir of a run with a VLM.
-      level: "subtask" or "action", the level of the events that the planner names.
+      mode, planner, text, level, own_duration, execute: how the policy acts, see `evaluation.actors.Acting`.
       patience: control steps that a subtask may take, as a multiple of the expert's typical duration.
-      own_duration: let the model say how long an event takes; otherwise the planner gives the typical time.
       max_seconds: time for everything; fewer windows and trials are run where it is short.
       windows: held-out windows of the open loop, at most.
       batch: episodes or windows that run at once.
@@ -75,10 +83,13 @@ class Options:
 
     episodes: int = 8
     families: Sequence[str] = ()
+    mode: str = "event"
     planner: str = "oracle"
+    text: str = ""
     level: str = "subtask"
-    patience: float = 3.0
     own_duration: bool = False
+    execute: int = 0
+    patience: float = 3.0
     max_seconds: float = 180.0
     windows: int = 128
     batch: int = 8
@@ -106,11 +117,15 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
 
     with phase("load", seconds):
         from wallwm_jax.data.event_store import open_store
+        from wallwm_jax.evaluation.actors import Acting, open_actor
+        from wallwm_jax.evaluation.closed_loop import draw_trials
         from wallwm_jax.evaluation.open_loop import evaluate_open_loop
         from wallwm_jax.inference.policy import Policy
 
+        acting = Acting(**{field.name: getattr(options, field.name) for field in fields(Acting)})
+        acting.check()
         store = open_store(store_path, "heldout")
-        trials = _trials(store, options)
+        trials = draw_trials(store, options.families, options.episodes, options.seed)
         policy = Policy.from_checkpoint(
             run,
             batch_size=options.batch,
@@ -119,8 +134,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
             codec_weights=options.codec_weights,
             text_weights=options.text_weights,
         )
-        mode = policy.event_mode
-        planner = _planner(options, mode.views) if trials else None
+        actor, config = open_actor(policy, acting), policy.event_mode.config
         print(f"    step {policy.step}, {policy.num_parameters / 1e6:.1f} M parameters, {len(trials)} trials")
     result: dict[str, Any] = {
         "workdir": str(run),
@@ -128,7 +142,7 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         "step": policy.step,
         "parameters": policy.num_parameters,
         "options": asdict(options),
-        "config": mode.config.to_dict(),
+        "config": config.to_dict(),
         "success": {},
         "rollout": None,
     }
@@ -136,9 +150,9 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
     directory.mkdir(parents=True, exist_ok=True)
     with phase("open loop", seconds):
         open_loop = evaluate_open_loop(
-            mode,
+            actor.mode,
             store,
-            levels=[level for level, share in mode.config.data.levels.items() if share],
+            levels=[level for level, share in config.data.levels.items() if share],
             limit=options.windows,
             seed=options.seed,
             out_of_time=lambda: time.monotonic() > deadline(_OPEN_LOOP_SHARE),
@@ -146,57 +160,17 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
         result["open_loop"] = open_loop.to_json()
         result["strips"] = _save_strips(open_loop, directory)
     if trials:
-        film = _closed_loop(store, mode, planner, trials, options, result["success"], seconds, deadline)
+        film = _closed_loop(store, policy, actor, trials, options, result["success"], seconds, deadline)
         result["rollout"] = _save_film(film, float(store.meta["video_fps"]), directory)
     result["phase_seconds"] = seconds
     write_text(directory / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _trials(store: EventStore, options: Options) -> list[Trial]:
-    """The closed-loop trials: environments in turn, seeds that no episode of the store has."""
-    if not options.episodes:
-        return []
-    from wallwm_jax.evaluation.closed_loop import held_out_trials
-    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
-    from wallwm_jax.sources.simulator.rendering import check_rendering
-
-    check_rendering()
-    asked = [env_id for family in options.families for env_id in environments(family)]
-    env_ids = asked or recorded_environments(store.meta["sources"])
-    if not env_ids:
-        raise UserError(
-            f"event store {str(store.path)!r} was not recorded in OCBench ({store.meta['sources']}); "
-            "name --families to act in, or pass --episodes=0"
-        )
-    used = {episode["seed"] for episode in store.episodes}
-    return held_out_trials(env_ids, options.episodes, options.seed, attempt_seed, used)
-
-
-def _planner(options: Options, views: Sequence[str]) -> VlmPlanner | None:
-    """The planner that the options name; None is the scripted one."""
-    if options.planner == "oracle":
-        return None
-    from wallwm_jax.inference.planner import VlmPlanner
-
-    planner = VlmPlanner.from_checkpoint(options.planner, batch_size=options.batch)
-    if options.level not in planner.levels:
-        raise UserError(
-            f"planner {options.planner!r} names events of {' and '.join(planner.levels)}; --level={options.level} is "
-            "none of them"
-        )
-    if missing := set(planner.config.data.views) - set(views):
-        raise UserError(
-            f"planner {options.planner!r} looks at {' and '.join(sorted(missing))}, but the policy was trained on "
-            f"{' and '.join(views)}, and only these are rendered"
-        )
-    return planner
-
-
 def _closed_loop(
     store: EventStore,
-    mode: EventMode,
-    planner: VlmPlanner | None,
+    policy: Policy,
+    actor: Actor,
     trials: list[Trial],
     options: Options,
     success: dict[str, Any],
@@ -207,43 +181,29 @@ def _closed_loop(
     import jax
 
     from wallwm_jax.evaluation import closed_loop
-    from wallwm_jax.evaluation.environments import EnvironmentPool, Rules
     from wallwm_jax.models import world_action_model as wam
 
-    with EnvironmentPool(
+    engine = policy.event_mode
+    with closed_loop.open_pool(
+        store,
         min(options.batch, len(trials)),
-        views=mode.views,
-        size=int(store.meta["size"][0]),
-        video_stride=int(store.meta["video_stride"]),
-        rules=Rules(options.level, options.patience, durations=closed_loop.typical_durations(store)),
+        views=engine.views,
+        level=options.level,
+        patience=options.patience,
         processes=options.processes,
     ) as pool:
         with phase("expert replay", seconds):
             replays = closed_loop.replay_experts(pool, trials)
             success["expert_replay"] = closed_loop.summarize(replays) | {"expert_failed": len(trials) - len(replays)}
         with phase("closed loop, trained", seconds):
-            results, films = closed_loop.run_model(
-                pool,
-                mode,
-                trials,
-                label="trained",
-                planner=planner,
-                level=options.level,
-                own_duration=options.own_duration,
-                films=4,
-                deadline=deadline(_TRAINED_SHARE),
+            results, films = closed_loop.run_actor(
+                pool, actor, trials, label="trained", films=4, deadline=deadline(_TRAINED_SHARE)
             )
             success["trained"] = closed_loop.summarize(results)
         with phase("closed loop, untrained", seconds):
-            untrained = jax.jit(lambda key: wam.init(mode.config.model, key))(jax.random.key(options.seed))
-            results, _ = closed_loop.run_model(
-                pool,
-                mode.with_params(untrained),
-                trials,
-                label="untrained",
-                planner=planner,
-                level=options.level,
-                deadline=deadline(1.0),
+            params = jax.jit(lambda key: wam.init(engine.config.model, key))(jax.random.key(options.seed))
+            results, _ = closed_loop.run_actor(
+                pool, actor.untrained(params), trials, label="untrained", deadline=deadline(1.0)
             )
             success["untrained"] = closed_loop.summarize(results)
     return closed_loop.best_film(films)
@@ -301,11 +261,20 @@ def _define_flags() -> None:
         "episodes", default.episodes, "Closed-loop episodes per policy; 0 leaves the simulator out.", 0
     )
     flags.DEFINE_list("families", [], "OCBench families or environment ids to act in; none takes those of the store.")
-    flags.DEFINE_string("planner", default.planner, "What names the events: oracle (scripted), or the run of a VLM.")
+    flags.DEFINE_enum("mode", default.mode, ["event", "unified"], "Whole events, or chunks after a history.")
+    flags.DEFINE_string(
+        "planner", default.planner, "Event mode: what names the events: oracle (scripted), or the run of a VLM."
+    )
+    flags.DEFINE_string(
+        "text", default.text, "Unified mode: instruction (default), event (scripted), or a run of stage staircase."
+    )
     flags.DEFINE_enum("level", default.level, ["subtask", "action"], "Level of the events that the planner names.")
+    flags.DEFINE_integer(
+        "execute", default.execute, "Unified mode: steps of a chunk played before it looks again; 0 all.", 0
+    )
     flags.DEFINE_float("patience", default.patience, "Time for a subtask, in multiples of the expert's typical one.", 1)
     flags.DEFINE_bool(
-        "own_duration", default.own_duration, "Let the model say how long an event takes; otherwise the planner does."
+        "own_duration", default.own_duration, "Event mode: the model says how long events take, not the planner."
     )
     flags.DEFINE_float("max_seconds", default.max_seconds, "Time for everything; fewer trials where it is short.", 0)
     flags.DEFINE_integer("windows", default.windows, "Held-out windows of the open loop, at most.", 1)

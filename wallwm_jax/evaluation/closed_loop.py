@@ -1,30 +1,31 @@
-"""Closed loop: the model acts in OCBench, event by event, on seeds that nobody trained on.
+"""Closed loop: the model acts in OCBench, by events or by chunks, on seeds that nobody trained on.
 
-The loop of event mode (WALL-WM section 5): observe, let a planner name the next event (the scripted one, or a VLM that
-sees pictures and what it named before), act for the whole event, observe again. A group of episodes moves in lock-step,
-so that inference is one batch per event; their simulators run in worker processes. A group that was started is
-finished: stopping episodes halfway would favour the short ones.
+The loops of WALL-WM section 5. Event mode: observe, let a planner name the next event (the scripted one, or a VLM that
+sees pictures and what it named before), act for the whole event, observe again. Unified mode: observe with the recent
+past, act for a chunk of fixed length, or its beginning, observe again. Who acts is an `actors.Actor`. A group of
+episodes moves in lock-step, so that inference is one batch per event or chunk; their simulators run in worker
+processes. A group that was started is finished: stopping episodes halfway would favour the short ones.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from wallwm_jax.console import progress
+from wallwm_jax.console import UserError, progress
 from wallwm_jax.data.event_store import EventStore
-from wallwm_jax.evaluation.environments import EnvironmentPool, Situation, SubtaskResult, Trial
+from wallwm_jax.evaluation.actors import Actor, ChunkActor, EventActor
+from wallwm_jax.evaluation.environments import EnvironmentPool, Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.statistics import success_rate
-from wallwm_jax.events.actions import absolute_commands
-from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.inference.event_mode import EventMode
-from wallwm_jax.inference.planner import Planner, PlanRequest
-from wallwm_jax.inference.policy import request
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
+from wallwm_jax.inference.planner import Planner
+from wallwm_jax.inference.unified_mode import UnifiedMode
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run_model(
     films: int = 0,
     deadline: float = float("inf"),
 ) -> tuple[list[EpisodeResult], list[Film]]:
-    """Lets a model act on the trials, in groups of the pool's slots.
+    """Lets a model act on the trials in event mode, in groups of the pool's slots.
 
     Args:
       pool: where the episodes run.
@@ -81,33 +82,87 @@ def run_model(
     Returns:
       results of all episodes that were run, and the films.
     """
+    actor = EventActor(mode, planner=planner, level=level, own_duration=own_duration)
+    return run_actor(pool, actor, trials, label=label, films=films, deadline=deadline)
+
+
+def run_chunks(
+    pool: EnvironmentPool,
+    mode: UnifiedMode,
+    trials: Sequence[Trial],
+    *,
+    label: str,
+    text: str | LatentConditioner = "instruction",
+    level: str = "subtask",
+    execute: int = 0,
+    films: int = 0,
+    deadline: float = float("inf"),
+) -> tuple[list[EpisodeResult], list[Film]]:
+    """Lets a model act on the trials in unified mode; subtasks are judged as in `run_model`, which has the other
+    arguments.
+
+    Args:
+      pool, trials, label, films, deadline: as of `run_model`.
+      mode: the model; its engine's batch size should be the pool's slots.
+      text: what conditions it: "instruction" (the task's, encoded once); for each chunk "event" (the scripted planner's
+        next one), or the staircase whose latents do.
+      level: of the events.
+      execute: control steps of each chunk that are played before it looks again; 0 plays all of them.
+    """
+    actor = ChunkActor(mode, text, level=level, execute=execute)
+    return run_actor(pool, actor, trials, label=label, films=films, deadline=deadline)
+
+
+def run_actor(
+    pool: EnvironmentPool,
+    actor: Actor,
+    trials: Sequence[Trial],
+    *,
+    label: str,
+    films: int = 0,
+    deadline: float = float("inf"),
+) -> tuple[list[EpisodeResult], list[Film]]:
+    """What `run_model` and `run_chunks` do, for any actor."""
     results: list[EpisodeResult] = []
-    reels: dict[int, Film] = {}
-    groups = [trials[start : start + pool.slots] for start in range(0, len(trials), pool.slots)]
+    reels: list[Film] = []
     longest = 0.0
+    groups = grouped(trials, pool.slots)
     for number, group in enumerate(progress(groups, total=len(groups), unit="group", label=label)):
         begun = time.monotonic()
         if number and begun + longest > deadline:
             break
-        filmed = range(min(films, len(group))) if number == 0 else range(0)
-        situations = pool.start(dict(enumerate(group)), film=filmed)
-        for slot in filmed:
-            reels[slot] = Film()
-            _expose(reels[slot], situations[slot].caption, {k: [f] for k, f in situations[slot].frames.items()})
-        named = {slot: _Named() for slot in situations}
-        while running := [slot for slot, situation in situations.items() if not situation.over]:
-            plans = _name(planner, [situations[slot] for slot in running], [named[slot] for slot in running], level)
-            ended = [slot for slot, plan in zip(running, plans) if plan.done]
-            acting = {slot: plan for slot, plan in zip(running, plans) if not plan.done}
-            now = [situations[slot] for slot in acting]
-            seeds = [group[slot].seed for slot in acting]
-            commands = _act(mode, now, list(acting.values()), seeds, own_duration) if acting else []
-            following = pool.play(dict(zip(acting, commands))) | (pool.end(ended) if ended else {})
-            for slot in set(acting) & set(filmed):
-                _expose(reels[slot], acting[slot].caption, following[slot].film)
-            situations |= following
-        results += [_result(trial, situations[slot]) for slot, trial in enumerate(group)]
+        finished, filmed = run_group(pool, actor, group, films=0 if number else films)
+        results, reels = results + finished, reels + filmed
         longest = max(longest, time.monotonic() - begun)
+    return results, reels
+
+
+def grouped(trials: Sequence[Trial], slots: int) -> list[Sequence[Trial]]:
+    """The trials in groups of the pool's slots."""
+    return [trials[start : start + slots] for start in range(0, len(trials), slots)]
+
+
+def run_group(
+    pool: EnvironmentPool, actor: Actor, group: Sequence[Trial], *, films: int = 0
+) -> tuple[list[EpisodeResult], list[Film]]:
+    """One group of trials, at most the pool's slots, from beginning to end; the first `films` are filmed."""
+    filmed = range(min(films, len(group)))
+    situations = pool.start(dict(enumerate(group)), level=actor.level, film=filmed, recent=actor.recent)
+    reels = {slot: Film() for slot in filmed}
+    for slot, reel in reels.items():
+        _expose(reel, situations[slot].caption, {view: [frame] for view, frame in situations[slot].frames.items()})
+    actor.begin(situations)
+    while running := {slot: now for slot, now in situations.items() if not now.over}:
+        chosen = actor.act(running, {slot: group[slot].seed for slot in running})
+        moves = {slot: move for slot, move in chosen.items() if move is not None}
+        ended = [slot for slot in running if slot not in moves]
+        following = pool.play({slot: (move.poses, move.grippers) for slot, move in moves.items()})
+        following |= pool.end(ended) if ended else {}
+        actor.follow(moves, following)
+        for slot in set(moves) & set(reels):
+            _expose(reels[slot], moves[slot].caption, following[slot].film)
+        situations |= following
+    results = [_result(trial, situations[slot]) for slot, trial in enumerate(group)]
     for slot, reel in reels.items():
         reel.result = results[slot]
     return results, list(reels.values())
@@ -159,44 +214,6 @@ def best_film(films: Iterable[Film]) -> Film | None:
     return max(films, key=merit, default=None)
 
 
-@dataclass
-class _Named:
-    """The events that a planner named in an episode so far, an event tried again once; the frames at the last one."""
-
-    captions: list[str] = field(default_factory=list)
-    frames: Mapping[str, np.ndarray] | None = None
-
-
-def _name(planner: Planner | None, situations: Sequence[Situation], named: Sequence[_Named], level: str) -> list[Plan]:
-    """The next event of each situation; adds it to `named`."""
-    if planner is None:
-        return [Plan(now.caption, now.duration_s, False) for now in situations]
-    plans = planner.plan(
-        [
-            PlanRequest(now.frames, now.instruction, tuple(before.captions), level, before.frames)
-            for now, before in zip(situations, named)
-        ]
-    )
-    for now, before, plan in zip(situations, named, plans):
-        before.frames = now.frames
-        if before.captions[-1:] != [plan.caption]:
-            before.captions.append(plan.caption)
-    return plans
-
-
-def _act(
-    mode: EventMode, situations: Sequence[Situation], events: Sequence[Plan], seeds: Sequence[int], own_duration: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Absolute commands of the next event of each situation."""
-    requests = [
-        request(now, event.caption, None if own_duration else event.duration_s)
-        for now, event in zip(situations, events)
-    ]
-    noise = [(seed + now.steps) % 2**32 for seed, now in zip(seeds, situations)]
-    plans = mode.plan(requests, seeds=noise)
-    return [absolute_commands(plan.actions, now.pose) for plan, now in zip(plans, situations)]
-
-
 def _expose(film: Film, caption: str, frames: Any) -> None:
     for view, shots in frames.items():
         film.frames[view] += shots
@@ -224,6 +241,49 @@ def typical_durations(store: EventStore) -> dict[tuple[str, str], float]:
             for span in spans:
                 seconds[level, span["verb"]].append((span["end"] - span["start"]) / store.meta["clock_hz"])
     return {key: float(np.median(values)) for key, values in seconds.items()}
+
+
+def open_pool(
+    store: EventStore, slots: int, *, views: Sequence[str], level: str = "subtask", patience: float, processes: int
+) -> EnvironmentPool:
+    """Simulators as the store was recorded in: its picture size and clock, its experts' typical durations."""
+    return EnvironmentPool(
+        slots,
+        views=views,
+        size=int(store.meta["size"][0]),
+        video_stride=int(store.meta["video_stride"]),
+        rules=Rules(level, patience, durations=typical_durations(store)),
+        processes=processes,
+    )
+
+
+def draw_trials(store: EventStore, families: Sequence[str], episodes: int, seed: int) -> list[Trial]:
+    """Trials in OCBench: environments in turn, seeds that no episode of the store has.
+
+    Args:
+      store: of the demonstrations.
+      families: or environment ids; none takes those of the store.
+      episodes: how many; none needs no simulator.
+      seed: that the trials' seeds are drawn from; more episodes of one seed begin with the same.
+
+    Raises:
+      UserError: the simulator is not there, or the store was not recorded in it and no family is given.
+    """
+    if not episodes:
+        return []
+    from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
+    from wallwm_jax.sources.simulator.rendering import check_rendering
+
+    check_rendering()
+    asked = [env_id for family in families for env_id in environments(family)]
+    env_ids = asked or recorded_environments(store.meta["sources"])
+    if not env_ids:
+        raise UserError(
+            f"event store {str(store.path)!r} was not recorded in OCBench ({store.meta['sources']}); "
+            "name --families to act in, or pass --episodes=0"
+        )
+    used = {episode["seed"] for episode in store.episodes}
+    return held_out_trials(env_ids, episodes, seed, attempt_seed, used)
 
 
 def held_out_trials(

@@ -1,7 +1,7 @@
 """Simulated robots in worker processes: each slot holds one OCBench episode with its scripted planner. No JAX here.
 
-The pool moves in events, not in control steps: a worker plays a whole event's commands and answers with the next
-`Situation`. Pictures are rendered only where a policy looks, or where a rollout is filmed.
+The pool moves in events or chunks, not in control steps: a worker plays all of their commands and answers with the
+next `Situation`. Pictures are rendered only where a policy looks, or where a rollout is filmed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,8 @@ class Situation:
       success: whether the episode achieved its task.
       subtasks: the subtasks tried so far; those that were not achieved are listed once the episode is over.
       steps: control steps so far.
-      film: view name → frames of the event that was just played, at the video rate, where filming was asked for.
+      film: view name → frames of what was just played, at the video rate, the last one now: as many as a policy with a
+        history looks back at (`recent`), all of them where filming was asked for.
       instruction: the task; empty once the episode is over.
     """
 
@@ -91,9 +92,12 @@ class Situation:
 class Episode:
     """One closed-loop episode in this process; the pool runs many of them in its workers."""
 
-    def __init__(self, env: OCBenchEnv, trial: Trial, rules: Rules, *, video_stride: int, film: bool = False) -> None:
-        """Resets `env` to the trial; `film` keeps a frame of every `video_stride`-th step."""
-        self._env, self._rules, self._stride, self._film = env, rules, video_stride, film
+    def __init__(
+        self, env: OCBenchEnv, trial: Trial, rules: Rules, *, video_stride: int, film: bool = False, recent: int = 0
+    ) -> None:
+        """Resets `env` to the trial; `film` keeps a frame of every `video_stride`-th step, `recent` the last few."""
+        self._env, self._rules, self._stride = env, rules, video_stride
+        self._filmed = rules.max_steps if film else recent * video_stride  # control steps before an observation
         self._observation = env.reset(trial.seed)
         self._planner = ScriptedPlanner(env, durations=rules.durations)
         self._planner.reset()
@@ -102,11 +106,11 @@ class Episode:
         self._event = self._next_event()
 
     def play(self, poses: np.ndarray, grippers: np.ndarray) -> Situation:
-        """Plays the commands of one event, `[T, G, 4, 4]` and `[T, G]`; stops where the episode ends."""
-        film: dict[str, list[np.ndarray]] = {view: [] for view in self._env.views} if self._film else {}
+        """Plays the commands of one event or chunk, `[T, G, 4, 4]` and `[T, G]`; stops where the episode ends."""
+        film: dict[str, list[np.ndarray]] = {view: [] for view in self._env.views} if self._filmed else {}
         count = min(len(poses), self._rules.max_steps - self._steps)
         for step in range(count):
-            shown = self._film and (self._steps + 1) % self._stride == 0
+            shown = step >= count - self._filmed and (self._steps + 1) % self._stride == 0
             observation, done, _ = self._env.step(poses[step], grippers[step], render=shown)
             self._steps += 1
             for view in film if shown else ():
@@ -266,12 +270,24 @@ class EnvironmentPool:
         for worker in self._workers:
             worker.shutdown(cancel_futures=True)
 
-    def start(self, trials: Mapping[int, Trial], *, film: Sequence[int] = ()) -> dict[int, Situation]:
-        """Begins a trial in each given slot; slots in `film` record their frames."""
-        return _gather({slot: self._submit(slot, _start, slot, trial, slot in film) for slot, trial in trials.items()})
+    def start(
+        self, trials: Mapping[int, Trial], *, level: str = "", film: Sequence[int] = (), recent: int = 0
+    ) -> dict[int, Situation]:
+        """Begins a trial in each given slot.
+
+        Args:
+          trials: slot → trial.
+          level: of the events that the scripted planner names, where it is not the rules'.
+          film: slots that record all their frames.
+          recent: frames before each observation that the other slots record.
+        """
+        jobs = {
+            slot: self._submit(slot, _start, slot, trial, level, slot in film, recent) for slot, trial in trials.items()
+        }
+        return _gather(jobs)
 
     def play(self, commands: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, Situation]:
-        """Plays one event per slot: absolute poses `[T, G, 4, 4]` and grippers `[T, G]`, one per control step."""
+        """Plays an event or chunk per slot: absolute poses `[T, G, 4, 4]`, grippers `[T, G]`, one per control step."""
         return _gather({slot: self._submit(slot, _play, slot, *pair) for slot, pair in commands.items()})
 
     def end(self, slots: Sequence[int]) -> dict[int, Situation]:
@@ -319,10 +335,11 @@ def _initialize(settings: _Settings) -> None:
     _worker = _Worker(settings)
 
 
-def _start(slot: int, trial: Trial, film: bool) -> Situation:
+def _start(slot: int, trial: Trial, level: str, film: bool, recent: int) -> Situation:
     settings = _worker.settings
     env = _worker.environment(slot, trial.env_id)
-    episode = Episode(env, trial, settings.rules, video_stride=settings.video_stride, film=film)
+    rules = replace(settings.rules, level=level or settings.rules.level)
+    episode = Episode(env, trial, rules, video_stride=settings.video_stride, film=film, recent=recent)
     _worker.episodes[slot] = episode
     return episode.situation()
 

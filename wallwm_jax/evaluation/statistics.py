@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: rates and means with 95 % intervals, PSNR, trajectory errors in physical units."""
+"""Statistics of an evaluation: rates, means and paired differences with 95 % intervals, PSNR, trajectory errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, bootstrap, t
 
 from wallwm_jax.events.actions import ARM_DIM, GRIPPER_OFFSET, rotation_from_columns
 
@@ -44,6 +44,68 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
         return mean, None, None
     half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """Two policies on the same trials: how often only one of them succeeded, and McNemar's exact p-value."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedOutcomes:
+    """McNemar's exact test on the outcomes of the same trials, two-sided: a binomial test of those that differ.
+
+    Raises ValueError where they are not equally many.
+    """
+    one, other = (np.asarray(outcomes, bool) for outcomes in (first, second))
+    if one.shape != other.shape:
+        raise ValueError(f"{len(one)} outcomes beside {len(other)}")
+    only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
+    differing = only_first + only_second
+    p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    return PairedOutcomes(only_first, only_second, p_value)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two rates and its 95 % interval; None where there is nothing to resample."""
+
+    difference: float
+    low: float | None
+    high: float | None
+
+
+def paired_rate_difference(
+    first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]], *, seed: int = 0
+) -> Difference:
+    """Rate of the first minus that of the second, with the percentile interval of a bootstrap over episodes.
+
+    Subtasks of an episode are not independent, so whole episodes are drawn again, of both policies the same ones.
+
+    Args:
+      first, second: (successes, attempts) of each episode, in the same order.
+      seed: of the draws.
+
+    Raises:
+      ValueError: they are not equally many, or none.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} episodes beside {len(second)}")
+
+    def difference(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+        won, tried, other_won, other_tried = (column.sum(axis) for column in columns)
+        return np.asarray(won / np.maximum(tried, 1) - other_won / np.maximum(other_tried, 1))
+
+    columns = [np.array(column, float) for pairs in (first, second) for column in zip(*pairs)]
+    found = float(difference(*columns))
+    if len(first) == 1:
+        return Difference(found, None, None)
+    rng = np.random.default_rng(seed)
+    interval = bootstrap(columns, difference, paired=True, method="percentile", rng=rng).confidence_interval
+    return Difference(found, float(interval.low), float(interval.high))
 
 
 def psnr(predicted: np.ndarray, true: np.ndarray) -> float:

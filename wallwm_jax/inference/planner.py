@@ -8,7 +8,7 @@ action = policy.infer(observation, plan.caption, plan.duration_s)
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,61 @@ class Planner(Protocol):
         """One answer per request: the caption of the next event, how many seconds it takes, or that all is done."""
 
 
+class Questioner:
+    """Requests as the VLM of a run is asked in training, in batches of one size.
+
+    Attributes:
+      levels: of events that the run was trained to name.
+      views: that it looks at.
+      tokenizer: of its VLM.
+    """
+
+    def __init__(self, config: ConfigDict, batch_size: int) -> None:
+        """`config` is the run's; `config.data.views` names the views."""
+        self.levels = tuple(level for level, share in config.data.levels.items() if share)
+        self.views = tuple(config.data.views)
+        self._data, self._batch_size = config.data.vlm, batch_size
+        self._prompts, self._sizes = Prompts(config), language_pathway.vlm_config(config)
+        self.tokenizer = self._prompts.tokenizer
+
+    def inputs(self, requests: Sequence[PlanRequest]) -> vlm.Inputs:
+        """At most a batch of requests, filled up by the first; prompts are padded to some few lengths.
+
+        Raises:
+          UserError: a level that the run did not train, a missing view, or a prompt that does not fit.
+        """
+        rows = [self._prompt(request) for request in requests]
+        longest = max(len(ids) for ids, _ in rows)
+        return self._padded(rows, min(-(-longest // _BUCKET) * _BUCKET, self._prompts.room))
+
+    def blanks(self) -> Iterator[vlm.Inputs]:
+        """A batch without content of every length that `inputs` may have."""
+        black = np.zeros((self._data.image_size, self._data.image_size, 3), np.uint8)
+        row = self._prompt(PlanRequest(dict.fromkeys(self.views, black), "", (), self.levels[0]))
+        for length in {min(full, self._prompts.room) for full in range(_BUCKET, self._prompts.room + _BUCKET, _BUCKET)}:
+            if length >= len(row[0]):
+                yield self._padded([row], length)
+
+    def _padded(self, rows: Sequence[tuple[list[int], np.ndarray]], length: int) -> vlm.Inputs:
+        rows = [*rows, *[rows[0]] * (self._batch_size - len(rows))]
+        ids, mask = pad(self.tokenizer, [ids for ids, _ in rows], length)
+        return vlm.prepare(self._sizes, ids, mask, np.stack([pictures for _, pictures in rows]))
+
+    def _prompt(self, request: PlanRequest) -> tuple[list[int], np.ndarray]:
+        if request.level not in self.levels:
+            raise UserError(f"this planner names events of {', '.join(self.levels)}, not of {request.level!r}")
+        shown = [request.frames]
+        if self._data.previous_images:
+            shown.insert(0, request.previous_frames or request.frames)
+        pictures = np.stack([self._picture(frames, view) for frames in shown for view in self.views])
+        return self._prompts.ids(request.instruction, request.level, request.done, len(pictures)), pictures
+
+    def _picture(self, frames: Mapping[str, np.ndarray], view: str) -> np.ndarray:
+        if view not in frames:
+            raise UserError(f"the planner looks at view {view!r}; the observation has {', '.join(frames)}")
+        return resized(frames[view], self._data.image_size)
+
+
 class VlmPlanner:
     """The vision-language model of a run of stage `vlm_sft` or `vlm_text` as a `Planner`.
 
@@ -68,15 +123,14 @@ class VlmPlanner:
     def __init__(self, params: Mapping[str, Any], config: ConfigDict, *, batch_size: int = 8, step: int = 0) -> None:
         """`params` hold the group "vlm"; `config.data.views` names its views. Nothing is compiled yet."""
         self.config, self.step, self._batch_size = config, step, batch_size
-        self.levels = tuple(level for level, share in config.data.levels.items() if share)
-        self._views = tuple(config.data.views)
+        self._questioner = Questioner(config, batch_size)
+        self.levels = self._questioner.levels
         self._params = jax.tree.map(jnp.asarray, params["vlm"])
-        self._prompts, self._sizes = Prompts(config), language_pathway.vlm_config(config)
-        tokenizer = self._prompts.tokenizer
+        tokenizer = self._questioner.tokenizer
         self._generate = jax.jit(
             functools.partial(
                 vlm.generate,
-                config=self._sizes,
+                config=language_pathway.vlm_config(config),
                 steps=config.data.vlm.answer_length,
                 end_id=tokenizer.end_id,
                 pad_id=tokenizer.pad_id,
@@ -114,25 +168,5 @@ class VlmPlanner:
 
     def answers(self, requests: Sequence[PlanRequest]) -> list[str]:
         """What the model says, unread; at most a batch of requests."""
-        rows = [self._prompt(request) for request in requests]
-        longest = max(len(ids) for ids, _ in rows)
-        rows += rows[:1] * (self._batch_size - len(rows))
-        tokenizer = self._prompts.tokenizer
-        ids, mask = pad(tokenizer, [ids for ids, _ in rows], min(-(-longest // _BUCKET) * _BUCKET, self._prompts.room))
-        inputs = vlm.prepare(self._sizes, ids, mask, np.stack([pictures for _, pictures in rows]))
-        said = np.asarray(self._generate(self._params, inputs=inputs))
-        return [tokenizer.decode(tokens.tolist()) for tokens in said[: len(requests)]]
-
-    def _prompt(self, request: PlanRequest) -> tuple[list[int], np.ndarray]:
-        if request.level not in self.levels:
-            raise UserError(f"this planner names events of {', '.join(self.levels)}, not of {request.level!r}")
-        shown = [request.frames]
-        if self.config.data.vlm.previous_images:
-            shown.insert(0, request.previous_frames or request.frames)
-        pictures = np.stack([self._picture(frames, view) for frames in shown for view in self._views])
-        return self._prompts.ids(request.instruction, request.level, request.done, len(pictures)), pictures
-
-    def _picture(self, frames: Mapping[str, np.ndarray], view: str) -> np.ndarray:
-        if view not in frames:
-            raise UserError(f"the planner looks at view {view!r}; the observation has {', '.join(frames)}")
-        return resized(frames[view], self.config.data.vlm.image_size)
+        said = np.asarray(self._generate(self._params, inputs=self._questioner.inputs(requests)))
+        return [self._questioner.tokenizer.decode(tokens.tolist()) for tokens in said[: len(requests)]]

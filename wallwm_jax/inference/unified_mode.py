@@ -8,16 +8,18 @@
 The model sees `1 + 4M` frames up to the observation and the commands between them, and denoises `N` latents and a chunk
 of `H` actions relative to the observation's pose. What conditions it is `Conditioning`, features in the video tower's
 text space: one instruction encoded once for a whole rollout, another for each chunk, or latents of a staircase
-(`models/vlm/staircase.py`). They have one shape, so all run in the same compiled program and may be swapped in the
-middle of a rollout; and the program is differentiable in them. Keys and values of text, history and the video's last
-forward are computed once for all steps of the actions (`samplers.anchored`).
+(`inference/latent_conditioner.py`). They have one shape, so all run in the same compiled program and may be swapped in
+the middle of a rollout; and the program is differentiable in them. Keys and values of text, history and the video's
+last forward are computed once for all steps of the actions (`samplers.anchored`). Several robots are planned for at
+once (`UnifiedMode.plan_all`), each row with its own past and conditioning.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,7 +65,7 @@ class ChunkRequest:
       pose, gripper: measured at the observation, `[G, 4, 4]` metres and `[G]`.
       command_poses, command_grippers: `[P, G, 4, 4]` and `[P, G]` commands that led to the observation, the newest
         last; at most those between the frames, fewer where the episode begins later.
-      number: of this chunk in the episode, from 1.
+      number: of this chunk along the episode, from 1.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -75,12 +77,14 @@ class ChunkRequest:
 
 
 class Draft(NamedTuple):
-    """A chunk whose video is still at the anchor: what it was made of, and its latents."""
+    """One row of a batch whose video is still at the anchor: inputs, conditioning and latents of the batch, row, and
+    what was asked."""
 
-    request: ChunkRequest
     inputs: Mapping[str, np.ndarray]
     conditioning: Conditioning
     latents: jax.Array
+    row: int
+    request: ChunkRequest
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class UnifiedMode:
     """Runs a world action model that was trained on windows with history; one compiled program for all chunks.
 
     Args:
-      engine: the model in event mode; parameters, codec, captions and statistics are shared.
+      engine: the model in event mode; parameters, batch size, codec, captions and statistics are shared.
 
     Raises:
       UserError: the model was not trained on windows with history.
@@ -125,6 +129,12 @@ class UnifiedMode:
         self._texts: tuple[PyTree, dict[str, tuple[jax.Array, jax.Array]]] = engine.params, {}
         self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
         self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
+
+    def with_params(self, params: PyTree) -> UnifiedMode:
+        """The same programs with other parameters (an untrained twin); nothing is compiled again."""
+        twin = copy.copy(self)
+        twin.engine = self.engine.with_params(params)
+        return twin
 
     @property
     def past_frames(self) -> int:
@@ -164,31 +174,43 @@ class UnifiedMode:
         return Conditioning(padded, jnp.asarray(len(latents), jnp.int32), self._null())
 
     def plan(self, request: ChunkRequest, conditioning: Conditioning, *, seed: int = 0, video: bool = False) -> Chunk:
-        """The next chunk.
+        """The next chunk of one robot; see `plan_all`."""
+        return self.plan_all([request], [conditioning], seeds=[seed], video=video)[0]
+
+    def plan_all(
+        self,
+        requests: Sequence[ChunkRequest],
+        conditionings: Sequence[Conditioning],
+        *,
+        seeds: Sequence[int],
+        video: bool = False,
+    ) -> list[Chunk]:
+        """The next chunk of each of several robots, in batches of the engine's size.
 
         Args:
-          request: from `History.request`.
-          conditioning: from `encode_text` or `from_latents`.
-          seed: of the sampling noise.
-          video: denoise the video fully and return its latents.
+          requests: from `History.request`.
+          conditionings: from `encode_text` or `from_latents`, one for each request.
+          seeds: of the sampling noise, one for each request.
+          video: denoise the videos fully and return their latents.
 
         Raises:
           UserError: no view of the store, bad pictures, too many commands, or poses of another number of arms.
         """
-        inputs = self.inputs(request)
-        latents, actions = self._sample(self.engine.params, inputs, conditioning, np.array([seed], np.uint32))
-        draft = Draft(request, inputs, conditioning, latents)
-        future = np.asarray(actions[0])[inputs["past"].shape[1] :][: self.chunk]
-        canonical = self.engine.stats.denormalize_actions(future)
-        canonical = np.where(inputs["state_valid"][0], canonical, 0.0).astype(np.float32)
-        poses, grippers = absolute_commands(canonical, request.pose)
-        return Chunk(canonical, poses, grippers, self._films(draft) if video else None, None if video else draft)
+        chunks: list[Chunk] = []
+        for start in range(0, len(requests), self.engine.batch_size):
+            rows = slice(start, start + self.engine.batch_size)
+            chunks += self._plan_batch(requests[rows], conditionings[rows], seeds[rows], video)
+        return chunks
 
     def finish(self, chunk: Chunk) -> Mapping[str, np.ndarray]:
-        """The latents that `plan(..., video=True)` would have returned, of a chunk without; its actions stay."""
+        """The latents that planning with `video=True` would have returned, of a chunk without; its actions stay."""
         if chunk.draft is None:
             raise ValueError("this chunk has its video already")
-        return self._films(chunk.draft)
+        draft = chunk.draft
+        if self.config.sampling.sampler != "anchored":
+            return self._films(draft)
+        latents = self._finish(self.engine.params, draft.inputs, draft.conditioning, draft.latents)
+        return self._films(draft._replace(latents=latents))
 
     def decode(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """View name → `[1 + 4 (M + N), H, W, 3]` uint8, past and predicted; ValueError for a chunk without latents."""
@@ -219,6 +241,41 @@ class UnifiedMode:
             "number": np.array([request.number], np.int32),
         }
 
+    def _plan_batch(
+        self,
+        requests: Sequence[ChunkRequest],
+        conditionings: Sequence[Conditioning],
+        seeds: Sequence[int],
+        video: bool,
+    ) -> list[Chunk]:
+        """At most a batch of requests; rows beyond them repeat the first."""
+        padding = self.engine.batch_size - len(requests)
+        rows = [self.inputs(request) for request in requests]
+        rows += rows[:1] * padding
+        inputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        text = stacked([*conditionings, *[conditionings[0]] * padding])
+        noise = np.array([*seeds, *[seeds[0]] * padding], np.uint32)
+        latents, actions = self._sample(self.engine.params, inputs, text, noise)
+        if video and self.config.sampling.sampler == "anchored":
+            latents = self._finish(self.engine.params, inputs, text, latents)
+        future = np.asarray(actions)[:, inputs["past"].shape[1] :][:, : self.chunk]
+        canonical = self.engine.stats.denormalize_actions(future)
+        canonical = np.where(inputs["state_valid"][:, None], canonical, 0.0).astype(np.float32)
+        chunks = []
+        for row, request in enumerate(requests):
+            draft = Draft(inputs, text, latents, row, request)
+            poses, grippers = absolute_commands(canonical[row], request.pose)
+            chunks.append(
+                Chunk(
+                    canonical[row],
+                    poses,
+                    grippers,
+                    latents=self._films(draft) if video else None,
+                    draft=None if video else draft,
+                )
+            )
+        return chunks
+
     @property
     def _futures(self) -> int:
         return -(-self.chunk // int(self.engine.store["actions_per_latent"]))
@@ -232,11 +289,8 @@ class UnifiedMode:
         return self.engine.encode_views(frames)
 
     def _films(self, draft: Draft) -> dict[str, np.ndarray]:
-        """Un-normalised latents by view, denoised to the end."""
-        latents = draft.latents
-        if self.config.sampling.sampler == "anchored":
-            latents = self._finish(self.engine.params, draft.inputs, draft.conditioning, latents)
-        z = self.engine.stats.denormalize_latents(np.asarray(latents[0]))
+        """Un-normalised latents by view of finished normalised ones."""
+        z = self.engine.stats.denormalize_latents(np.asarray(draft.latents[draft.row]))
         return {view: z[v] for v, view in enumerate(self.engine.views) if view in draft.request.frames}
 
     def _features(self, text: str) -> tuple[jax.Array, jax.Array]:
@@ -249,7 +303,14 @@ class UnifiedMode:
         return known[text]
 
     def _null(self) -> tuple[jax.Array, jax.Array] | None:
+        """The null text's features and length, where guidance needs them."""
         return None if self.config.sampling.guidance == 1.0 else self._features("")
+
+
+def stacked(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Conditioning of a batch: every array gets a leading axis, one row each."""
+    batch: Conditioning = jax.tree.map(lambda *rows: jnp.stack(rows), *conditionings)
+    return batch
 
 
 class History:
@@ -264,7 +325,7 @@ class History:
         self._frames: deque[dict[str, np.ndarray]] = deque(maxlen=1 + self._mode.past_frames)
         self._commands: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self._mode.past_frames * self._mode.stride)
         self._last: Any = None
-        self._step, self._chunks = 0, 0
+        self._step = 0
 
     def begin(self, observation: Any) -> None:
         """The observation that a chunk starts from: an episode's first one, or the last that was observed.
@@ -298,8 +359,35 @@ class History:
             self._frames.append({view: np.array(frame) for view, frame in observation.frames.items()})
         self._last = observation
 
+    def follow(
+        self, poses: np.ndarray, grippers: np.ndarray, frames: Mapping[str, Sequence[np.ndarray]], observation: Any
+    ) -> None:
+        """Several control steps at once, as `observe` would be told of them one by one.
+
+        Args:
+          poses, grippers: `[T, G, 4, 4]` and `[T, G]` commands that were played.
+          frames: view name → those at every `video_stride`-th of the steps, the last of which is the observation's; of
+            many steps the last `1 + 4M` frames are enough.
+          observation: after the last of the steps.
+
+        Raises:
+          UserError: nothing was observed before, or there are fewer frames.
+        """
+        if self._last is None:
+            raise UserError("an episode begins with an observation: observe() it before the commands that follow")
+        due = (self._step + len(poses)) // self._mode.stride - self._step // self._mode.stride
+        shown = [dict(zip(frames, map(np.array, pictures))) for pictures in zip(*frames.values())]
+        if len(shown) < min(due, 1 + self._mode.past_frames):
+            raise UserError(
+                f"{len(poses)} control steps came with {len(shown)} frames; the history needs {due} of them"
+            )
+        self._commands.extend(zip(poses, grippers))
+        self._frames.extend(shown[-due:] if due else ())
+        self._step += len(poses)
+        self._last = observation
+
     def request(self) -> ChunkRequest:
-        """The past up to the last observation; counts the chunk.
+        """The past up to the last observation.
 
         Raises:
           UserError: nothing was observed, or the last observation is not at a frame of the video.
@@ -309,7 +397,6 @@ class History:
                 f"a chunk begins at an observation, after a multiple of {self._mode.stride} control steps; this is "
                 f"after {self._step}"
             )
-        self._chunks += 1
         held = [self._frames[0]] * (1 + self._mode.past_frames - len(self._frames)) + list(self._frames)
         views = set.intersection(*(set(frames) for frames in held))
         poses, grippers = zip(*self._commands) if self._commands else ((), ())
@@ -320,7 +407,7 @@ class History:
             gripper=np.asarray(self._last.gripper),
             command_poses=np.asarray(poses, np.float64).reshape(-1, arms, 4, 4),
             command_grippers=np.asarray(grippers, np.float64).reshape(-1, arms),
-            number=self._chunks,
+            number=1 + self._step // self._mode.chunk,  # that of the tile that begins here or holds this step
         )
 
 
@@ -356,7 +443,7 @@ def _flow(
     config: ConfigDict, latents: int, params: PyTree, inputs: Mapping[str, jax.Array], conditioning: Conditioning
 ) -> ModelFlow:
     def context(features: jax.Array, length: jax.Array) -> TextContext:
-        return TextContext(features[None, None], length[None, None])
+        return TextContext(features[:, None], length[:, None])
 
     batch = denoising.window_batch(config.model, inputs, latents)
     text, null = context(conditioning.features, conditioning.length), conditioning.null

@@ -27,10 +27,11 @@ from websockets.http11 import Response
 from websockets.protocol import State
 
 from wallwm_jax.console import UserError, phase
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.serving import wire
 from wallwm_jax.serving.messages import Executed, Reader, Request, describe
-from wallwm_jax.serving.session import Latents, Session
+from wallwm_jax.serving.session import Session
 from wallwm_jax.serving.watchdog import Calibration
 
 HEALTH = "/healthz"
@@ -77,7 +78,7 @@ class PolicyServer:
         calibration: Calibration | None = None,
         *,
         modes: Sequence[str] | None = None,
-        latents: Latents | None = None,
+        latents: LatentConditioner | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         seed: int = 0,

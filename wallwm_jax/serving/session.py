@@ -6,13 +6,13 @@ All state that outlives a request is here: the sampling noise, what is being exe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
 from wallwm_jax.console import UserError
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.planner import PlanRequest
 from wallwm_jax.inference.policy import Action, Policy
 from wallwm_jax.inference.unified_mode import Chunk, Conditioning
@@ -21,22 +21,6 @@ from wallwm_jax.serving.past import Past
 from wallwm_jax.serving.watchdog import Calibration, EventWatch, Judgement
 
 Frames = Mapping[str, np.ndarray]
-
-
-class Latents(Protocol):
-    """Latents in place of words, as `inference.latent_conditioner` makes them.
-
-    Attributes:
-      levels: of events that they may stand for.
-    """
-
-    levels: Sequence[str]
-
-    def warm_up(self) -> None:
-        """Compiles what `latents` runs."""
-
-    def latents(self, requests: Sequence[PlanRequest]) -> list[jax.Array]:
-        """Of each request `[K, Dt]` in the video tower's text space."""
 
 
 class Session:
@@ -54,7 +38,7 @@ class Session:
         policy: Policy,
         calibration: Calibration | None = None,
         seed: int = 0,
-        latents: Latents | None = None,
+        latents: LatentConditioner | None = None,
     ) -> None:
         self._policy, self._calibration, self._first_seed, self._latents = policy, calibration, seed, latents
         self._reset()
