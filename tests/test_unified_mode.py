@@ -103,6 +103,7 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
 
 def test_a_text_is_encoded_once_for_each_set_of_parameters(mode, monkeypatch):
     twin, asked = copy.copy(mode), []
+    monkeypatch.setattr(twin, "_texts", (None, {}))
     monkeypatch.setattr(twin, "_encode_text", lambda params, _: asked.append(params) or (len(asked), 1))
     with mode.config.unlocked():
         mode.config.sampling.guidance = 3.0  # which needs the null text, too
