@@ -490,6 +490,7 @@ def test_the_public_client_talks_to_it_unchanged(server, request_, images):
     [
         ([], "no workdir given; pass --workdir=DIR"),
         (["--workdir=.", "--calibrate"], "--calibrate and --store=DIR go together"),
+        (["--workdir=.", "--mode=event", "--latents=runs/staircase"], "--mode=event serves none"),
     ],
 )
 def test_wrong_flags_are_one_line_before_anything_listens(arguments, message):

@@ -7,18 +7,22 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from history_windows import HISTORY, STEPS, configured
 from scipy.spatial.transform import Rotation
-from tiny_model import random_params
+from tiny_model import random_like, random_params
 from training_setup import quick_shared_compilation
+from vlm_setup import vlm_training_config
 
 from wallwm_jax.benchmarks import serving
 from wallwm_jax.console import UserError
 from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.policy import Policy
+from wallwm_jax.models import language_pathway
 from wallwm_jax.serving.client import Client
 from wallwm_jax.serving.messages import Executed, Observed, arm_rows, commands
 from wallwm_jax.serving.past import Past
@@ -194,6 +198,25 @@ def test_latents_take_the_prompts_place(policy, scene):
     assert asked[0].instruction == TASK and set(asked[0].frames) == set(scene(0).frames)
     np.testing.assert_array_equal(said[0], said[1])
     assert np.abs(said[2] - said[0]).max() > 1e-3
+
+
+@pytest.mark.extended
+def test_a_staircase_tells_what_to_do_and_every_length_of_prompt_is_warm(policy, history_store, scene):
+    config = vlm_training_config(history_store.path, "staircase")
+    params = random_like(jax.eval_shape(lambda: language_pathway.init(config, jax.random.key(0))), scale=0.1)
+    conditioner = LatentConditioner(params, config, batch_size=1)
+    conditioner.warm_up()
+    assert conditioner._decode._cache_size() == 2  # 128 tokens, and the room for 192
+    served = PolicyServer(policy, modes=("unified",), latents=conditioner, warm=False)
+    with running(served) as server, contextlib.closing(Client("127.0.0.1", server.port)) as robot:
+        said = [
+            robot.infer(request(scene(0), reset=True, prompt=prompt, done=done))["actions"]
+            for prompt, done in ((TASK, []), ("sort " * 12, []), (TASK, ["reach the red block"]))
+        ]
+        with pytest.raises(RuntimeError, match=r"the prompt of task .* more than the 192"):
+            robot.infer(request(scene(0), prompt="sort " * 50))
+    assert len({actions.tobytes() for actions in said}) == 3
+    assert conditioner._decode._cache_size() == 2
 
 
 @pytest.mark.extended

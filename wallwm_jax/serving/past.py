@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,6 +39,7 @@ class Past:
           UserError: a number of steps that the chunk does not have, that is not at a frame of the video, or before what
             was told already; or another number of arms.
         """
+        observation = dataclasses.replace(observation, frames=self._fitted(observation.frames))
         before = self._present
         if before is None:
             self._present = observation
@@ -86,9 +88,11 @@ class Past:
             self._poses[told], self._grippers[told] = executed.actions
         self._told = executed.step
         if executed.step % self._stride == 0:
-            self._seen[executed.step] = {
-                view: fit_picture(frame, self._size, view) for view, frame in executed.frames.items()
-            }
+            self._seen[executed.step] = self._fitted(executed.frames)
+
+    def _fitted(self, frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """At the model's size, so that what is kept of a robot is small."""
+        return {view: fit_picture(frame, self._size, view) for view, frame in frames.items()}
 
     def _check(self, step: int) -> None:
         if step > len(self._poses):
