@@ -16,6 +16,7 @@ def test_runs_top_to_bottom(notebook, clustered_store, history_store, tmp_path, 
     monkeypatch.setenv("WALLWM_STORE", str(history_store.path if rollouts else clustered_store))
     monkeypatch.setenv("WALLWM_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("WALLWM_STEPS", "3")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(rollouts)))
     monkeypatch.setenv("WALLWM_TOPOLOGY", "")  # compile for CPU devices; the TPU compiler takes minutes
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)

@@ -92,6 +92,7 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
     chunks = [mode.plan(request, conditioning) for conditioning in (task, event, task)]
     before = mode.compilations
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(3, task.features.shape[1])), jnp.float32)
+    latents = jax.device_put(latents, jax.devices()[0])  # bound to a device, as what loaded parameters give
     chunks += [mode.plan(request, mode.from_latents(part)) for part in (latents, event.features[: int(event.length)])]
     assert mode.compilations == before == 2
     assert chunks[0].actions.shape == (STEPS, 32) and np.isfinite(chunks[0].actions).all()

@@ -20,7 +20,6 @@ BLUE = "#2f6db5"
 ORANGE = "#d9822b"
 GRID = "#e4e9ee"
 
-matplotlib.use("Agg")
 STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,

@@ -253,7 +253,8 @@ class UnifiedMode:
         rows = [self.inputs(request) for request in requests]
         rows += rows[:1] * padding
         inputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        text = stacked([*conditionings, *[conditionings[0]] * padding])
+        # On the host: what is placed otherwise, words of loaded parameters or latents, would be compiled for anew.
+        text = jax.device_get(stacked([*conditionings, *[conditionings[0]] * padding]))
         noise = np.array([*seeds, *[seeds[0]] * padding], np.uint32)
         latents, actions = self._sample(self.engine.params, inputs, text, noise)
         if video and self.config.sampling.sampler == "anchored":
