@@ -156,7 +156,7 @@ def test_evaluations_beside_each_other_have_a_row_each(made, tmp_path):
     ]
     assert rows[0]["success"]["subtask"]["rate"] == 0.5 and rows[1]["success"]["subtask"]["rate"] == 0.75
     assert rows[2]["success"] == {} and rows[0]["open_loop_ratio"] == pytest.approx(rows[1]["open_loop_ratio"])
-    assert "<td>50 %</td><td>9 - 91</td><td>2</td>" in text and "<td>75 %</td><td>30 - 95</td><td>4</td>" in text
+    assert "<td>50 % [9, 91] of 2</td>" in text and "<td>75 % [30, 95] of 4</td>" in text
     assert "Beside each other" in text and "did not act on the same trials" in text
     assert "moves the arm for a chunk of fixed length; it is told what to do by latents of staircase" in text
     assert "How long will it take?" not in text and "its own duration" not in text  # a chunk's is given
