@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
@@ -59,7 +60,7 @@ def made(small_store, tmp_path_factory):
 def page(made, tmp_path_factory):
     store, workdir, evaluation = made
     out = tmp_path_factory.mktemp("page")
-    path = build_report(evaluation, workdir, store, out, {"data": 12.5})
+    path = build_report([evaluation], workdir, store, out, {"data": 12.5})
     return path.read_text(), json.loads((out / "report.json").read_text())
 
 
@@ -81,7 +82,7 @@ def test_a_report_without_a_closed_loop_or_a_log_leaves_those_parts_out(made, tm
         shutil.copy(evaluation / name, tmp_path / name)
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     (tmp_path / "run").mkdir()
-    text = build_report(tmp_path, tmp_path / "run", store, tmp_path / "out", {}).read_text()
+    text = build_report([tmp_path], tmp_path / "run", store, tmp_path / "out", {}).read_text()
     for heading in ("Does it act?", "One rollout", ">Training<"):
         assert heading not in text
     assert "What it expects to see" in text
@@ -132,14 +133,45 @@ def test_captions_are_escaped_and_the_timeline_has_four_levels(made, page):
         assert titles == [span["caption"] for span in episode["spans"][level]]
 
 
+def test_evaluations_beside_each_other_have_a_row_each(made, tmp_path):
+    """One in event mode, one in unified mode on other trials, one without a closed loop; the page is the second's."""
+    store, workdir, evaluation = made
+    content = json.loads((evaluation / "evaluation.json").read_text())
+    del content["options"]["mode"]  # as before there was another
+    results = [
+        EpisodeResult(Trial("block-x", n), n < 2, (SubtaskResult("lift", "place", n < 2, 1, 9),), 9) for n in (1, 5)
+    ]
+    unified = copy.deepcopy(content)
+    unified["options"] |= {"mode": "unified", "text": "runs/staircase"}
+    unified["success"]["trained"] = closed_loop.summarize(results)
+    for name, one in {"chunks": unified, "words": content, "open": content | {"success": {}}}.items():
+        shutil.copytree(evaluation, tmp_path / name)
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(one))
+    page = build_report([tmp_path / n for n in ("chunks", "words", "open")], workdir, store, tmp_path / "out", {})
+    text, rows = page.read_text(), json.loads((tmp_path / "out" / "report.json").read_text())["evaluations"]
+    assert [(row["name"], row["mode"], row["told"]) for row in rows] == [
+        ("chunks", "unified", "latents of staircase"),
+        ("words", "event", "a scripted planner"),
+        ("open", "event", "a scripted planner"),
+    ]
+    assert rows[0]["success"]["subtask"]["rate"] == 0.5 and rows[1]["success"]["subtask"]["rate"] == 0.75
+    assert rows[2]["success"] == {} and rows[0]["open_loop_ratio"] == pytest.approx(rows[1]["open_loop_ratio"])
+    assert "<td>50 % [9, 91] of 2</td>" in text and "<td>75 % [30, 95] of 4</td>" in text
+    assert "Beside each other" in text and "did not act on the same trials" in text
+    assert "moves the arm for a chunk of fixed length; it is told what to do by latents of staircase" in text
+    assert "How long will it take?" not in text and "its own duration" not in text  # a chunk's is given
+
+
 def test_missing_parts_are_one_line_with_a_remedy(made, tmp_path):
     store, workdir, evaluation = made
     with pytest.raises(UserError, match=r"evaluation .* does not exist; make it with python -m wallwm_jax.evaluate"):
-        build_report(tmp_path / "nothing", workdir, store, tmp_path / "out", {})
+        build_report([tmp_path / "nothing"], workdir, store, tmp_path / "out", {})
+    with pytest.raises(UserError, match="no evaluation given; pass --evaluation=DIR"):
+        build_report([], workdir, store, tmp_path / "out", {})
     with pytest.raises(UserError, match=r"evaluation.json' is missing or damaged"):
-        build_report(tmp_path, workdir, store, tmp_path / "out", {})
+        build_report([tmp_path], workdir, store, tmp_path / "out", {})
     with pytest.raises(UserError, match=r"event store .* does not exist"):
-        build_report(evaluation, workdir, tmp_path / "nothing", tmp_path / "out", {})
+        build_report([evaluation], workdir, tmp_path / "nothing", tmp_path / "out", {})
     with pytest.raises(UserError, match="no workdir given; pass --workdir=DIR"):
         evaluate("", store, tmp_path, Options())
     with pytest.raises(UserError, match="no --out given"):

@@ -240,7 +240,8 @@ FAULTS = {
     "frames": (lambda r: changed(r, duration_s=..., frames=0), "frames is a whole number of at least 1"),
     "both": (lambda r: changed(r, frames=4), "send one of them"),
     "watch": (lambda r: changed(r, watch="yes"), "watch is true or false"),
-    "executed too early": (lambda r: {"executed": {"images": r["images"], "step": 2}}, "no event has begun"),
+    "steps": (lambda r: changed(r, steps=2), "steps is for mode 'unified'; this request is in mode 'event'"),
+    "executed too early": (lambda r: {"executed": {"images": r["images"], "step": 2}}, "nothing has begun"),
     "executed": (lambda r: {"executed": 3}, "executed is a map"),
     "step": (lambda r: {"executed": {"images": r["images"], "step": 1.5}}, "step is a whole number"),
 }
@@ -439,7 +440,7 @@ def test_progress_runs_with_the_clock_from_nothing_to_done(robot, images, reques
         event = robot.infer({"executed": {"images": images, "step": step}})["event"]
         shares.append((event["progress"], event["done_probability"]))
     assert shares == sorted(shares) and shares[0][0] > 0.0 and shares[3][1] == pytest.approx(0.5, abs=0.05)
-    with pytest.raises(RuntimeError, match="step 40 of the event was told already; the next is at least 41"):
+    with pytest.raises(RuntimeError, match="step 40 was told already; the next is at least 41"):
         robot.infer({"executed": {"images": images, "step": 40}})
 
 
@@ -449,8 +450,8 @@ def test_progress_runs_with_the_clock_from_nothing_to_done(robot, images, reques
 def test_the_benchmark_times_each_bucket_by_a_real_client(policy, monkeypatch):
     monkeypatch.setattr(Policy, "from_checkpoint", lambda *_: policy)
     found = serving.measure(steps=2, workdir="run")
-    (row,) = found["buckets"]
-    assert (row["latents"], row["actions"]) == (3, 16)
+    (row,) = found["programs"]
+    assert (row["mode"], row["latents"], row["actions"]) == ("event", 3, 16)
     counts = {kind: row[kind]["seconds"]["count"] for kind in ("request", "video", "feedback")}
     assert counts == {"request": 2, "video": 2, "feedback": 7}  # 8 video frames, the first of which is the video's
     request = row["request"]
@@ -489,6 +490,7 @@ def test_the_public_client_talks_to_it_unchanged(server, request_, images):
     [
         ([], "no workdir given; pass --workdir=DIR"),
         (["--workdir=.", "--calibrate"], "--calibrate and --store=DIR go together"),
+        (["--workdir=.", "--mode=event", "--latents=runs/staircase"], "--mode=event serves none"),
     ],
 )
 def test_wrong_flags_are_one_line_before_anything_listens(arguments, message):

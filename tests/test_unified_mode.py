@@ -1,5 +1,6 @@
 """Unified mode: it sees what training saw, conditioning is swapped without compiling, gradients reach it."""
 
+import copy
 from types import SimpleNamespace
 
 import jax
@@ -100,6 +101,7 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
     chunks = [mode.plan(request, conditioning) for conditioning in (task, event, task)]
     before = mode.compilations
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(3, task.features.shape[1])), jnp.float32)
+    latents = jax.device_put(latents, jax.devices()[0])  # bound to a device, as what loaded parameters give
     chunks += [mode.plan(request, mode.from_latents(part)) for part in (latents, event.features[: int(event.length)])]
     assert mode.compilations == before == 2
     assert chunks[0].actions.shape == (STEPS, 32) and np.isfinite(chunks[0].actions).all()
@@ -123,6 +125,22 @@ def test_robots_are_planned_for_together_as_each_alone(mode, store):
     assert min(np.abs(together[i].actions - together[j].actions).max() for i, j in ((0, 1), (1, 2))) > 1e-3
     shifted = mode.plan_all(requests[1:], texts[1:], seeds=[1, 2])  # another row of the batch
     np.testing.assert_allclose(shifted[0].actions, together[1].actions, atol=1e-5)
+
+
+def test_a_text_is_encoded_once_for_each_set_of_parameters(mode, monkeypatch):
+    twin, asked = copy.copy(mode), []
+    monkeypatch.setattr(twin, "_texts", (None, {}))
+    monkeypatch.setattr(twin, "_encode_text", lambda params, _: asked.append(params) or (len(asked), 1))
+    with mode.config.unlocked():
+        mode.config.sampling.guidance = 3.0  # which needs the null text, too
+    try:
+        told = [twin.encode_text(text) for text in ("reach", "lift", "reach")]
+        assert len(asked) == 3 and told[0] == told[2] and told[0].null == told[1].null
+        monkeypatch.setattr(twin, "engine", mode.engine.with_params({}))
+        assert twin.encode_text("reach") != told[0] and asked[3:] == [{}, {}]
+    finally:
+        with mode.config.unlocked():
+            mode.config.sampling.guidance = 1.0
 
 
 def test_a_chunk_is_relative_to_the_observation_and_its_video_keeps_the_past(mode, store):

@@ -35,7 +35,7 @@ EVENT = film(100 + 10 * np.arange(FRAMES + 1))  # gets brighter by 10 with each 
 
 def watch_over(predicted=EVENT, **options):
     settings = dict(steps=24, seconds=2.4, quantiles_s=np.array([1.2, 2.4, 4.8])) | options
-    return EventWatch(MODE, {"front": EVENT[0]}, {"front": CODEC.encode(predicted)}, **settings)
+    return EventWatch(MODE, {"front": EVENT[:1]}, {"front": CODEC.encode(predicted)}, **settings)
 
 
 def see(watch, video, frames=FRAMES):
@@ -89,7 +89,7 @@ def test_steps_run_forward_and_views_stay():
     with pytest.raises(UserError, match="began with the view 'front'; send it"):
         watch.observe(2, {})
     watch.observe(2, {"front": EVENT[1]})
-    with pytest.raises(UserError, match="step 2 of the event was told already; the next is at least 3"):
+    with pytest.raises(UserError, match="step 2 was told already; the next is at least 3"):
         watch.observe(2, {"front": EVENT[1]})
 
 

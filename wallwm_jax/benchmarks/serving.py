@@ -1,9 +1,10 @@
 """Latency of the policy server as a robot feels it, by a client on loopback: from packing a request to unpacking its
 reply.
 
-One robot asks for one event at a time, a full bucket each. Cold is the first call, with compilation, warm are those
-that follow. `video` is the first executed observation of an event that is watched, sent at once: it waits until the
-video is predicted. `feedback` are those that follow, of which every fourth encodes a latent.
+One robot asks for one event at a time, a full bucket each, and where the run has unified mode for one chunk after
+another under one instruction. Cold is the first call, with compilation, warm are those that follow. `video` is the
+first executed observation of an event or chunk that is watched, sent at once: it waits until the video is predicted.
+`feedback` are those that follow, of which every fourth encodes a latent.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _PARTS = ("queue", "encode", "model", "pack")
 
 
 def measure(steps: int = 20, workdir: str = "") -> Result:
-    """Times each bucket through a real server and client in this process.
+    """Times each bucket, and chunks, through a real server and client in this process.
 
     Args:
-      steps: warm requests per bucket and kind.
+      steps: warm requests per program and kind.
       workdir: a run of stage joint or action.
 
     Raises:
@@ -40,14 +41,23 @@ def measure(steps: int = 20, workdir: str = "") -> Result:
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'wallwm_jax[serve]'") from error
     policy = Policy.from_checkpoint(workdir)
-    mode, rows = policy.event_mode, []
+    mode, unified, rows = policy.event_mode, policy.unified_mode, []
+    per_latent = int(mode.store["actions_per_latent"])
     with (
         running(PolicyServer(policy, warm=False)) as server,
         contextlib.closing(Client("127.0.0.1", server.port)) as robot,
     ):
         for bucket in mode.buckets:
             with phase(f"bucket of {bucket} latents: 1 + {steps} requests, the same watched"):
-                rows.append(_bucket(robot.infer, policy, bucket, steps))
+                asked = {"duration_s": per_latent * (bucket - 1) / float(mode.store["action_hz"])}
+                calls = _calls(robot.infer, policy, asked, per_latent * (bucket - 1), steps)
+                rows.append({"mode": "event", "latents": bucket} | calls)
+        if unified:
+            with phase(f"chunks of {unified.chunk} actions: 1 + {steps} requests, the same watched"):
+                calls = _calls(robot.infer, policy, {"mode": "unified"}, unified.chunk, steps)
+                rows.append(
+                    {"mode": "unified", "latents": 1 + unified.history + -(-unified.chunk // per_latent)} | calls
+                )
     return {
         "machine": machine(),
         "parameters": policy.num_parameters,
@@ -55,7 +65,7 @@ def measure(steps: int = 20, workdir: str = "") -> Result:
         "views": len(mode.views),
         "image_size": list(mode.store["size"]),
         "calls": steps,
-        "buckets": rows,
+        "programs": rows,
     }
 
 
@@ -66,35 +76,32 @@ def table(result: Result) -> str:
         f"model        {result['parameters']:,} parameters ({result['parameters_from']}), {result['views']} views",
         "timed        a client on loopback, one robot: pack, send, wait, encode pictures, model, receive, unpack",
         f"             {result['calls']} warm requests; cold is the first one, with compilation",
-        f"{'latents':>7}{'actions':>9}{'':>12}{'cold s':>9}{'p50 ms':>9}{'p95 ms':>9}{'ms per action':>15}"
+        f"{'mode':<8}{'latents':>8}{'actions':>9}{'':>10}{'cold s':>9}{'p50 ms':>9}{'p95 ms':>9}{'ms per action':>15}"
         f"{'p50 ms of: ' + ', '.join(_PARTS):>44}",
     ]
-    for row in result["buckets"]:
+    for row in result["programs"]:
         for kind in ("request", "video", "feedback"):
             found = row[kind]
             cold = f"{found['cold_seconds']:.2f}" if "cold_seconds" in found else ""
             each = f"{1e3 * found['seconds_per_action']:.2f}" if "seconds_per_action" in found else ""
             parts = ", ".join(f"{found['parts_ms'][part]:.1f}" for part in found["parts_ms"])
             lines.append(
-                f"{row['latents']:>7}{row['actions']:>9}{kind:>12}{cold:>9}{1e3 * found['seconds']['median']:>9.1f}"
-                f"{1e3 * found['seconds']['p95']:>9.1f}{each:>15}{parts:>44}"
+                f"{row['mode']:<8}{row['latents']:>8}{row['actions']:>9}{kind:>10}{cold:>9}"
+                f"{1e3 * found['seconds']['median']:>9.1f}{1e3 * found['seconds']['p95']:>9.1f}{each:>15}{parts:>44}"
             )
     return "\n".join(lines)
 
 
-def _bucket(infer: Callable[[dict[str, Any]], dict[str, Any]], policy: Policy, bucket: int, steps: int) -> Result:
-    """Requests that take all actions of a bucket, then their feedback."""
+def _calls(
+    infer: Callable[[dict[str, Any]], dict[str, Any]], policy: Policy, asked: dict[str, Any], actions: int, steps: int
+) -> Result:
+    """Requests for `actions` commands with the fields `asked`, then their feedback."""
     mode, rng = policy.event_mode, np.random.default_rng(0)
-    actions = int(mode.store["actions_per_latent"]) * (bucket - 1)
     height, width = mode.store["size"]
     images = {view: rng.integers(0, 256, (height, width, 3), np.uint8) for view in mode.views}
-    asked = {
-        "images": images,
-        "state": np.array([[0.4, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0, 0.0]]),
-        "prompt": "reach",
-        "duration_s": actions / float(mode.store["action_hz"]),
-    }
-    row: Result = {"latents": bucket, "actions": actions}
+    state = np.array([[0.4, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    asked = {"images": images, "state": state, "prompt": "reach"} | asked
+    row: Result = {"actions": actions}
     stride = int(mode.store["video_stride"])
     kinds: dict[str, list[tuple[float, dict[str, float]]]] = {"request": [], "video": [], "feedback": []}
     for _ in range(1 + steps):

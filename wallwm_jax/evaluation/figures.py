@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -20,7 +20,6 @@ BLUE = "#2f6db5"
 ORANGE = "#d9822b"
 GRID = "#e4e9ee"
 
-matplotlib.use("Agg")
 STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
@@ -78,8 +77,8 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         return to_png(figure)
 
 
-def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
-    """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}."""
+def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]], *, ours: Collection[str] = ("trained",)) -> bytes:
+    """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}; `ours` in colour."""
     measures = list(dict.fromkeys(measure for row in rates.values() for measure in row))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.42 * len(rates)), layout="constrained")
@@ -87,7 +86,7 @@ def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
         for panel, measure in zip(panels, measures):
             for y, (policy, row) in enumerate(rates.items()):
                 value = row[measure]
-                colour = BLUE if policy == "trained" else MUTED
+                colour = BLUE if policy in ours else MUTED
                 panel.plot([value["low"], value["high"]], [y, y], color=colour, lw=6, alpha=0.35, solid_capstyle="butt")
                 panel.plot(value["rate"], y, "o", color=colour, markersize=7)
             panel.set_yticks(range(len(rates)), [name.replace("_", " ") for name in rates])

@@ -6,6 +6,9 @@ r"""Makes one self-contained page of a run: what the data is, how training went,
 Writes report.html (pictures inside, no network needed) and report.json, its figures for programs: what
 `evaluation.json` holds, and `packing_efficiency`, `balance`, `phase_seconds`. --phases names a JSON file of seconds per
 phase, {"data": 231.0, ...}, to be listed before those of the evaluation.
+
+--evaluation may be repeated: both decoding modes, or several sources of text, are then compared in one table (and in
+`evaluations` of report.json), and the page shows the first of them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from wallwm_jax.config import require_directory
-from wallwm_jax.console import UserError, run_command
+from wallwm_jax.console import UserError, run_command, write_text
 from wallwm_jax.data.clusters import balance_report, sampling_weights
 from wallwm_jax.data.event_store import BadRecord, EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
@@ -31,7 +34,7 @@ from wallwm_jax.evaluation import figures
 from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, PREDICTORS
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import KINDS
-from wallwm_jax.training.telemetry import METRICS_FILE
+from wallwm_jax.training.telemetry import METRICS_FILE, read_metrics
 
 POLICIES = ("trained", "untrained", "expert_replay")
 _STREAMS = {"loss_video": "video loss", "loss_action": "action loss", "loss_duration": "duration loss"}
@@ -58,29 +61,37 @@ _PACKING_BLOCKS = 16
 
 
 def build_report(
-    evaluation: str | Path, workdir: str | Path, store_path: str | Path, out: str | Path, phases: Mapping[str, float]
+    evaluations: Sequence[str | Path],
+    workdir: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    phases: Mapping[str, float],
 ) -> Path:
     """Writes `report.html` and `report.json` into `out`; returns the path of the page.
 
     Args:
-      evaluation: directory of `wallwm_jax.evaluate`.
+      evaluations: directories of `wallwm_jax.evaluate`; the page shows the first and compares all.
       workdir: of the training run.
       store_path: its event store.
       out: made if absent.
       phases: seconds per phase before the evaluation; the evaluation's own phases are added.
 
     Raises:
-      UserError: a part is missing or unreadable.
+      UserError: a part is missing or unreadable, or there is no evaluation.
     """
-    directory = require_directory(str(evaluation), "evaluation", "make it with python -m wallwm_jax.evaluate")
+    remedy = "make it with python -m wallwm_jax.evaluate"
+    if not evaluations:
+        raise UserError("no evaluation given; pass --evaluation=DIR, the --out of wallwm_jax.evaluate")
+    directories = [require_directory(str(evaluation), "evaluation", remedy) for evaluation in evaluations]
     workdir = require_directory(str(workdir), "workdir", "pass the workdir of wallwm_jax.train")
-    result = _read_json(directory / "evaluation.json", "make it with python -m wallwm_jax.evaluate")
+    results = [_read_json(directory / "evaluation.json", remedy) for directory in directories]
+    result = results[0]
     store = open_store(store_path, "train")
     config = ConfigDict(result["config"])
     seconds = {**phases, **{f"evaluation: {name}": value for name, value in result["phase_seconds"].items()}}
     packing = Sampler(store.index, config).report(_PACKING_BLOCKS)
     balance = _balance(store, config)
-    metrics = _metrics(workdir / METRICS_FILE)
+    metrics = read_metrics(workdir) if (workdir / METRICS_FILE).is_file() else []
     data = {
         **{key: value for key, value in result.items() if key not in ("strips", "phase_seconds")},
         "phase_seconds": seconds,
@@ -88,12 +99,13 @@ def build_report(
         "packing": packing,
         "balance": balance,
         "training": _training_summary(metrics),
+        "evaluations": _compared(directories, results),
     }
-    page = _environment().get_template("report.html.j2").render(_content(result, directory, store, data, metrics))
+    page = _environment().get_template("report.html.j2").render(_content(result, directories[0], store, data, metrics))
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
-    (out / "report.html").write_text(page)
+    write_text(out / "report.json", json.dumps(data, indent=1) + "\n")
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 
@@ -109,7 +121,10 @@ def _content(
     """The variables of the template."""
     success = {policy: result["success"][policy] for policy in POLICIES if policy in result["success"]}
     open_loop, losses = result["open_loop"], _losses(metrics)
-    errors = {_LABELS[name]: _error(open_loop, name) for name in PREDICTORS}
+    unified = _mode(result) == "unified"  # whose chunks have one length, which is given
+    predictors = [name for name in PREDICTORS if not (unified and name == MODEL_PREDICTED)]
+    errors = {_LABELS[name]: _error(open_loop, name) for name in predictors}
+    compared = data["evaluations"] if len(data["evaluations"]) > 1 else []
     rollout = result.get("rollout")
     duration = open_loop["duration"]
     pictures = {
@@ -118,8 +133,17 @@ def _content(
         )
         if success
         else None,
+        "compared": _png(figures.intervals(rates, ours=rates))
+        if (rates := {row["name"]: row["success"] for row in compared if row["success"]})
+        else None,
         "rollout": _picture(directory / rollout["file"]) if rollout else None,
-        "open_loop": _png(figures.errors("Action error on held-out events", errors, "normalised L1, lower is better")),
+        "open_loop": _png(
+            figures.errors(
+                f"Action error on held-out {'chunks' if unified else 'events'}",
+                errors,
+                "normalised L1, lower is better",
+            )
+        ),
         "strips": [{**strip, "picture": _picture(directory / strip["file"])} for strip in result["strips"]],
         "duration": _png(
             figures.scatter(
@@ -128,7 +152,9 @@ def _content(
                 np.array(duration["predicted_s"]),
                 "seconds",
             )
-        ),
+        )
+        if not unified
+        else None,
         "clusters": _cluster_pictures(data["balance"]),
         "losses": _png(figures.loss_curves(*losses)) if losses[0] else None,
     }
@@ -136,6 +162,10 @@ def _content(
         "title": "wallwm_jax: from events to actions",
         "lead": _lead(result, store),
         "facts": _facts(result, store, data),
+        "unified": unified,
+        "acting": _acting(result),
+        "compared": compared,
+        "same_trials": len({row["trials"] for row in compared}) <= 1,
         "success": [{"policy": policy, **row} for policy, row in success.items()],
         "breakdown": _breakdown(success),
         "rollout_caption": _rollout_caption(rollout),
@@ -143,7 +173,7 @@ def _content(
             "windows": open_loop["windows"],
             "rows": [
                 {"name": name, "label": _LABELS[name], "error": _error(open_loop, name), **open_loop["physical"][name]}
-                for name in PREDICTORS
+                for name in predictors
             ],
             "groups": [
                 {"name": name, "windows": row["windows"], "errors": [row[p] for p in (MODEL, *BASELINES)]}
@@ -164,20 +194,79 @@ def _lead(result: dict[str, Any], store: EventStore) -> str:
     families = sorted({source.removeprefix("ocbench/").split("-", 1)[0] for source in store.meta["sources"]})
     episodes = sum(episode["split"] == store.split for episode in store.episodes)
     views = len(result["config"]["data"]["views"] or store.meta["views"])
+    chunks = result["config"]["data"]["window_kind"] == "history"
     return (
         f"A world action model of {result['parameters'] / 1e6:.1f} M parameters, trained for {result['step']} steps on "
-        f"the events of {episodes} demonstrations ({', '.join(families)}): the caption, the video of {views} "
-        f"camera{'s' if views > 1 else ''} and the actions of one event at a time."
+        f"the {'chunks' if chunks else 'events'} of {episodes} demonstrations ({', '.join(families)}): the "
+        f"{'instruction' if chunks else 'caption'}, the video of {views} camera{'s' if views > 1 else ''} and the "
+        f"actions of one {'chunk, after a history,' if chunks else 'event'} at a time."
     )
 
 
+def _mode(result: Mapping[str, Any]) -> str:
+    """How an evaluation decoded; those before unified mode did not say."""
+    return str(result["options"].get("mode", "event"))
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    """What told the policy what to do."""
+    options = result["options"]
+    if _mode(result) == "unified":
+        text = options.get("text") or "instruction"
+        return {"instruction": "the task's instruction", "event": "a scripted planner, chunk by chunk"}.get(
+            text, f"latents of {Path(text).name}"
+        )
+    planner = options.get("planner", "oracle")
+    return "a scripted planner" if planner == "oracle" else f"the vision-language model of {Path(planner).name}"
+
+
+def _acting(result: Mapping[str, Any]) -> str:
+    """How the policy acts, for people."""
+    if _mode(result) == "event":
+        return (
+            f"In event mode {_told(result)} names the next event; the model sees the cameras, the arm's state and that "
+            "text, and moves the arm for the whole event."
+        )
+    steps = result["options"].get("execute", 0)
+    return (
+        "In unified mode the model sees the recent past, the cameras and the arm's state, and moves the arm for "
+        f"{f'the first {steps} steps of ' if steps else ''}a chunk of fixed length; it is told what to do by "
+        f"{_told(result)}."
+    )
+
+
+def _compared(directories: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per evaluation; `trials` names those that it acted on."""
+    names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    rows = []
+    for name, result in zip(names, results):
+        trained = result["success"].get("trained")
+        rows.append(
+            {
+                "name": name,
+                "mode": _mode(result),
+                "told": _told(result),
+                "model": f"{Path(result['workdir']).name}, step {result['step']}",
+                "success": {measure: trained[measure] for measure in ("subtask", "episode")} if trained else {},
+                "trials": ", ".join(sorted(f"{t['env_id']}:{t['seed']}" for t in trained["trials"])) if trained else "",
+                "open_loop_ratio": _ratio(result["open_loop"]),
+            }
+        )
+    return rows
+
+
+def _ratio(open_loop: Mapping[str, Any]) -> float:
+    """Action error of the model, as a share of the better baseline's."""
+    return float(open_loop[MODEL] / min(open_loop["baselines"].values()))
+
+
 def _facts(result: dict[str, Any], store: EventStore, data: dict[str, Any]) -> list[dict[str, str]]:
-    open_loop = result["open_loop"]
-    ratio = open_loop[MODEL] / min(open_loop["baselines"].values())
     facts = [
         {"name": "training windows", "value": f"{len(store):,}"},
         {"name": "of packed latents are real", "value": f"{100 * data['packing_efficiency']:.1f} %"},
-        {"name": "action error, share of the better baseline", "value": f"{ratio:.2f}"},
+        {"name": "action error, share of the better baseline", "value": f"{_ratio(result['open_loop']):.2f}"},
     ]
     if "trained" in result["success"]:
         facts.append(
@@ -276,6 +365,8 @@ def _frames_along(store: EventStore, episode: int) -> list[np.ndarray]:
 def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
     """Balance of the event windows, before and after weighting as the config says."""
     index = store.index[store.index["kind"] == KINDS.index("event")]
+    if not len(index):
+        return []
     weights = sampling_weights(index, config.data.vl_power, config.data.action_power, config.data.weight_clip)
     return balance_report(index, weights)
 
@@ -310,19 +401,6 @@ def _balance_table(balance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 }
             )
     return {"columns": ["clusters", "Gini", "normalised entropy", "effective sample size"], "rows": rows}
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of the training log; a half-written last line is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 def _losses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
@@ -383,7 +461,7 @@ def _data_uri(data: bytes, kind: str) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("evaluation", "", "Directory that wallwm_jax.evaluate wrote.")
+    flags.DEFINE_multi_string("evaluation", [], "Directory that wallwm_jax.evaluate wrote. May be repeated.")
     flags.DEFINE_string("workdir", "", "Workdir of the training run.")
     flags.DEFINE_string("store", "", "Event store that it was trained on.")
     flags.DEFINE_string("out", "", "Directory for report.html and report.json; made if absent.")

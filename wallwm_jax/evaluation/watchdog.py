@@ -95,7 +95,7 @@ def predict(mode: EventMode, asked: EventRequest, *, seed: int) -> EventWatch:
     (plan,) = mode.plan([asked], seeds=[seed], video=True)
     return EventWatch(
         mode,
-        asked.frames,
+        {view: frame[None] for view, frame in asked.frames.items()},
         plan.latents,
         steps=len(plan.actions),
         seconds=plan.duration_s,

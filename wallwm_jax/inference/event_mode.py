@@ -220,6 +220,22 @@ class EventMode:
         """The request with its pictures encoded. Raises UserError: no view of the store, or a bad picture."""
         return dataclasses.replace(request, first=self._encode(request))
 
+    def encode_views(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
+        """View name → `[1 + 4N, H, W, 3]` uint8 to normalised latents `[V, 1 + N, h, w, C]`; zeros for an absent view.
+
+        Raises:
+          UserError: no view of the store, or a bad picture.
+        """
+        size, present = tuple(self.store["size"]), np.array([view in frames for view in self.views])
+        if not present.any():
+            raise UserError(f"the observation has none of the views {list(self.views)}, only {list(frames)}")
+        length = max(len(frames[view]) for view in self.views if view in frames)
+        videos = np.zeros((len(self.views), length, *size, 3), np.uint8)
+        for v in np.flatnonzero(present):
+            videos[v] = [fit_picture(frame, size, self.views[v]) for frame in frames[self.views[v]]]
+        latents = self.stats.normalize_latents(self.codec.encode(videos))
+        return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
+
     def check_caption(self, caption: str) -> None:
         """Raises UserError where a caption is longer than what the model reads; `plan` would cut it."""
         length, limit = self.captions.tokens(caption), int(self.config.data.text_length)
@@ -360,16 +376,7 @@ class EventMode:
         """Normalised first latents `[V, h, w, C]` of a request; zeros for an absent view."""
         if request.first is not None:
             return request.first
-        height, width = self.store["size"]
-        pictures = np.zeros((len(self.views), 1, height, width, 3), np.uint8)
-        present = [view in request.frames for view in self.views]
-        if not any(present):
-            raise UserError(f"the observation has none of the views {list(self.views)}, only {list(request.frames)}")
-        for v, view in enumerate(self.views):
-            if present[v]:
-                pictures[v, 0] = fit_picture(request.frames[view], (height, width), view)
-        latents = self.stats.normalize_latents(self.codec.encode(pictures)[:, 0])
-        return np.where(np.asarray(present)[:, None, None, None], latents, 0.0)
+        return self.encode_views({view: frame[None] for view, frame in request.frames.items()})[:, 0]
 
     def _padded(self, rows: np.ndarray) -> np.ndarray:
         return np.concatenate([rows, np.repeat(rows[:1], self.batch_size - len(rows), axis=0)])

@@ -62,6 +62,11 @@ class LatentConditioner:
         config.data.views = tuple(loaded.assets["store"]["views"])
         return cls(loaded.params, config.lock(), batch_size=batch_size, step=loaded.step)
 
+    def warm_up(self) -> None:
+        """Compiles the programs of all lengths of prompts."""
+        for inputs in self._questioner.blanks():
+            self._decode(self._params, inputs)
+
     def latents(self, requests: Sequence[PlanRequest]) -> list[jax.Array]:
         """Of each request `[K, Dt]` in the video tower's text space.
 

@@ -8,7 +8,7 @@ action = policy.infer(observation, plan.caption, plan.duration_s)
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,8 +81,18 @@ class Questioner:
         """
         rows = [self._prompt(request) for request in requests]
         longest = max(len(ids) for ids, _ in rows)
-        rows += rows[:1] * (self._batch_size - len(rows))
-        length = min(-(-longest // _BUCKET) * _BUCKET, self._prompts.room)
+        return self._padded(rows, min(-(-longest // _BUCKET) * _BUCKET, self._prompts.room))
+
+    def blanks(self) -> Iterator[vlm.Inputs]:
+        """A batch without content of every length that `inputs` may have."""
+        black = np.zeros((self._data.image_size, self._data.image_size, 3), np.uint8)
+        row = self._prompt(PlanRequest(dict.fromkeys(self.views, black), "", (), self.levels[0]))
+        for length in {min(full, self._prompts.room) for full in range(_BUCKET, self._prompts.room + _BUCKET, _BUCKET)}:
+            if length >= len(row[0]):
+                yield self._padded([row], length)
+
+    def _padded(self, rows: Sequence[tuple[list[int], np.ndarray]], length: int) -> vlm.Inputs:
+        rows = [*rows, *[rows[0]] * (self._batch_size - len(rows))]
         ids, mask = pad(self.tokenizer, [ids for ids, _ in rows], length)
         return vlm.prepare(self._sizes, ids, mask, np.stack([pictures for _, pictures in rows]))
 

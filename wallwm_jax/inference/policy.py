@@ -34,7 +34,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import absolute_commands, state_vector
 from wallwm_jax.inference.event_mode import EventMode, EventPlan, EventRequest
-from wallwm_jax.inference.unified_mode import Conditioning, History, UnifiedMode
+from wallwm_jax.inference.unified_mode import Chunk, Conditioning, History, UnifiedMode
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.training.checkpoint import load_params
 
@@ -66,7 +66,7 @@ class Action:
       control_hz: commands per second.
       duration_quantiles_s: `[Q]` what the model itself thinks, at `config.model.duration_quantiles`; none of a chunk.
       seconds: what the time went into: "encode" the pictures, "model".
-      plan: the same as the model sees it; `EventMode.finish` predicts its video later; None of a chunk.
+      plan: the same as the model sees it; `EventMode.finish` or `UnifiedMode.finish` predicts its video later.
       video: view name → predicted `[1 + 4N, H, W, 3]` uint8 frames, the observation first; None unless asked for.
     """
 
@@ -77,7 +77,7 @@ class Action:
     control_hz: float
     duration_quantiles_s: np.ndarray
     seconds: dict[str, float]
-    plan: EventPlan | None
+    plan: EventPlan | Chunk
     video: dict[str, np.ndarray] | None = None
 
 
@@ -94,7 +94,6 @@ class Policy:
         self.event_mode = event_mode
         self.unified_mode = UnifiedMode(event_mode) if event_mode.config.data.window_kind == "history" else None
         self._history = History(self.unified_mode) if self.unified_mode else None
-        self._instruction: tuple[str, Conditioning] | None = None
         self.step = step
         self._first_seed = seed
         self.reset()
@@ -155,6 +154,11 @@ class Policy:
         return cls(event_mode, step=loaded.step, seed=seed)
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """Those of `MODES` that the model was trained for."""
+        return MODES if self.unified_mode else MODES[:1]
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.event_mode.params))
@@ -182,6 +186,7 @@ class Policy:
         *,
         video: bool = False,
         seed: int | None = None,
+        history: History | None = None,
     ) -> Action:
         """Commands for the whole event that `prompt` names, or for the next chunk, from the current observation on.
 
@@ -194,6 +199,7 @@ class Policy:
           mode: "event" or "unified".
           video: also return the video that the model predicts.
           seed: of the sampling noise; by default the next one since `reset`.
+          history: for unified mode, of one robot where several share the policy; by default what `observe` was told.
 
         Raises:
           UserError: an unknown mode or one the model was not trained for, no known view in the observation, bad
@@ -202,7 +208,7 @@ class Policy:
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}; this version decodes in mode {', '.join(map(repr, MODES))}")
         if mode == "unified":
-            return self._infer_chunk(observation, prompt, video=video, seed=seed)
+            return self._infer_chunk(observation, prompt, video=video, seed=seed, history=history)
         if not isinstance(prompt, str):
             raise UserError("event mode takes the next event in words; latents are for mode='unified'")
         engine, begun = self.event_mode, time.perf_counter()
@@ -228,16 +234,21 @@ class Policy:
         )
 
     def _infer_chunk(
-        self, observation: Observation, prompt: str | Conditioning, *, video: bool, seed: int | None
+        self,
+        observation: Observation,
+        prompt: str | Conditioning,
+        *,
+        video: bool,
+        seed: int | None,
+        history: History | None,
     ) -> Action:
-        (engine, history), begun = self._unified(), time.perf_counter()
+        (engine, own), begun = self._unified(), time.perf_counter()
+        history = history or own
         history.begin(observation)
         request = history.request()
         if isinstance(prompt, str):
-            if self._instruction is None or self._instruction[0] != prompt:
-                self.event_mode.check_caption(prompt)
-                self._instruction = prompt, engine.encode_text(prompt)
-            prompt = self._instruction[1]
+            self.event_mode.check_caption(prompt)
+            prompt = engine.encode_text(prompt)
         ready = time.perf_counter()
         chunk = engine.plan(request, prompt, seed=self._next_seed() if seed is None else seed, video=video)
         hertz = float(self.event_mode.store["action_hz"])
@@ -249,7 +260,7 @@ class Policy:
             control_hz=hertz,
             duration_quantiles_s=np.zeros(0),
             seconds={"encode": ready - begun, "model": time.perf_counter() - ready},
-            plan=None,
+            plan=chunk,
             video=engine.decode(chunk) if video else None,
         )
 

@@ -32,7 +32,6 @@ from wallwm_jax.console import UserError
 from wallwm_jax.events.actions import ACTION_DIM, absolute_commands, relative_actions, state_vector
 from wallwm_jax.events.windows import GROUP
 from wallwm_jax.inference import denoising
-from wallwm_jax.inference.captions import fit_picture
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.samplers import ModelFlow
 from wallwm_jax.models import world_action_model as wam
@@ -40,6 +39,8 @@ from wallwm_jax.models.codecs import to_uint8
 from wallwm_jax.models.world_action_model import TextContext
 
 PyTree = Any
+
+_KEPT_TEXTS = 256  # features of 512 tokens of UMT5 take 8 MB
 
 
 class Conditioning(NamedTuple):
@@ -75,6 +76,17 @@ class ChunkRequest:
     number: int
 
 
+class Draft(NamedTuple):
+    """One row of a batch whose video is still at the anchor: inputs, conditioning and latents of the batch, row, and
+    what was asked."""
+
+    inputs: Mapping[str, np.ndarray]
+    conditioning: Conditioning
+    latents: jax.Array
+    row: int
+    request: ChunkRequest
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One chunk as the model sees it.
@@ -83,12 +95,14 @@ class Chunk:
       actions: `[H, 32]` canonical actions relative to the observation, un-normalised.
       poses, grippers: `[H, G, 4, 4]` absolute commands in the base frame, metres, and `[H, G]`.
       latents: view name → `[M + 1 + N, h, w, C]` un-normalised latents, the past first; None unless asked for.
+      draft: what `UnifiedMode.finish` needs to denoise the video after all; None where `latents` are there.
     """
 
     actions: np.ndarray
     poses: np.ndarray
     grippers: np.ndarray
     latents: Mapping[str, np.ndarray] | None
+    draft: Draft | None = None
 
 
 class UnifiedMode:
@@ -112,6 +126,7 @@ class UnifiedMode:
         self.history, self.chunk = int(store["history_latents"]), int(store["fixed_steps"])
         self.stride = int(store["video_stride"])
         self._encode_text: Any = jax.jit(functools.partial(_encode_text, self.config))
+        self._texts: tuple[PyTree, dict[str, tuple[jax.Array, jax.Array]]] = engine.params, {}
         self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
         self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
 
@@ -140,9 +155,8 @@ class UnifiedMode:
         self.plan(request, self.encode_text(""), video=video)
 
     def encode_text(self, text: str) -> Conditioning:
-        """An instruction as the text encoder of the model's training has it; "" is the null text."""
-        features, length = self._encode_text(self.engine.params, self.engine.captions.encode([text]))
-        return Conditioning(features, length, self._null())
+        """An instruction as the text encoder of the model's training has it, encoded once; "" is the null text."""
+        return Conditioning(*self._features(text), self._null())
 
     def from_latents(self, latents: jax.Array) -> Conditioning:
         """Latents `[K, Dt]` in the place of a text's features.
@@ -150,7 +164,7 @@ class UnifiedMode:
         Raises:
           UserError: they are more, or of another width, than a text's features.
         """
-        features, _ = jax.eval_shape(self._encode_text, self.engine.params, self.engine.captions.encode([""]))
+        features, _ = self._features("")
         if latents.ndim != 2 or latents.shape[1] != features.shape[1] or len(latents) > len(features):
             raise UserError(
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
@@ -187,6 +201,16 @@ class UnifiedMode:
             rows = slice(start, start + self.engine.batch_size)
             chunks += self._plan_batch(requests[rows], conditionings[rows], seeds[rows], video)
         return chunks
+
+    def finish(self, chunk: Chunk) -> Mapping[str, np.ndarray]:
+        """The latents that planning with `video=True` would have returned, of a chunk without; its actions stay."""
+        if chunk.draft is None:
+            raise ValueError("this chunk has its video already")
+        draft = chunk.draft
+        if self.config.sampling.sampler != "anchored":
+            return self._films(draft)
+        latents = self._finish(self.engine.params, draft.inputs, draft.conditioning, draft.latents)
+        return self._films(draft._replace(latents=latents))
 
     def decode(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """View name → `[1 + 4 (M + N), H, W, 3]` uint8, past and predicted; ValueError for a chunk without latents."""
@@ -229,7 +253,8 @@ class UnifiedMode:
         rows = [self.inputs(request) for request in requests]
         rows += rows[:1] * padding
         inputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        text = stacked([*conditionings, *[conditionings[0]] * padding])
+        # On the host: what is placed otherwise, words of loaded parameters or latents, would be compiled for anew.
+        text = jax.device_get(stacked([*conditionings, *[conditionings[0]] * padding]))
         noise = np.array([*seeds, *[seeds[0]] * padding], np.uint32)
         latents, actions = self._sample(self.engine.params, inputs, text, noise)
         if video and self.config.sampling.sampler == "anchored":
@@ -237,13 +262,19 @@ class UnifiedMode:
         future = np.asarray(actions)[:, inputs["past"].shape[1] :][:, : self.chunk]
         canonical = self.engine.stats.denormalize_actions(future)
         canonical = np.where(inputs["state_valid"][:, None], canonical, 0.0).astype(np.float32)
-        z = self.engine.stats.denormalize_latents(np.asarray(latents)) if video else None
         chunks = []
         for row, request in enumerate(requests):
-            views = [v for v, view in enumerate(self.engine.views) if view in request.frames]
-            films = None if z is None else {self.engine.views[v]: z[row, v] for v in views}
+            draft = Draft(inputs, text, latents, row, request)
             poses, grippers = absolute_commands(canonical[row], request.pose)
-            chunks.append(Chunk(canonical[row], poses, grippers, films))
+            chunks.append(
+                Chunk(
+                    canonical[row],
+                    poses,
+                    grippers,
+                    latents=self._films(draft) if video else None,
+                    draft=None if video else draft,
+                )
+            )
         return chunks
 
     @property
@@ -252,24 +283,29 @@ class UnifiedMode:
 
     def _encoded(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
         """Normalised latents `[V, 1 + M, h, w, C]`; zeros for an absent view."""
-        length, size = 1 + self.past_frames, tuple(self.engine.store["size"])
-        present = np.array([view in frames for view in self.engine.views])
-        if not present.any():
-            raise UserError(f"the history has none of the views {list(self.engine.views)}, only {list(frames)}")
-        videos = np.zeros((len(self.engine.views), length, *size, 3), np.uint8)
-        for v, view in enumerate(self.engine.views):
-            if present[v]:
-                if len(frames[view]) != length:
-                    raise UserError(f"view {view!r} has {len(frames[view])} frames; the history is {length}")
-                videos[v] = [fit_picture(frame, size, view) for frame in frames[view]]
-        latents = self.engine.stats.normalize_latents(self.engine.codec.encode(videos))
-        return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
+        length = 1 + self.past_frames
+        for view, shots in frames.items():
+            if len(shots) != length:
+                raise UserError(f"view {view!r} has {len(shots)} frames; the history is {length}")
+        return self.engine.encode_views(frames)
+
+    def _films(self, draft: Draft) -> dict[str, np.ndarray]:
+        """Un-normalised latents by view of finished normalised ones."""
+        z = self.engine.stats.denormalize_latents(np.asarray(draft.latents[draft.row]))
+        return {view: z[v] for v, view in enumerate(self.engine.views) if view in draft.request.frames}
+
+    def _features(self, text: str) -> tuple[jax.Array, jax.Array]:
+        """Features and length of a text, encoded once with these parameters; beyond `_KEPT_TEXTS` all are forgotten."""
+        params, known = self._texts
+        if params is not self.engine.params or len(known) >= _KEPT_TEXTS:
+            params, known = self._texts = self.engine.params, {}
+        if text not in known:
+            known[text] = self._encode_text(params, self.engine.captions.encode([text]))
+        return known[text]
 
     def _null(self) -> tuple[jax.Array, jax.Array] | None:
         """The null text's features and length, where guidance needs them."""
-        if self.config.sampling.guidance == 1.0:
-            return None
-        return self._encode_text(self.engine.params, self.engine.captions.encode([""]))
+        return None if self.config.sampling.guidance == 1.0 else self._features("")
 
 
 def stacked(conditionings: Sequence[Conditioning]) -> Conditioning:

@@ -6,7 +6,7 @@ quaternion, of the end effector in the base frame, then the gripper's closing fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ PROTOCOL = 1
 
 _UNIT = 1e-3  # how far a quaternion's length may be from 1
 _GRIPPER = 0.1  # how far a measured closing fraction may lie outside 0..1
-MODES = ("event",)
-_REQUEST = ("images", "state", "prompt", "mode", "duration_s", "frames", "watch", "reset")
-_EXECUTED = ("images", "step")
+_OF_MODE = {"duration_s": "event", "frames": "event", "steps": "unified", "done": "unified"}
+_REQUEST = ("images", "state", "prompt", "mode", "watch", "reset", *_OF_MODE)
+_EXECUTED = ("images", "step", "actions")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Observed:
 
 @dataclass(frozen=True)
 class Request:
-    """A robot asks for the next event.
+    """A robot asks for the next event or chunk.
 
     Attributes:
       observation: its present observation.
-      prompt: the event in words.
+      prompt: the event, or the instruction, in words.
       mode: decoding mode.
       duration_s: length of the event; None leaves it to the model.
+      steps: control steps since the request before, in unified mode; None is its whole chunk.
+      done: captions of the events that are over, in time order, for a server that plans by latents.
       watch: predict the video, too, so that executed observations can be compared with it.
       reset: an episode begins: sampling noise and history start anew.
     """
@@ -53,23 +55,36 @@ class Request:
     prompt: str
     mode: str
     duration_s: float | None
+    steps: int | None
+    done: tuple[str, ...]
     watch: bool
     reset: bool
 
 
 @dataclass(frozen=True)
 class Executed:
-    """What a robot sees `step` control steps after the observation of its last request; `frames` as in `Observed`."""
+    """What a robot sees `step` control steps after the observation of its last request; `frames` as in `Observed`.
+
+    `actions` are the commands since the last telling, poses `[n, G, 4, 4]` and grippers `[n, G]`, where they are not
+    those that it was sent.
+    """
 
     frames: Mapping[str, np.ndarray]
     step: int
+    actions: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Reader:
-    """Turns unpacked messages into requests of one policy; every fault is a `UserError` that names the field."""
+    """Turns unpacked messages into requests of one policy; every fault is a `UserError` that names the field.
 
-    def __init__(self, policy: Policy) -> None:
-        self._mode = policy.event_mode
+    Args:
+      policy: to be asked.
+      modes: of decoding, that are served; the first is that of a request that names none.
+      latents: whether latents tell unified mode what to do; `done` is for them.
+    """
+
+    def __init__(self, policy: Policy, modes: Sequence[str], *, latents: bool = False) -> None:
+        self._mode, self._modes, self._latents = policy.event_mode, tuple(modes), latents
         self.views = self._mode.views
         self.max_arms = int((self._mode.stats.state.count > 0).sum()) // ARM_DIM
         self.video_fps = float(self._mode.store["video_fps"])
@@ -84,21 +99,32 @@ class Reader:
             if not isinstance(executed, dict):
                 raise UserError(f"executed is a map with the fields {', '.join(_EXECUTED)}; got {_kind(executed)}")
             _only(executed, _EXECUTED, "in executed")
-            return Executed(self._images(executed.get("images")), _integer(executed, "step", 0))
+            actions = executed.get("actions")
+            return Executed(
+                self._images(executed.get("images")),
+                _integer(executed, "step", 0),
+                None if actions is None else self._actions(actions),
+            )
         _only(message, _REQUEST, "in the request")
         if message.get("duration_s") is not None and message.get("frames") is not None:
             raise UserError("duration_s and frames both say how long the event takes; send one of them")
         seconds = _seconds(message.get("duration_s"))
         if message.get("frames") is not None:
             seconds = _integer(message, "frames", 1) / self.video_fps
-        mode = message.get("mode", MODES[0])
-        if mode not in MODES:
-            raise UserError(f"unknown mode {mode!r}; this server decodes in mode {', '.join(map(repr, MODES))}")
+        mode = message.get("mode", self._modes[0])
+        if mode not in self._modes:
+            raise UserError(f"unknown mode {mode!r}; this server decodes in mode {', '.join(map(repr, self._modes))}")
+        for name, other in _OF_MODE.items():
+            if other != mode and message.get(name) is not None:
+                raise UserError(f"{name} is for mode {other!r}; this request is in mode {mode!r}")
+        steps = None if message.get("steps") is None else _integer(message, "steps", 0)
         return Request(
             Observed(self._images(message.get("images")), *self._state(message.get("state"))),
-            self._prompt(message.get("prompt")),
+            self._prompt(message.get("prompt"), mode),
             mode,
             seconds,
+            steps,
+            self._done(message.get("done")),
             _flag(message, "watch"),
             _flag(message, "reset"),
         )
@@ -124,26 +150,53 @@ class Reader:
 
     def _state(self, state: Any) -> tuple[np.ndarray, np.ndarray]:
         layout = f"[G, {len(ARM_LAYOUT)}] floats ({', '.join(ARM_LAYOUT)}) for 1 to {self.max_arms} arms"
-        if not isinstance(state, np.ndarray) or state.dtype.kind != "f":
-            raise UserError(f"state is {layout}; got {_kind(state)}")
-        arms = np.asarray(state, np.float64)
-        if arms.ndim == 1:
-            arms = arms[None]
-        if arms.ndim != 2 or arms.shape[1] != len(ARM_LAYOUT) or not 1 <= len(arms) <= self.max_arms:
-            raise UserError(f"state is {layout}; got {_kind(state)}")
-        if not np.isfinite(arms).all():
-            raise UserError("state has numbers that are not finite")
-        lengths = np.linalg.norm(arms[:, 3:7], axis=1)
-        if (np.abs(lengths - 1.0) > _UNIT).any():
-            raise UserError(f"state: the quaternion (qw, qx, qy, qz) has length {lengths.round(4).tolist()}, not 1")
-        if (arms[:, 7] < -_GRIPPER).any() or (arms[:, 7] > 1.0 + _GRIPPER).any():
-            raise UserError(f"state: the gripper is {arms[:, 7].tolist()}; 0 is open, 1 closed")
-        return _pose(arms), arms[:, 7]
+        arms = state[None] if isinstance(state, np.ndarray) and state.ndim == 1 else state
+        return self._arms("state", arms, layout)
 
-    def _prompt(self, prompt: Any) -> str:
+    def _actions(self, actions: Any) -> tuple[np.ndarray, np.ndarray]:
+        layout = f"[n, {len(ARM_LAYOUT)} G] floats, laid out as those of a reply, for 1 to {self.max_arms} arms"
+        rows = actions
+        if isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.shape[1] and rows.shape[1] % len(ARM_LAYOUT) == 0:
+            rows = rows.reshape(len(rows), -1, len(ARM_LAYOUT))
+            return self._arms("actions", rows, layout, axes=3)
+        raise UserError(f"actions is {layout}; got {_kind(actions)}")
+
+    def _arms(self, name: str, rows: Any, layout: str, axes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+        """Poses `[..., G, 4, 4]` and grippers `[..., G]` of rows `[..., G, 8]`."""
+        if (
+            not isinstance(rows, np.ndarray)
+            or rows.dtype.kind != "f"
+            or rows.ndim != axes
+            or rows.shape[-1] != len(ARM_LAYOUT)
+            or not 1 <= rows.shape[-2] <= self.max_arms
+        ):
+            raise UserError(f"{name} is {layout}; got {_kind(rows)}")
+        arms = np.asarray(rows, np.float64)
+        if not np.isfinite(arms).all():
+            raise UserError(f"{name} has numbers that are not finite")
+        lengths, grippers = np.linalg.norm(arms[..., 3:7], axis=-1), arms[..., 7]
+        if (wrong := np.abs(lengths - 1.0) > _UNIT).any():
+            raise UserError(
+                f"{name}: the quaternion (qw, qx, qy, qz) has length {lengths[wrong].round(4).tolist()[:4]}, not 1"
+            )
+        if (wrong := (grippers < -_GRIPPER) | (grippers > 1.0 + _GRIPPER)).any():
+            raise UserError(f"{name}: the gripper is {grippers[wrong].tolist()[:4]}; 0 is open, 1 closed")
+        return _pose(arms), grippers
+
+    def _done(self, done: Any) -> tuple[str, ...]:
+        if done is None:
+            return ()
+        if not self._latents:
+            raise UserError("done is for a server that plans by latents (--latents); this one plans by the prompt")
+        if not isinstance(done, list) or not all(isinstance(caption, str) for caption in done):
+            raise UserError(f"done is a list of captions; got {done!r:.60}")
+        return tuple(done)
+
+    def _prompt(self, prompt: Any, mode: str) -> str:
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompt says the next event in words; got {prompt!r:.60}")
-        self._mode.check_caption(prompt)
+            raise UserError(f"prompt says the next event in words, or the instruction; got {prompt!r:.60}")
+        if not (self._latents and mode == "unified"):  # or the model's text encoder does not read it
+            self._mode.check_caption(prompt)
         return prompt
 
 
@@ -165,15 +218,15 @@ def commands(action: Action) -> np.ndarray:
     return rows.reshape(len(rows), -1)
 
 
-def describe(policy: Policy) -> dict[str, Any]:
+def describe(policy: Policy, modes: Sequence[str]) -> dict[str, Any]:
     """What the server says on connection: everything that a robot needs to make a request. Plain values only."""
-    mode, reader = policy.event_mode, Reader(policy)
+    mode, unified, reader = policy.event_mode, policy.unified_mode, Reader(policy, modes)
     return {
         "server": "wallwm_jax",
         "protocol": PROTOCOL,
         "step": policy.step,
         "parameters": policy.num_parameters,
-        "modes": list(MODES),
+        "modes": list(modes),
         "views": list(mode.views),
         "image_size": [int(side) for side in mode.store["size"]],
         "arm_layout": list(ARM_LAYOUT),
@@ -183,16 +236,18 @@ def describe(policy: Policy) -> dict[str, Any]:
         "feedback_every": int(mode.store["video_stride"]),
         "buckets": list(mode.buckets),
         "max_actions": mode.max_actions,
+        "chunk_actions": unified.chunk if unified and "unified" in modes else None,
         "request": list(_REQUEST),
         "executed": list(_EXECUTED),
     }
 
 
 def _pose(arms: np.ndarray) -> np.ndarray:
-    """`[G, 8]` rows to `[G, 4, 4]`."""
-    pose = np.tile(np.eye(4), (len(arms), 1, 1))
-    pose[:, :3, :3] = Rotation.from_quat(np.roll(arms[:, 3:7], -1, axis=1)).as_matrix()
-    pose[:, :3, 3] = arms[:, :3]
+    """`[..., 8]` rows to `[..., 4, 4]`."""
+    pose = np.tile(np.eye(4), (*arms.shape[:-1], 1, 1))
+    xyzw = np.roll(arms[..., 3:7], -1, axis=-1)
+    pose[..., :3, :3] = Rotation.from_quat(xyzw.reshape(-1, 4)).as_matrix().reshape(*arms.shape[:-1], 3, 3)
+    pose[..., :3, 3] = arms[..., :3]
     return pose
 
 

@@ -14,7 +14,7 @@ import http
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from websockets.http11 import Response
 from websockets.protocol import State
 
 from wallwm_jax.console import UserError, phase
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.serving import wire
 from wallwm_jax.serving.messages import Executed, Reader, Request, describe
@@ -63,10 +64,12 @@ class PolicyServer:
     Args:
       policy: all that runs it runs in one thread.
       calibration: of the watchdog, or None.
+      modes: of decoding, that are served; None is all that the policy has, event mode first.
+      latents: tell unified mode what to do in place of the prompt's words; None leaves it to these.
       host, port: where to listen; port 0 takes a free one.
       seed: of each session's sampling noise.
       limits: what to bear.
-      warm: compile every bucket before the first request.
+      warm: compile every program before the first request.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class PolicyServer:
         policy: Policy,
         calibration: Calibration | None = None,
         *,
+        modes: Sequence[str] | None = None,
+        latents: LatentConditioner | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         seed: int = 0,
@@ -83,10 +88,11 @@ class PolicyServer:
         self.host, self.port = host, port
         self._policy, self._calibration, self._seed, self._warm = policy, calibration, seed, warm
         self._limits = limits or Limits()
-        self._reader = Reader(policy)
+        self._modes, self._latents = tuple(modes or policy.modes), latents
+        self._reader = Reader(policy, self._modes, latents=latents is not None)
         alarm = {"threshold": calibration.threshold, "events": calibration.events} if calibration else None
         self._metadata = wire.packb(
-            describe(policy) | {"watchdog": alarm, "max_message_bytes": self._limits.message_bytes}
+            describe(policy, self._modes) | {"watchdog": alarm, "max_message_bytes": self._limits.message_bytes}
         )
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._ready = asyncio.Event()
@@ -133,14 +139,24 @@ class PolicyServer:
             await warming
 
     async def _warm_up(self) -> None:
-        """Compiles bucket by bucket, so that a stop need not wait for all."""
-        mode, loop = self._policy.event_mode, asyncio.get_running_loop()
-        for bucket in mode.buckets if self._warm else ():
+        """Compiles program by program, so that a stop need not wait for all."""
+        loop = asyncio.get_running_loop()
+        for name, compile_it in self._programs() if self._warm else ():
             if self._stopping.is_set():
                 return
-            with phase(f"warm bucket of {bucket} latents"):
-                await loop.run_in_executor(self._engine, functools.partial(mode.warm_up, [bucket], video=True))
+            with phase(f"warm {name}"):
+                await loop.run_in_executor(self._engine, compile_it)
         self._ready.set()
+
+    def _programs(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """What is to be compiled, by name."""
+        mode, unified = self._policy.event_mode, self._policy.unified_mode
+        for bucket in mode.buckets if "event" in self._modes else ():
+            yield f"bucket of {bucket} latents", functools.partial(mode.warm_up, [bucket], video=True)
+        if unified and "unified" in self._modes:
+            yield f"chunks of {unified.chunk} actions", functools.partial(unified.warm_up, video=True)
+        if self._latents:
+            yield "latents", self._latents.warm_up
 
     async def _drain(self, server: Server) -> None:
         """No new connections or requests; those under way are answered, then everybody is sent away."""
@@ -165,7 +181,7 @@ class PolicyServer:
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One robot, from the metadata to its end."""
-        session = Session(self._policy, self._calibration, self._seed)
+        session = Session(self._policy, self._calibration, self._seed, self._latents)
         with contextlib.suppress(ConnectionClosed):
             await _first(self._ready.wait(), connection.wait_closed())
             await connection.send(self._metadata)

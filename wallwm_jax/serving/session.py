@@ -1,7 +1,6 @@
-"""What one robot does with the policy: asks for events, tells what it saw. One session per connection.
+"""What one robot does with the policy: asks for events or chunks, tells what it saw. One session per connection.
 
-All state that outlives a request is here: the sampling noise and the event being executed. A mode with a history keeps
-its frames here, too.
+All state that outlives a request is here: the sampling noise, what is being executed, and in unified mode the past.
 """
 
 from __future__ import annotations
@@ -13,9 +12,15 @@ from typing import Any
 import numpy as np
 
 from wallwm_jax.console import UserError
+from wallwm_jax.inference.latent_conditioner import LatentConditioner
+from wallwm_jax.inference.planner import PlanRequest
 from wallwm_jax.inference.policy import Action, Policy
+from wallwm_jax.inference.unified_mode import Chunk, Conditioning
 from wallwm_jax.serving.messages import Executed, Request, commands
+from wallwm_jax.serving.past import Past
 from wallwm_jax.serving.watchdog import Calibration, EventWatch, Judgement
+
+Frames = Mapping[str, np.ndarray]
 
 
 class Session:
@@ -23,12 +28,19 @@ class Session:
 
     Args:
       policy: shared by all sessions.
-      calibration: of the watchdog; None leaves it without an alarm.
+      calibration: of the watchdog on events; None leaves it without an alarm.
       seed: of the sampling noise; a session's answers are those of a fresh `Policy` of this seed.
+      latents: tell unified mode what to do; None leaves it to the prompt's words.
     """
 
-    def __init__(self, policy: Policy, calibration: Calibration | None = None, seed: int = 0) -> None:
-        self._policy, self._calibration, self._first_seed = policy, calibration, seed
+    def __init__(
+        self,
+        policy: Policy,
+        calibration: Calibration | None = None,
+        seed: int = 0,
+        latents: LatentConditioner | None = None,
+    ) -> None:
+        self._policy, self._calibration, self._first_seed, self._latents = policy, calibration, seed, latents
         self._reset()
 
     def answer(self, message: Request | Executed) -> tuple[dict[str, Any], dict[str, float]]:
@@ -37,66 +49,102 @@ class Session:
 
     def _reset(self) -> None:
         self._seed = self._first_seed
-        self._event: EventWatch | None = None
-        self._unseen: tuple[Request, Action] | None = None
+        self._watch: EventWatch | None = None
+        self._unseen: tuple[Action, Frames] | None = None
+        self._past: Past | None = None  # of the chunks so far; an event ends it
 
     def imagine(self) -> None:
-        """Predicts the video of an event that is to be watched: after its commands are out, so that nobody waits."""
-        if self._unseen:
-            request, action = self._unseen
-            assert action.plan is not None  # the server serves events
-            self._event = self._watch(request, action, self._policy.event_mode.finish(action.plan))
-            self._unseen = None
+        """Predicts the video of what is to be watched: after the commands are out, so that nobody waits."""
+        if not self._unseen:
+            return
+        (action, frames), self._unseen = self._unseen, None
+        if isinstance(action.plan, Chunk):
+            unified = self._policy.unified_mode
+            assert unified is not None  # it made the chunk
+            films = unified.finish(action.plan)
+            latents = {view: film[unified.history :] for view, film in films.items()}
+        else:
+            latents = dict(self._policy.event_mode.finish(action.plan))
+        self._watch = self._watch_over(action, frames, latents)
 
-    def _watch(self, request: Request, action: Action, latents: Mapping[str, np.ndarray] | None) -> EventWatch:
+    def _watch_over(self, action: Action, frames: Frames, latents: Frames | None) -> EventWatch:
+        quantiles, is_event = action.duration_quantiles_s, not isinstance(action.plan, Chunk)
+        if not is_event:  # a chunk takes as long as it takes
+            quantiles = np.full(len(self._policy.event_mode.config.model.duration_quantiles), action.duration_s)
         return EventWatch(
             self._policy.event_mode,
-            request.observation.frames,
+            frames,
             latents,
             steps=len(action.actions),
             seconds=action.duration_s,
-            quantiles_s=action.duration_quantiles_s,
-            spread=self._calibration.spread if self._calibration else math.inf,
+            quantiles_s=quantiles,
+            spread=self._calibration.spread if self._calibration and is_event else math.inf,
         )
 
     def _plan(self, request: Request) -> tuple[dict[str, Any], dict[str, float]]:
-        """Commands for the next event."""
+        """Commands for the next event or chunk."""
         if request.reset:
             self._reset()
-        mode = self._policy.event_mode
-        action = self._policy.infer(
-            request.observation,
-            request.prompt,
-            request.duration_s,
-            request.mode,
-            seed=self._seed + 1,
-        )
+        action, frames, about = (self._chunk if request.mode == "unified" else self._event)(request)
         self._seed += 1
-        self._event, self._unseen = self._watch(request, action, None), (request, action) if request.watch else None
+        self._watch, self._unseen = self._watch_over(action, frames, None), (action, frames) if request.watch else None
+        reply = {"actions": commands(action), "control_hz": action.control_hz}
+        return reply | self._judged(self._watch.judgement(), about), action.seconds
+
+    def _event(self, request: Request) -> tuple[Action, Frames, dict[str, Any]]:
+        """The next event, the frames it begins with, and what the reply says of it."""
+        self._past = None
+        mode = self._policy.event_mode
+        action = self._policy.infer(request.observation, request.prompt, request.duration_s, seed=self._seed + 1)
         quantiles = [float(second) for second in action.duration_quantiles_s]
-        event = {
+        about = {
             "steps": len(action.actions),
             "duration_s": action.duration_s,
             "whole": action.duration_s * action.control_hz <= mode.max_actions,
             "predicted_duration_s": quantiles[mode.median],
             "duration_quantiles_s": quantiles,
         }
-        reply = {"actions": commands(action), "control_hz": action.control_hz}
-        return reply | self._judged(self._event.judgement(), event), action.seconds
+        return action, {view: frame[None] for view, frame in request.observation.frames.items()}, about
+
+    def _chunk(self, request: Request) -> tuple[Action, Frames, dict[str, Any]]:
+        """The next chunk, likewise; its frames are those of the past."""
+        unified = self._policy.unified_mode
+        assert unified is not None  # or the reader would have refused
+        if self._past is None:
+            self._past = Past(unified)
+        observation = self._past.begin(request.observation, request.steps)
+        prompt: str | Conditioning = request.prompt
+        if self._latents:
+            asked = PlanRequest(observation.frames, request.prompt, request.done, self._latents.levels[0])
+            prompt = unified.from_latents(self._latents.latents([asked])[0])
+        action = self._policy.infer(
+            observation, prompt, mode="unified", seed=self._seed + 1, history=self._past.history
+        )
+        self._past.follow(action)
+        assert isinstance(action.plan, Chunk) and action.plan.draft is not None
+        chunk = action.plan.draft.request
+        return action, chunk.frames, {"number": chunk.number, "steps": len(action.actions)}
 
     def _follow(self, executed: Executed) -> tuple[dict[str, Any], dict[str, float]]:
-        """How the event goes that the last request began."""
+        """How goes what the last request began."""
         self.imagine()
-        if self._event is None:
-            raise UserError("no event has begun on this connection; send a request before what was executed of it")
-        judged = self._event.observe(executed.step, executed.frames)
-        return self._judged(judged, {"steps": self._event.steps}), {}
+        if self._watch is None:
+            raise UserError("nothing has begun on this connection; send a request before what was executed of it")
+        if self._past:
+            self._past.check(executed)
+        elif executed.actions is not None:
+            raise UserError("actions are fed back in mode 'unified'; an event needs none")
+        judged = self._watch.observe(executed.step, executed.frames)
+        if self._past:
+            self._past.tell(executed)
+        return self._judged(judged, {"steps": self._watch.steps}), {}
 
-    def _judged(self, judged: Judgement, event: dict[str, Any]) -> dict[str, Any]:
-        threshold = self._calibration.threshold if self._calibration else None
+    def _judged(self, judged: Judgement, about: dict[str, Any]) -> dict[str, Any]:
+        threshold = self._calibration.threshold if self._calibration and not self._past else None
         alarm = threshold is not None and judged.worst is not None and judged.worst > threshold
+        place = {"progress": judged.progress, "done_probability": judged.done_probability}
         return {
-            "event": {"progress": judged.progress, "done_probability": judged.done_probability, **event},
+            "chunk" if self._past else "event": place | about,
             "watchdog": {
                 "score": judged.score,
                 "worst": judged.worst,

@@ -1,4 +1,4 @@
-"""The watchdog: does an event go as the model predicted? Compares observed latents with predicted ones.
+"""The watchdog: does an event or a chunk go as the model predicted? Compares observed latents with predicted ones.
 
 The codec encodes the frames that a robot sends back, on the clock of the prediction. What counts is the *change* since
 the event's first frame: the share of the predicted change that is missing from the observed one,
@@ -87,12 +87,14 @@ class Judgement:
 
 
 class EventWatch:
-    """One event while it is executed.
+    """One event, or one chunk, while it is executed.
 
     Args:
       mode: that predicted the event; its codec encodes what is observed.
-      frames: view → `[H, W, 3]` uint8, the observation that the event began with.
-      latents: view → `[1 + N, h, w, C]` predicted latents, un-normalised; None leaves only the clock.
+      frames: view → `[1 + 4M, H, W, 3]` uint8 up to the observation that the event or chunk began with: M latents of
+        history were seen before.
+      latents: view → `[1 + N, h, w, C]` predicted latents from the observation's on, un-normalised; None leaves only
+        the clock.
       steps: control steps of the event.
       seconds: its duration, as planned with.
       quantiles_s: `[Q]` the model's own duration quantiles; their spread around the median is put around `seconds`.
@@ -113,7 +115,8 @@ class EventWatch:
         self.steps, self._seconds, self._spread = steps, seconds, spread
         self._codec, self._size = mode.codec, tuple(mode.store["size"])
         self._stride, self._hz = int(mode.store["video_stride"]), float(mode.store["action_hz"])
-        self._frames = {view: [self._picture(frames[view])] for view in latents or ()}
+        self._frames = {view: [self._picture(frame) for frame in frames[view]] for view in latents or ()}
+        self._past = max((len(shots) - 1 for shots in self._frames.values()), default=0)
         # Inner products say everything: of the predicted changes, and of each observed one with them and itself.
         self._predicted = _changes(list(latents.values())) if latents else np.zeros((1, 0), np.float32)
         self._gram = self._predicted @ self._predicted.T
@@ -129,17 +132,17 @@ class EventWatch:
           UserError: `step` is not later than the one before, or a view of the event's beginning is missing.
         """
         if step <= self._step:
-            raise UserError(f"step {step} of the event was told already; the next is at least {self._step + 1}")
+            raise UserError(f"step {step} was told already; the next is at least {self._step + 1}")
         absent = [view for view in self._frames if view not in frames]
         if absent:
-            raise UserError(f"the event began with the view {absent[0]!r}; send it with every executed observation")
+            raise UserError(f"it began with the view {absent[0]!r}; send it with every executed observation")
         self._step = step
         last = self.steps // self._stride
         number = min(step // self._stride, last)
         if self._frames and (step >= self.steps or step % self._stride == 0):
             for view, shots in self._frames.items():
-                if number >= len(shots):
-                    shots += [shots[-1]] * (number - len(shots)) + [self._picture(frames[view])]
+                if (held := self._past + number - len(shots)) >= 0:
+                    shots += [shots[-1]] * held + [self._picture(frames[view])]
             self._encode(number, whole=-(-last // _GROUP) if number == last else number // _GROUP)
         return self.judgement()
 
@@ -163,9 +166,9 @@ class EventWatch:
         """Encodes what is new of the first `whole` latents; after frame `number`, the event's last, that one holds."""
         if whole < len(self._energies):
             return
-        indices = np.minimum(np.arange(1 + _GROUP * whole), number)
+        indices = np.minimum(np.arange(self._past + 1 + _GROUP * whole), self._past + number)
         observed = self._codec.encode(np.stack([[shots[i] for i in indices] for shots in self._frames.values()]))
-        changes = _changes(list(observed))
+        changes = _changes(list(observed[:, self._past // _GROUP :]))
         self._products = changes @ self._predicted.T
         self._energies = (changes**2).sum(1)
 
