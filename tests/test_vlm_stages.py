@@ -1,5 +1,6 @@
 """The VLM stages: what a row asks, what each stage learns and leaves alone, the planner, and how it is measured."""
 
+import dataclasses
 import itertools
 import re
 import threading
@@ -176,7 +177,9 @@ def test_each_loss_falls_and_what_is_frozen_stays_bit_for_bit(clustered_store, s
     for _ in range(STEPS):
         state, metrics = step(state, placed)
         lines.append({name: float(value) for name, value in metrics.items()})
+    again = dataclasses.replace(state, step=jnp.zeros((), jnp.int32))  # noise, where there is any, as at the first step
     after = jax.device_get({"on": flatten(state.trainable), "off": flatten(state.frozen)})
+    lines.append({name: float(value) for name, value in step(again, placed)[1].items()})
     assert {path.split("/")[0] for path in after["on"]} == set(built.stage.trains)
     assert {path.split("/")[0] for path in after["off"]} == set(built.stage.freezes)
     assert [path for path, leaf in after["on"].items() if np.array_equal(leaf, before["on"][path])] == []
@@ -186,7 +189,7 @@ def test_each_loss_falls_and_what_is_frozen_stays_bit_for_bit(clustered_store, s
     assert {name for name in lines[0] if name.startswith("loss_")} == {f"loss_{name}" for name in built.stage.losses}
     for name in built.stage.losses:
         assert lines[-1][f"loss_{name}"] < lines[0][f"loss_{name}"], name
-    weights = {"next": 0.1, "time": 0.1, "present": 0.1}
+    weights = {"next": 0.1, "time": 0.1, "present": 0.1, "latent_action": 100.0, "latent_video": 100.0}
     total = sum(weights.get(name, 1.0) * lines[0][f"loss_{name}"] for name in built.stage.losses)
     assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
 
@@ -196,7 +199,9 @@ def test_a_row_of_padding_leaves_no_trace(clustered_store, stage):
     """Whatever its pictures and ids hold, loss and gradient are the same bits."""
     built, step = built_vlm_step(clustered_store, stage), compiled_vlm_step(clustered_store, stage)
     batch, seen = vlm_batch(clustered_store, vlm_training_config(clustered_store, stage)), []
-    for name, value in (("window_index", -1), ("answer_length", 0), ("trace_length", 0), ("remaining_s", 0)):
+    absent = {"window_index": -1, "answer_length": 0, "trace_length": 0, "is_next": 0, "remaining_s": 0}
+    absent |= {name: 0 for name in ("latent_event", "latent_role", "action_event") if name in batch}
+    for name, value in absent.items():
         batch[name][1] = value
     for poison in (0, 77):
         batch["images"][1], batch["ids"][1, 3:40], batch["trace_ids"][1, 2:30] = poison, poison, poison
@@ -264,7 +269,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(cluster
     for path, leaf in flatten({"blocks": branch["blocks"], "norm": branch["border"]["norm"]}).items():
         np.testing.assert_array_equal(leaf, sft[f"vlm/language/{path}"])  # it starts as its backbone
     run(stairs, tmp_path / "stairs")
-    assert set(load_params(tmp_path / "stairs").params) == {"vlm", "small", "video", "text", "staircase"}
+    assert set(load_params(tmp_path / "stairs").params) == {"vlm", "small", "video", "action", "text", "staircase"}
 
 
 @pytest.mark.parametrize(
