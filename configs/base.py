@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
 
     config.vlm = ConfigDict(  # the vision-language model, and what reads it; the defaults train on a CPU
         dict(
-            tokenizer="bytes",  # bytes | folder with the published tokenizer.json
+            tokenizer="bytes",  # bytes | words (of OCBench's captions) | folder with the published tokenizer.json
             language=_language(width=128, ffn=256, depth=8),
             vision=ConfigDict(  # models.vlm.vision_tower.VisionConfig
                 dict(width=32, heads=2, ffn=64, depth=2, patch=8, frames=2, merge=2, positions=16)

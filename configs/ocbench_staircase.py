@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config = ocbench_vlm.get_config("staircase")
     config.unlock()
     config.data.vlm.inside_prob = 0.0
+    config.data.vlm.done_prob = 0.1  # where no event follows, two of three ties have nothing to say
     config.data.rows = 8
     config.data.latents_per_row = 17  # of one event, the longest
     config.data.actions_per_row = 128

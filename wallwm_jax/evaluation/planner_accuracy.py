@@ -123,7 +123,7 @@ def request_of(question: Question, views: Sequence[str]) -> PlanRequest:
     count = len(views)
     previous = dict(zip(views, question.pictures[:count])) if len(question.pictures) > count else None
     frames = dict(zip(views, question.pictures[-count:]))
-    return PlanRequest(frames, question.instruction, question.done, question.level, previous)
+    return PlanRequest(frames, question.instruction, question.done, question.level, previous, question.now)
 
 
 def _rates(asked: Sequence[Asked], begun: set[tuple[str, ...]]) -> dict[str, Any]:

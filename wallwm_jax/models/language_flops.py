@@ -100,8 +100,9 @@ def batch_flops(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> float:
             latents, actions = (int(np.count_nonzero(batch[name][row])) for name in ("latent_event", "action_event"))
             window = _window(config, int(np.count_nonzero(batch["view_id"][row, 0])), latents, actions)
         text = language_pathway.projector_config(config).queries
-        counts = (int(batch[name][row]) for name in ("answer_start", "answer_length", "trace_length"))
-        total += training_flops(config, RowShape(batch["images"].shape[1], *counts, text, window), config.train.stage)
+        prompt, answer, trace = (int(batch[name][row]) for name in ("answer_start", "answer_length", "trace_length"))
+        shape = RowShape(batch["images"].shape[1], prompt, answer, trace, text, window)
+        total += training_flops(config, shape, config.train.stage)
     return total
 
 
