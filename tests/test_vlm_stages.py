@@ -494,6 +494,32 @@ def test_accuracy_counts_wordings_objects_and_seconds(clustered_store, config):
     assert 0 < right["planner"]["exact_unseen_order"]["episodes"] < len(asked)
 
 
+def test_the_error_of_the_time_left_is_over_the_later_keyframes(clustered_store, config):
+    held_out = open_store(clustered_store, "heldout")
+
+    class Clock:
+        """Answers two seconds, and nothing at all to every fourth question."""
+
+        def __init__(self):
+            self.asked = 0
+
+        def time_left(self, requests):
+            assert all(request.now for request in requests)
+            self.asked += len(requests)
+            return [None if number % 4 == 0 else 2.0 for number in range(len(requests))]
+
+    clock = Clock()
+    found = planner_accuracy.measure_time_left(clock, held_out, config, levels=["subtask"], limit=1000)
+    events = np.flatnonzero((held_out.index["kind"] == 0) & (held_out.index["level"] == 1))
+    assert found["asked"] == clock.asked == 3 * len(events)
+    questions = Questions(held_out, config)
+    true = np.array(
+        [questions.ask(int(window), moment=moment).remaining_s for window in events for moment in (1, 2, 3)]
+    )
+    assert 0 < found["error"] < np.abs(true - 2.0).max() and found["error_usual"] > 0
+    assert np.all(np.diff(true.reshape(-1, 3)) <= 0) and true.min() > 0
+
+
 def test_verb_and_thing_of_a_caption():
     for caption, expected in {
         "press the red button on the right to unlock the drawer": ("press", "red button"),
