@@ -234,8 +234,8 @@ def _print(result: dict[str, Any]) -> None:
     if "time_left" in result:
         left = result["time_left"]
         print(
-            f"time left, {left['asked']} times inside events: median error {left['error']:.2f} s; half the usual duration "
-            f"of the caption {left['error_usual']:.2f} s"
+            f"time left, {left['asked']} times inside events: median error {left['error']:.2f} s; "
+            f"half the usual duration of the caption {left['error_usual']:.2f} s"
         )
 
 
