@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
                     trace_length=384,  # T: tokens of the reasoning trace
                     answer="event",  # event (caption and duration) | trace (reasoning trace that ends with them)
                     done_prob=0.5,  # of an episode's last event to be seen at its end, where the task is done
+                    inside_prob=0.0,  # of an event to be seen at a later keyframe: how long does it still take?
                 )
             ),
         )
@@ -99,7 +100,7 @@ def get_config() -> ConfigDict:
 
     config.vlm = ConfigDict(  # the vision-language model, and what reads it; the defaults train on a CPU
         dict(
-            tokenizer="bytes",  # bytes | folder with the published tokenizer.json
+            tokenizer="bytes",  # bytes | words (of OCBench's captions) | folder with the published tokenizer.json
             language=_language(width=128, ffn=256, depth=8),
             vision=ConfigDict(  # models.vlm.vision_tower.VisionConfig
                 dict(width=32, heads=2, ffn=64, depth=2, patch=8, frames=2, merge=2, positions=16)
@@ -142,6 +143,8 @@ def get_config() -> ConfigDict:
             time_weight=0.1,  # Huber loss of the remaining log-seconds
             trace_weight=1.0,  # stage staircase: cross-entropy of the trace that the small model reads from the latents
             match_weight=1.0,  # distance of what the video tower reads from them to what it reads from the caption
+            latent_action_weight=0.0,  # the frozen towers' action loss with the latents in the caption's place
+            latent_video_weight=0.0,  # their video loss, too; at 0 both, rows hold no windows and no tower runs
             present_weight=0.1,  # cross-entropy of which features are text, not padding
         )
     )

@@ -17,7 +17,7 @@ def test_the_table_is_that_of_the_paper_and_its_additions():
 
     The paper's rows are video DiT, action DiT, T5, VLM backbone, project-out and heads (`vlm_text`), in stages 1 video,
     2 action, 3 vlm_text, 4 staircase, 5 chunk. Ours: the stages joint and vlm_sft, the duration head, the small
-    language model, that the bytes text encoder trains, and that stage 4 ties latents to the video tower and its text.
+    language model, that the bytes text encoder trains, and that stage 4 ties latents to the towers and their text.
     The towers, frozen in the paper's stage 3, do not take part in its loss: not attached.
     """
     groups = ("video", "action", "text", "duration", "vlm", "vlm_text", "small", "staircase")
@@ -29,7 +29,7 @@ def test_the_table_is_that_of_the_paper_and_its_additions():
         "video": "T-T-----",
         "action": "FTFT----",
         "vlm_text": "--F-FT--",
-        "staircase": "F-F-F-FT",
+        "staircase": "FFF-F-FT",
         "joint": "TTTT----",
         "vlm_sft": "----T-T-",
         "chunk": "TTFF----",
@@ -41,13 +41,14 @@ def test_the_table_is_that_of_the_paper_and_its_additions():
         "joint": ("video", "action", "duration"),
         "chunk": ("video", "action"),
         "vlm_sft": ("answer", "small"),
-        "staircase": ("trace", "match"),
+        "staircase": ("trace", "match", "latent_action", "latent_video"),
     }
     assert {name: stage.video_sigma for name, stage in STAGES.items() if stage.video_sigma} == {
         "joint": "uniform",
         "video": "uniform",
         "action": "anchor",
         "chunk": "mixed",
+        "staircase": "anchor",
     }
 
 

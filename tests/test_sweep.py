@@ -14,7 +14,12 @@ from wallwm_jax.evaluation import sweeps
 from wallwm_jax.evaluation.statistics import mean_interval
 from wallwm_jax.sweep import shell_lines
 
-SHIPPED = ("muon_adamw.py:rates", "muon_adamw.py:seeds", "view_attention.py")
+SHIPPED = (
+    "muon_adamw.py:rates",
+    "muon_adamw.py:seeds",
+    "view_attention.py",
+    "latent_ties.py:runs/vlm,runs/towers",
+)
 
 
 def small(**changes):
@@ -97,6 +102,21 @@ def test_success_rates_of_the_seeds_are_pooled(tmp_path):
     assert (pooled["rate"], pooled["episodes"]) == (0.5, 40) and 0.35 < pooled["low"] < 0.36
     assert results.arms["b 2"]["times the better baseline"]["values"] == [0.5]
     assert (results.finished, results.planned) == (3, 4)
+
+
+def test_figures_of_a_measure_are_collected_by_name(tmp_path):
+    sweep = small(measure="the.module")
+    train, measure = sweeps.commands(sweep, sweeps.plan(sweep)[0], tmp_path, "the store")
+    assert measure == ["the.module", train[2].removeprefix("--").replace("workdir", "--workdir"), "--store=the store",
+                       f"--out={tmp_path / 'a-1' / 'seed-0' / 'figures.json'}"]  # fmt: skip
+    for run in sweeps.plan(sweep):
+        write_run(tmp_path, run, np.ones(20))
+        found = {"events": 3, "figures": {"gap closed": 0.5 + run.seed}}
+        (tmp_path / run.directory / "figures.json").write_text(json.dumps(found))
+    results = sweeps.collect(sweep, tmp_path)
+    assert (
+        results.arms["b 2"]["gap closed"]["values"] == [0.5, 1.5] and results.arms["b 2"]["gap closed"]["mean"] == 1.0
+    )
 
 
 def test_a_loss_that_some_seed_never_reaches_has_no_mean(tmp_path):

@@ -1,5 +1,6 @@
 """The VLM stages: what a row asks, what each stage learns and leaves alone, the planner, and how it is measured."""
 
+import dataclasses
 import itertools
 import re
 import threading
@@ -7,8 +8,9 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from tiny_model import save_run
+from tiny_model import quick_compilation, save_run
 from training_setup import STEPS, training_config
 from vlm_setup import (
     built_vlm_step,
@@ -20,9 +22,10 @@ from vlm_setup import (
 )
 
 from wallwm_jax import evaluate
-from wallwm_jax.benchmarks import preflight, train_step
+from wallwm_jax.benchmarks import train_step
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.packing import pack_row
 from wallwm_jax.data.pipeline import make_loader
 from wallwm_jax.data.vlm_batches import Questions, VlmRows
 from wallwm_jax.evaluation import planner_accuracy
@@ -30,7 +33,7 @@ from wallwm_jax.events import planning_text
 from wallwm_jax.events.planning_text import DONE, Plan
 from wallwm_jax.inference import planner as planner_module
 from wallwm_jax.inference.planner import VlmPlanner
-from wallwm_jax.models.vlm.tokenizer import BytesTokenizer
+from wallwm_jax.models.vlm.tokenizer import BytesTokenizer, WordsTokenizer
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.train import run
 from wallwm_jax.training.checkpoint import Loaded, load_params
@@ -71,6 +74,20 @@ def test_an_answer_is_read_as_it_was_written(before):
     )
     assert planning_text.parse(before + planning_text.answer("", 0.0)) == Plan("", None, True)
     assert planning_text.parse("something else") == Plan("something else", None, False)
+
+
+def test_words_are_one_token_each_and_all_else_is_bytes():
+    tokenizer = WordsTokenizer()
+    for text, tokens in {
+        "press the red button, takes 2.5 s": 11,
+        "now: open the drawer\nhow long?": 9,
+        "Über 12 quux": len("Über 12 quux".encode()),
+        "<|image_pad|> on  the left": 13 + 1 + 1 + 1 + 1,
+    }.items():
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and len(ids) == tokens, text
+        assert max(ids) < tokenizer.vocabulary == 512 and not set(ids) & set(range(256, 262))
+    assert tokenizer.decode([tokenizer.start_id, *tokenizer.encode("lift it"), tokenizer.end_id]) == "lift it"
 
 
 # Rows
@@ -121,6 +138,41 @@ def test_a_row_asks_for_its_event_and_the_answer_is_its_caption_with_the_duratio
         assert (kept == "nothing" and (not history or len(prompt) > 100)) or "; ".join(history).endswith(kept)
         trace = tokenizer.decode(row["trace_ids"][: row["trace_length"]])
         assert trace.endswith(f"next: {said}")
+
+
+def test_inside_an_event_the_question_is_how_long_it_still_takes(store, config):
+    inside = changed(config, vlm__inside_prob=1.0, vlm__done_prob=0.0)
+    tokenizer, rows, moments = BytesTokenizer(), VlmRows(store, inside), set()
+    for number in range(12):
+        row, (window,) = rows(number), rows.sampler.row(number)
+        span, record = store.span(window), store.read(window)
+        start, end = int(row["answer_start"]), int(row["length"])
+        prompt, said = tokenizer.decode(row["ids"][:start]), tokenizer.decode(row["ids"][start:end])
+        assert prompt.endswith(f"now: {span['caption']}\nhow long?\nassistant\n")
+        elapsed = round(record.duration_s - float(row["remaining_s"]), 3)
+        shares = [int(share * (record.num_actions // 2)) * 2 / 10 for share in (0.25, 0.5, 0.75)]
+        assert min(abs(elapsed + (record.start - record.span_start) / 10 * -1 - share) for share in shares) < 0.01
+        assert planning_text.parse_time_left(said) == max(round(2 * float(row["remaining_s"])) / 2, 0.5)
+        assert not row["is_next"] and row["trace_length"] == 0 and row["text_length"].tolist() == [1]
+        moments.add(elapsed)
+    assert len(moments) > 3
+
+
+def test_the_towers_see_the_window_that_packed_rows_hold(clustered_store, store):
+    config = vlm_training_config(clustered_store, "staircase")
+    rows, seen = VlmRows(store, changed(config, vlm__done_prob=0.5)), 0
+    for number in range(12):
+        row, (window,) = rows(number), rows.sampler.row(number)
+        if not row["is_next"]:
+            assert not row["latent_event"].any() and not row["action_event"].any() and not row["action_valid"].any()
+            continue
+        packed, seen = pack_row(store, config, [window], number, config.data.views), seen + 1
+        for name in ("latents", "latent_event", "latent_role", "latent_pos", "actions", "action_event", "action_pos"):
+            np.testing.assert_array_equal(row[name], packed[name], err_msg=name)
+        for name in ("state", "state_valid", "view_id", "valid_rect"):
+            np.testing.assert_array_equal(row[name], packed[name][:1], err_msg=name)
+        np.testing.assert_array_equal(row["view_geometry"], packed["view_geometry"])
+    assert 0 < seen < 12
 
 
 def test_the_loss_covers_the_answer_only(clustered_store, config):
@@ -184,11 +236,28 @@ def test_each_loss_falls_and_what_is_frozen_stays_bit_for_bit(clustered_store, s
         assert leaf.dtype == "bfloat16"
         np.testing.assert_array_equal(leaf, before["off"][path])
     assert {name for name in lines[0] if name.startswith("loss_")} == {f"loss_{name}" for name in built.stage.losses}
-    for name in built.stage.losses:
+    for name in set(built.stage.losses) - {"latent_action", "latent_video"}:  # random towers hardly read their text
         assert lines[-1][f"loss_{name}"] < lines[0][f"loss_{name}"], name
     weights = {"next": 0.1, "time": 0.1, "present": 0.1}
     total = sum(weights.get(name, 1.0) * lines[0][f"loss_{name}"] for name in built.stage.losses)
     assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.extended
+def test_the_action_tie_alone_lowers_the_towers_loss(clustered_store):
+    """With the same noise as before; no trace is told, and no reading is matched."""
+    weights = {"objective__trace_weight": 0.0, "objective__match_weight": 0.0}
+    config = changed(vlm_training_config(clustered_store, "staircase"), **weights)
+    built = build_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    batch, state = jax.device_put(vlm_batch(clustered_store, config), built.rows), random_vlm_state(built)
+    lines = []
+    with quick_compilation():
+        for _ in range(STEPS):
+            state, metrics = built.step(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), batch)
+            lines.append(metrics)
+    assert "loss_trace" not in lines[0] and "loss_match" not in lines[0]
+    assert float(lines[-1]["loss_latent_action"]) < float(lines[0]["loss_latent_action"])
+    assert float(lines[-1]["loss_latent_video"]) < float(lines[0]["loss_latent_video"])
 
 
 @pytest.mark.parametrize("stage", ["vlm_sft", "vlm_text", "staircase"])
@@ -196,7 +265,9 @@ def test_a_row_of_padding_leaves_no_trace(clustered_store, stage):
     """Whatever its pictures and ids hold, loss and gradient are the same bits."""
     built, step = built_vlm_step(clustered_store, stage), compiled_vlm_step(clustered_store, stage)
     batch, seen = vlm_batch(clustered_store, vlm_training_config(clustered_store, stage)), []
-    for name, value in (("window_index", -1), ("answer_length", 0), ("trace_length", 0), ("remaining_s", 0)):
+    absent = {"window_index": -1, "answer_length": 0, "trace_length": 0, "is_next": 0, "remaining_s": 0}
+    absent |= {name: 0 for name in ("latent_event", "latent_role", "action_event") if name in batch}
+    for name, value in absent.items():
         batch[name][1] = value
     for poison in (0, 77):
         batch["images"][1], batch["ids"][1, 3:40], batch["trace_ids"][1, 2:30] = poison, poison, poison
@@ -264,7 +335,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(cluster
     for path, leaf in flatten({"blocks": branch["blocks"], "norm": branch["border"]["norm"]}).items():
         np.testing.assert_array_equal(leaf, sft[f"vlm/language/{path}"])  # it starts as its backbone
     run(stairs, tmp_path / "stairs")
-    assert set(load_params(tmp_path / "stairs").params) == {"vlm", "small", "video", "text", "staircase"}
+    assert set(load_params(tmp_path / "stairs").params) == {"vlm", "small", "video", "action", "text", "staircase"}
 
 
 @pytest.mark.parametrize(
@@ -280,10 +351,22 @@ def test_what_a_vlm_stage_cannot_do_is_refused(clustered_store, tmp_path, stage,
         run(changed(vlm_training_config(clustered_store, stage), **knobs), tmp_path / "run")
 
 
-def test_preflight_and_benchmark_say_that_they_do_not_know_these_stages(config):
-    for measured in (lambda: train_step.prepare(config, "", 2), lambda: preflight.inspect(config, "v5p:2x2x1")):
-        with pytest.raises(UserError, match="stage 'vlm_sft' cannot be measured"):
-            measured()
+def test_a_stage_without_any_weight_is_refused(clustered_store, tmp_path):
+    weights = {f"objective__{tie}_weight": 0.0 for tie in ("trace", "match", "latent_action", "latent_video")}
+    with pytest.raises(UserError, match="stage 'staircase' has nothing to learn"):
+        run(changed(vlm_training_config(clustered_store, "staircase"), **weights), tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage", ["vlm_sft", "staircase"])
+def test_a_made_up_batch_is_like_one_of_a_store(clustered_store, stage):
+    config = vlm_training_config(clustered_store, stage)
+    _, made_up, _ = train_step.prepare(config, "", 0)
+    _, stored, weight = train_step.prepare(config, str(clustered_store), 0)
+    assert {n: (a.shape, a.dtype) for n, a in made_up.items()} == {n: (a.shape, a.dtype) for n, a in stored.items()}
+    assert (
+        weight.shape == (config.model.latent_channels,) and made_up["length"].tolist() == [config.data.vlm.length] * 2
+    )
+    np.testing.assert_array_equal(stored["ids"], vlm_batch(clustered_store, config)["ids"])
 
 
 # Planner
@@ -297,6 +380,47 @@ def test_the_planner_asks_as_training_did(store, config):
         ids, pictures = planner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
         np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
         np.testing.assert_array_equal(pictures, row["images"])
+
+
+def test_the_time_left_is_asked_as_training_did(store, config):
+    inside = changed(config, vlm__inside_prob=0.5)
+    planner = VlmPlanner(random_vlm_state(built_vlm_step(store.path, "vlm_sft")).trainable, inside)
+    rows, questions = VlmRows(store, inside), Questions(store, inside)
+    (window,) = rows.sampler.row(0)
+    row, question = rows.asked(window, moment=2), questions.ask(window, moment=2)
+    request = planner_accuracy.request_of(question, inside.data.views)
+    ids, pictures = planner._prompt(request)
+    np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
+    np.testing.assert_array_equal(pictures, row["images"])
+    with pytest.raises(UserError, match="with its caption in `now` only"):
+        planner.time_left([planner_accuracy.request_of(questions.ask(window), inside.data.views)])
+    with pytest.raises(UserError, match="never asked inside an event"):
+        VlmPlanner({"vlm": {}}, config).time_left([request])
+
+
+@pytest.mark.extended
+def test_the_time_head_of_a_text_run_is_what_training_regressed(clustered_store, store):
+    """The planner's seconds are those whose logarithm the loss of the same rows compares."""
+    config = changed(vlm_training_config(clustered_store, "vlm_text"), vlm__inside_prob=1.0, vlm__done_prob=0.0)
+    built = built_vlm_step(clustered_store, "vlm_text")
+    state, batch = random_vlm_state(built), vlm_batch(clustered_store, config)
+    params = {**state.trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.frozen)}
+    planner, questions = VlmPlanner(params, config, batch_size=2), Questions(store, config)
+    asked = [questions.ask(window, moment=moment) for window, moment in _moments(store, config)]
+    with quick_compilation():
+        told = planner.time_left([planner_accuracy.request_of(question, config.data.views) for question in asked])
+    _, metrics = compiled_vlm_step(clustered_store, "vlm_text")(state, jax.device_put(batch, built.rows))
+    errors = optax.huber_loss(jnp.log(jnp.array(told)), jnp.log(batch["remaining_s"]))
+    assert float(metrics["loss_time"]) == pytest.approx(float(errors.mean()), rel=1e-4)
+
+
+def _moments(store, config):
+    """(window, keyframe) of the first two rows, found by what they hold."""
+    rows, questions = VlmRows(store, config), Questions(store, config)
+    for number in (0, 1):
+        (window,) = rows.sampler.row(number)
+        left = [questions.ask(window, moment=moment).remaining_s for moment in (1, 2, 3)]
+        yield window, 1 + left.index(pytest.approx(float(rows(number)["remaining_s"])))
 
 
 def test_a_planner_that_does_not_fit_the_evaluation_is_refused(store, config, monkeypatch):
@@ -370,6 +494,32 @@ def test_accuracy_counts_wordings_objects_and_seconds(clustered_store, config):
     assert right["majority"]["exact"] == elsewhere["majority"]["exact"]
     assert right["majority"]["exact"]["rate"] <= right["after_last"]["exact"]["rate"] < 1.0
     assert 0 < right["planner"]["exact_unseen_order"]["episodes"] < len(asked)
+
+
+def test_the_error_of_the_time_left_is_over_the_later_keyframes(clustered_store, config):
+    held_out = open_store(clustered_store, "heldout")
+
+    class Clock:
+        """Answers two seconds, and nothing at all to every fourth question."""
+
+        def __init__(self):
+            self.asked = 0
+
+        def time_left(self, requests):
+            assert all(request.now for request in requests)
+            self.asked += len(requests)
+            return [None if number % 4 == 0 else 2.0 for number in range(len(requests))]
+
+    clock = Clock()
+    found = planner_accuracy.measure_time_left(clock, held_out, config, levels=["subtask"], limit=1000)
+    events = np.flatnonzero((held_out.index["kind"] == 0) & (held_out.index["level"] == 1))
+    assert found["asked"] == clock.asked == 3 * len(events)
+    questions = Questions(held_out, config)
+    true = np.array(
+        [questions.ask(int(window), moment=moment).remaining_s for window in events for moment in (1, 2, 3)]
+    )
+    assert 0 < found["error"] < np.abs(true - 2.0).max() and found["error_usual"] > 0
+    assert np.all(np.diff(true.reshape(-1, 3)) <= 0) and true.min() > 0
 
 
 def test_verb_and_thing_of_a_caption():

@@ -24,7 +24,8 @@ from wallwm_jax.training.train_step import TrainStep, build_train_step
 
 
 def vlm_training_config(store_path: str | Path, stage: str = "vlm_sft") -> ConfigDict:
-    """The tests' run of a VLM stage: names subtasks and actions, one delta net and one attention per model."""
+    """The tests' run of a VLM stage: names subtasks and actions, one delta net and one attention per model; all ties of
+    latents weigh 1."""
     config = training_config(store_path, stage).copy_and_resolve_references()
     with config.unlocked():
         config.data.vlm.update(image_size=32, length=256, answer_length=64, trace_length=96)
@@ -38,6 +39,8 @@ def vlm_training_config(store_path: str | Path, stage: str = "vlm_sft") -> Confi
         config.vlm.vision.update(width=16, ffn=24, depth=1)
         config.vlm.update(resampler_depth=1, entry_depths=(0, 1))
         config.optim.update(name="adamw", lr=1e-2)
+        if stage == "staircase":
+            config.objective.update(latent_action_weight=1.0, latent_video_weight=1.0)
     return config.lock()
 
 

@@ -294,6 +294,8 @@ def check_config(config: ConfigDict) -> None:
             f"stage {stage.name!r} holds the video at objective.anchor_sigma, so the action sigma cannot follow it; "
             "set --config.objective.action_sigma=independent"
         )
+    if stage.model == "language" and not any(config.objective[f"{name}_weight"] for name in stage.losses):
+        raise UserError(f"stage {stage.name!r} has nothing to learn: objective.NAME_weight of {stage.losses} are all 0")
     if stage.freezes and not config.train.init_from:
         earlier = "video or joint" if stage.model == "world_action" else "vlm_sft"
         raise UserError(

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from wallwm_jax.benchmarks.random_batch import require_packed, with_views
-from wallwm_jax.models.model_flops import RowShape, training_flops
+from wallwm_jax.benchmarks.random_batch import with_views
 from wallwm_jax.optim.muon_cost import MuonCost
 from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
 from wallwm_jax.parallel.chips import GIB, Chip, chip_of
@@ -60,7 +59,7 @@ class Report:
     stage: str
     remat: str
     rows: int
-    row: dict[str, int]
+    row: dict[str, Any]
     parameters: float
     optimizer: float
     temporaries: float
@@ -112,7 +111,7 @@ class Report:
     def table(self) -> str:
         """The report for people."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one chip"
-        row = ", ".join(f"{size} {name}" for name, size in self.row.items())
+        row = ", ".join(f"{size} {name}" for name, size in self.row.items() if isinstance(size, int))
         verdict = "fits" if self.fits else f"DOES NOT FIT: less than {100 * FREE_SHARE:.0f} % free"
         lines = [
             f"{self.topology}, {self.chips} chips, {mesh}; stage {self.stage}, remat {self.remat}",
@@ -150,7 +149,6 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
     Raises:
       UserError: the topology is unknown, mesh and rows do not fit it, or nobody says how many views there are.
     """
-    require_packed(config)
     config = with_views(config, views)
     chip, devices = chip_of(topology), topology_devices(topology)
     mesh = make_mesh(mesh_sizes(config), devices)
@@ -159,8 +157,9 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
     batch = built.abstract_batch(built.family.rows.spec(config, config.data.rows))
     found = statistics(built.step.lower(built.abstract_state, batch).compile())
     seconds = time.monotonic() - begun
-    row = RowShape.of(config, len(config.data.views))
-    model = training_flops(config, row, config.train.stage) * config.data.rows / len(devices)
+    flops = built.family.flops
+    row = flops.RowShape.of(config, len(config.data.views))
+    model = flops.training_flops(config, row, config.train.stage) * config.data.rows / len(devices)
     state = built.abstract_state
     trainable = _local_bytes((state.trainable, state.ema, state.frozen))
     return Report(

@@ -1,4 +1,5 @@
-"""A packed batch of random events that obeys the batch contract (`data/packing.py`): for measurements and tests."""
+"""Batches that obey the batch contract: random packed events (`data/packing.py`), random questions about events
+(`data/vlm_batches.py`). For measurements and tests."""
 
 from __future__ import annotations
 
@@ -7,19 +8,10 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec
+from wallwm_jax.data.vlm_batches import Prompts, VlmRows
 from wallwm_jax.models.text.byte_ids import encode_bytes
-from wallwm_jax.training.stages import get_stage
 
 _WORDS = ("reach", "grasp", "lift", "press", "the", "red", "green", "block", "button", "on", "left", "right", "slowly")
-
-
-def require_packed(config: ConfigDict) -> None:
-    """Raises `UserError` unless `config.train.stage` is of the world action model, whose rows and FLOPs are known."""
-    if get_stage(config.train.stage).model != "world_action":
-        raise UserError(
-            f"stage {config.train.stage!r} cannot be measured: rows of packed events are made up and counted, those of "
-            "the VLM stages are not; its times are in the metrics.jsonl of a run"
-        )
 
 
 def with_views(config: ConfigDict, views: int) -> ConfigDict:
@@ -103,6 +95,42 @@ def random_batch(
             if "window_number" in batch:
                 batch["window_number"][row, slot] = 1 + slot
             frame, action = frames.stop, tokens.stop
+    return batch
+
+
+def random_questions(config: ConfigDict, seed: int = 0, *, views: int = 2, full: bool = False) -> dict[str, np.ndarray]:
+    """A `VlmBatch` of random text and pictures; arguments as for `random_batch`, events have all their views.
+
+    Raises:
+      UserError: sizes that do not fit together, or no tokenizer.
+    """
+    rng, vlm, rows = np.random.default_rng(seed), config.data.vlm, config.data.rows
+    batch = {
+        name: np.zeros(shape, dtype) for name, (shape, dtype) in VlmRows.spec(config, rows, num_views=views).items()
+    }
+    prompts, images = Prompts(config), batch["images"].shape[1]
+    if "latents" in batch:
+        alone = config.copy_and_resolve_references().unlock()
+        alone.data.update(events_per_row=1)
+        events = random_batch(alone, seed, views=views, absent=0.0, full=full)
+        batch |= {name: value for name, value in events.items() if name in batch}
+    batch["images"] = rng.integers(0, 256, batch["images"].shape, np.uint8)
+    for row in range(rows):
+        start = prompts.ids("", "", (), images)
+        words = prompts.room - len(start) if full else int(rng.integers(prompts.room - len(start)))
+        answer = vlm.answer_length if full else int(rng.integers(1, vlm.answer_length))
+        trace = vlm.trace_length if full else int(rng.integers(2, vlm.trace_length))
+        ids = [*start, *rng.integers(0, 256, words + answer)]
+        batch["ids"][row, : len(ids)], batch["length"][row] = ids, len(ids)
+        batch["answer_start"][row], batch["answer_length"][row] = len(start) + words, answer
+        batch["trace_ids"][row, :trace], batch["trace_length"][row] = rng.integers(0, 256, trace), trace
+        caption = " ".join(rng.choice(_WORDS, config.data.text_length if full else 3))
+        _place_text(batch, row, 0, caption, rng)
+    batch["positions"] = np.moveaxis(
+        prompts.positions(batch["ids"], np.arange(vlm.length) < batch["length"][:, None]), 0, 1
+    )
+    batch["is_next"][:], batch["remaining_s"][:] = True, rng.uniform(0.5, 9.0, rows)
+    batch["window_index"][:, 0] = rng.integers(1 << 20, size=rows)
     return batch
 
 

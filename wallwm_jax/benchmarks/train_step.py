@@ -16,16 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wallwm_jax.benchmarks import torch_peer
-from wallwm_jax.benchmarks.random_batch import random_batch, require_packed, with_views
+from wallwm_jax.benchmarks.random_batch import random_batch, random_questions, with_views
 from wallwm_jax.benchmarks.timing import Result, Seconds, machine, machine_line
 from wallwm_jax.console import UserError, phase
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import META_FIELDS
 from wallwm_jax.data.pipeline import make_loader, resolve_views
-from wallwm_jax.models.model_flops import batch_flops
+from wallwm_jax.data.vlm_batches import VlmRows
 from wallwm_jax.parallel.chips import GIB, peak_flops
 from wallwm_jax.parallel.mesh import make_mesh, row_shards
 from wallwm_jax.parallel.presets import mesh_sizes
+from wallwm_jax.training.families import family_of
+from wallwm_jax.training.stages import get_stage
 from wallwm_jax.training.train_state import count
 from wallwm_jax.training.train_step import build_train_step
 
@@ -71,7 +73,7 @@ def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0
     spread = Seconds.of(seconds[WARM_UP:])
 
     events, tokens = _size(config, batch)
-    model_flops = batch_flops(config, batch)
+    model_flops = built.family.flops.batch_flops(config, batch)
     achieved, peak = model_flops / mesh.size / spread.median, peak_flops(mesh.devices.flat[0].device_kind)
     memory: Any = program.memory_analysis()
     in_use = mesh.devices.flat[0].memory_stats() or {}
@@ -82,7 +84,7 @@ def measure(config: ConfigDict, steps: int = 20, store: str = "", views: int = 0
         "batch": store or "random events that fill every row",
         "rows": int(config.data.rows),
         "views": len(config.data.views),
-        "latents": int(np.count_nonzero(batch["latent_event"])),
+        "latents": int(np.count_nonzero(batch["latent_event"])) if "latent_event" in batch else 0,
         "events": events,
         "tokens": tokens,
         "parameters": parameters,
@@ -125,8 +127,8 @@ def table(result: Result) -> str:
             f"{result['compile_seconds']:.1f} s",
             f"model        stage {result['stage']}, {result['parameters']:,} parameters, {mesh}",
             f"batch        {result['batch']}: {result['rows']} rows, {result['views']} views, {result['latents']} "
-            f"latents, {result['events']} events, {result['tokens']} video tokens",
-            f"rate         {result['events_per_s']:,.1f} events/s, {result['tokens_per_s']:,.0f} video tokens/s",
+            f"latents, {result['events']} events, {result['tokens']} tokens",
+            f"rate         {result['events_per_s']:,.1f} events/s, {result['tokens_per_s']:,.0f} tokens/s",
             f"work         {result['model_flops'] / 1e12:.4g} TFLOP a step by formula, "
             f"{result['flops_per_s_per_device'] / 1e12:.4g} TFLOP/s per device; {share}",
             f"memory       {result['program_bytes_per_device'] / GIB:.2f} GiB per device as compiled{in_use}",
@@ -137,15 +139,16 @@ def table(result: Result) -> str:
 
 def prepare(config: ConfigDict, store: str, views: int) -> tuple[ConfigDict, dict[str, np.ndarray], np.ndarray | None]:
     """The config with its views, the batch, and the weight of each latent channel; arguments as of `measure`."""
-    require_packed(config)
+    family = family_of(get_stage(config.train.stage))
     if not store:
         config = with_views(config, views)
-        return config, random_batch(config, views=len(config.data.views), full=True), None
+        make = random_questions if family.rows is VlmRows else random_batch
+        return config, make(config, views=len(config.data.views), full=True), None
     opened = open_store(store, config.data.split)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.views = resolve_views(opened, config)
-    with make_loader(opened, config) as loader:
+    with make_loader(opened, config, family.rows) as loader:
         batch = {name: value for name, value in next(loader).items() if name not in META_FIELDS}
     return config, batch, opened.channel_weights()
 
@@ -157,7 +160,9 @@ def _peer(config: ConfigDict, steps: int) -> Result:
 
 
 def _size(config: ConfigDict, batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Real events of a batch, and tokens of their latents in the views that they have."""
+    """Real events of a batch, and tokens of their latents in the views that they have; of questions, of text."""
+    if "ids" in batch:
+        return int(np.count_nonzero(batch["window_index"] >= 0)), int(np.sum(batch["length"]))
     views = np.count_nonzero(batch["view_id"], axis=2)  # [B, E]
     slots = np.arange(1, views.shape[1] + 1)
     latents = np.sum(batch["latent_event"][:, :, None] == slots, axis=1)  # [B, E]

@@ -286,13 +286,10 @@ def pack_row(
         latent, action = latents.stop, actions.stop
         try:
             record = store.read(window)
-            present = [number for number, view in enumerate(views) if view in record.frames]
-            latent_cells = store.latents(record, [views[number] for number in present])
+            place_window(out, slot, store, record, views, latents, actions)
         except BadRecord:
             out["bad_index"][slot] = window
             continue
-        _place_video(out, slot, latents, store, latent_cells, present, record, views)
-        _place_actions(out, slot, actions, store, record)
         caption = draw_caption(store, record, config.data, random_stream(config.seed, _CAPTIONS, row, slot))
         place_text(out, slot, store, caption.text)
         out["duration_in_caption"][slot] = caption.has_duration
@@ -302,6 +299,26 @@ def pack_row(
         if "window_number" in out:
             out["window_number"][slot] = 1 + record.event_index
     return out
+
+
+def place_window(
+    out: dict[str, np.ndarray],
+    slot: int,
+    store: EventStore,
+    record: WindowRecord,
+    views: Sequence[str],
+    latents: slice,
+    actions: slice,
+) -> None:
+    """Puts what a window shows and does into an event slot of a row: its video at `latents`, its commands at `actions`.
+
+    Raises:
+      BadRecord: a frame is not a JPEG picture; nothing was put anywhere then.
+    """
+    present = [number for number, view in enumerate(views) if view in record.frames]
+    cells = store.latents(record, [views[number] for number in present])
+    _place_video(out, slot, latents, store, cells, present, record, views)
+    _place_actions(out, slot, actions, store, record)
 
 
 def _place_video(

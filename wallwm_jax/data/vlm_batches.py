@@ -2,8 +2,10 @@
 
 A row is one event window. The pictures show its first frame, where the event before has just ended and this one is
 next; the prompt gives the task and the events so far; the answer names the event and its remaining duration. An
-episode's last event is at times shown at its end, where the answer is that the task is done. Captions are the canonical
-ones. Everything is a pure function of (seed, row), as in packed batches, and rows never see each other.
+episode's last event is at times shown at its end, where the answer is that the task is done; any event at times at a
+later keyframe, where the prompt names it and the answer is how long it still takes. Captions are the canonical ones.
+Where gradients pass the towers of a world action model, a row also holds the event's window. Everything is a pure
+function of (seed, row), as in packed batches, and rows never see each other.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from PIL import Image
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import BadRecord, EventStore, WindowRecord
-from wallwm_jax.data.packing import Spec, place_text, random_stream, text_spec
-from wallwm_jax.data.pipeline import resolve_views
+from wallwm_jax.data.packing import Spec, batch_spec, place_text, place_window, random_stream, text_spec
+from wallwm_jax.data.pipeline import check_store, resolve_views
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.events import planning_text
 from wallwm_jax.events.schema import LEVELS
-from wallwm_jax.events.windows import KINDS
+from wallwm_jax.events.windows import KEYFRAME_SHARES, KINDS
 from wallwm_jax.models.vlm.positions import multimodal_positions
 from wallwm_jax.models.vlm.tokenizer import Tokenizer, get_tokenizer, prompt
 
-_DONE = 4  # stream of random numbers; the sampler has 1 and 2, packing 3
+_MOMENT = 4  # stream of random numbers; the sampler has 1 and 2, packing 3
 _ANY = 1 << 30  # capacity for lengths that do not matter here
 
 
@@ -59,14 +61,14 @@ class Prompts:
                 "and vlm.small.vocabulary must be at least that"
             )
 
-    def ids(self, instruction: str, level: str, done: Sequence[str], images: int) -> list[int]:
-        """The prompt; as much of the oldest history is left out as does not fit into `room`.
+    def ids(self, instruction: str, level: str, done: Sequence[str], images: int, now: str = "") -> list[int]:
+        """The prompt, `planning_text.request`; as much of the oldest history is left out as does not fit into `room`.
 
         Raises:
           UserError: it does not fit without any history either.
         """
         for first in range(len(done) + 1):
-            text = planning_text.request(instruction, level, done[first:])
+            text = planning_text.request(instruction, level, done[first:], now)
             ids = prompt(self.tokenizer, text, images, self.grid[0] * self.grid[1])
             if len(ids) <= self.room:
                 return ids
@@ -88,9 +90,10 @@ class Question:
       instruction: the task.
       level: of the event.
       done: captions of the events before it on its level, in time order.
-      caption: of the next event; "" where the task is done.
+      caption: of the next event; "" where the task is done, or where an event is under way.
+      now: caption of the event that is under way; "" where the question is what comes next.
       remaining: captions of the events after it, where the episode knows them.
-      remaining_s: seconds that it takes; 0 where the task is done.
+      remaining_s: seconds that it takes, or still takes; 0 where the task is done.
       pictures: `[N, H, W, 3]` uint8.
     """
 
@@ -98,6 +101,7 @@ class Question:
     level: str
     done: tuple[str, ...]
     caption: str
+    now: str
     remaining: tuple[str, ...]
     remaining_s: float
     pictures: np.ndarray
@@ -111,19 +115,27 @@ class Questions:
         self._store, self._vlm = store, config.data.vlm
         self.views = resolve_views(store, config)
 
-    def ask(self, window: int, at_end: bool = False) -> Question:
-        """The question of window `window`; `at_end` asks at the end of an episode's last event.
+    def ask(self, window: int, at_end: bool = False, moment: int = 0) -> Question:
+        """The question of window `window`.
+
+        Args:
+          window: of an event.
+          at_end: ask at the end of an episode's last event instead.
+          moment: keyframe that is shown; from 1 on the event is under way, and the question is how long it still takes.
 
         Raises:
           BadRecord: the record or a picture is damaged.
         """
         store, record = self._store, self._store.read(window)
         done = [store.caption(number) for number in record.previous_caption_ids]
-        caption = store.caption(record.caption_id)
+        caption, now, seconds = store.caption(record.caption_id), "", record.duration_s
         pictures = self._pictures(record, int(record.keyframes[0]))
         if at_end and self.ends_task(record):
-            before, done, caption = pictures, [*done, caption], ""
+            before, done, caption, seconds = pictures, [*done, caption], "", 0.0
             pictures = self._pictures(record, -1)
+        elif moment:
+            before, caption, now, seconds = pictures, "", caption, self._seconds_left(record, moment)
+            pictures = self._pictures(record, int(record.keyframes[moment]))
         elif self._vlm.previous_images:
             earlier = self._places.get((record.episode_id, LEVELS.index(record.level), record.event_index - 1))
             earlier_record = record if earlier is None else store.read(earlier)
@@ -134,8 +146,9 @@ class Questions:
             level=record.level,
             done=tuple(done),
             caption=caption,
+            now=now,
             remaining=tuple(event["caption"] for event in events[record.event_index :]) if caption else (),
-            remaining_s=record.duration_s if caption else 0.0,
+            remaining_s=seconds,
             pictures=np.concatenate([before, pictures]) if self._vlm.previous_images else pictures,
         )
 
@@ -147,6 +160,12 @@ class Questions:
         covered = (min(map(len, record.frames.values())) - 1) * int(store.meta["video_stride"])
         success = store.episodes[record.episode_id]["success"]
         return bool(success) and covered > record.span_end - record.span_start - int(store.meta["video_stride"])
+
+    def _seconds_left(self, record: WindowRecord, moment: int) -> float:
+        """From a keyframe to the event's true end, which may lie beyond the window's."""
+        stride = int(self._store.meta["video_stride"])
+        steps = int(KEYFRAME_SHARES[moment] * (record.num_actions // stride)) * stride
+        return (record.span_end - record.start - steps) / float(self._store.meta["action_hz"])
 
     def _pictures(self, record: WindowRecord, position: int) -> np.ndarray:
         """`[V, H, W, 3]`: all views of one frame; black where the episode lacks the view."""
@@ -175,12 +194,13 @@ class VlmRows:
 
     def __init__(self, store: EventStore, config: ConfigDict) -> None:
         """Raises `UserError` where store and config do not fit."""
-        alone = config.copy_and_resolve_references()
-        with alone.unlocked():
-            alone.data.update(latents_per_row=_ANY, actions_per_row=_ANY, events_per_row=1, fill_target=1.0)
+        alone = _one_event(config)
+        if not holds_windows(config):
+            alone.data.update(latents_per_row=_ANY, actions_per_row=_ANY)
         self.sampler = Sampler(store.index, alone)
         self._store, self._config = store, config
         self._prompts, self._questions = Prompts(config), Questions(store, config)
+        self._spec = self.spec(config, 1, num_views=len(self._questions.views))
 
     @staticmethod
     def spec(config: ConfigDict, global_rows: int, *, num_views: int | None = None) -> Spec:
@@ -196,11 +216,15 @@ class VlmRows:
             answer_length  [B] its tokens with the end id; 0 in a row of padding
             trace_ids      [B,T] start id, reasoning trace, end id, padding
             trace_length   [B] how many of them are no padding; 0 in a row of padding
-            remaining_s    [B] seconds until the next event has ended; 0 where there is none
+            is_next        [B] whether the answer is a next event
+            remaining_s    [B] seconds until that event, or the one under way, has ended; 0 where there is none
             text_ids       [B,1,L] bytes of the next event's caption; the null text where there is none
             text_features  [B,1,L,Dt], instead of text_ids
             text_length    [B,1]
             window_index   [B,1] of the event; -1 in a row of padding
+
+        And where the objective has weights of `latent_action` or `latent_video`, the arrays of `packing.batch_spec`
+        with one event slot: the window of the next event, all padding where there is none.
 
         Args:
           config: the whole config.
@@ -224,11 +248,13 @@ class VlmRows:
             "answer_length": ((rows,), np.int32),
             "trace_ids": ((rows, vlm.trace_length), np.int32),
             "trace_length": ((rows,), np.int32),
+            "is_next": ((rows,), np.bool_),
             "remaining_s": ((rows,), np.float32),
             **text_spec(config, rows, 1),
             "window_index": ((rows, 1), np.int32),
         }
-        return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+        windows = batch_spec(_one_event(config), rows, num_views=views) if holds_windows(config) else {}
+        return windows | {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
     @staticmethod
     def check(store: EventStore, config: ConfigDict) -> None:
@@ -247,12 +273,16 @@ class VlmRows:
             )
         if vlm.answer not in ("event", "trace"):
             raise UserError(f"data.vlm.answer={vlm.answer!r} is neither event nor trace")
+        if holds_windows(config):
+            check_store(store, config)
         levels = [level for level, share in config.data.levels.items() if share]
         spans = [(level, span) for episode in store.episodes for level in levels for span in episode["spans"][level]]
         images = len(views) * (1 + vlm.previous_images)
+        captions = {span["caption"] for _, span in spans}
+        now = max(captions, key=len, default="") if vlm.inside_prob else ""
         for instruction in {span["caption"] for episode in store.episodes for span in episode["spans"]["task"]}:
-            prompts.ids(instruction, max(levels, key=len, default=""), (), images)
-        for caption in {span["caption"] for _, span in spans}:
+            prompts.ids(instruction, max(levels, key=len, default=""), (), images, now)
+        for caption in captions:
             tokens = len(prompts.tokenizer.encode(planning_text.answer(caption, 99.5))) + 1
             if tokens > vlm.answer_length:
                 raise UserError(
@@ -261,39 +291,56 @@ class VlmRows:
                 )
 
     def __call__(self, row: int) -> dict[str, np.ndarray]:
-        """The arrays of one row without their leading axis, and `packing.META_FIELDS`; a bad record makes padding."""
-        spec = self.spec(self._config, 1, num_views=len(self._questions.views))
-        out = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in spec.items()}
-        out["row"], out["bad_index"] = np.array(row, np.int64), np.full(1, -1, np.int32)
+        """The arrays of one row without their leading axis, and `packing.META_FIELDS`."""
+        end, inside, which = random_stream(self._config.seed, _MOMENT, row).random(3)
+        vlm = self._config.data.vlm
+        moment = 1 + int(which * (len(KEYFRAME_SHARES) - 1)) if inside < vlm.inside_prob else 0
+        window, *_ = [*self.sampler.row(row), -1]
+        return {**self.asked(window, end < vlm.done_prob, moment), "row": np.array(row, np.int64)}
+
+    def asked(self, window: int, at_end: bool = False, moment: int = 0) -> dict[str, np.ndarray]:
+        """The arrays of a row with the question `Questions.ask`, all but its number; padding where the window is -1 or
+        its record bad."""
+        out = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in self._spec.items()}
+        out["bad_index"] = np.full(1, -1, np.int32)
         out["window_index"][:] = -1
         out["length"][...] = out["answer_start"][...] = 1
         for name in ("ids", "trace_ids"):
             out[name][:] = self._prompts.tokenizer.pad_id
         place_text(out, 0, self._store, "")
-        at_end = random_stream(self._config.seed, _DONE, row).random() < self._config.data.vlm.done_prob
-        for window in self.sampler.row(row):
-            try:
-                self._place(out, self._questions.ask(window, at_end))
-                out["window_index"][0] = window
-            except BadRecord as error:
-                out["bad_index"][0] = error.index
+        if window < 0:
+            return out
+        try:
+            question = self._questions.ask(window, at_end, moment)
+            if "latents" in out and question.caption:
+                record, places = self._store.read(window), self._store.index[window]
+                latents, actions = slice(0, int(places["length"])), slice(0, int(places["num_actions"]))
+                place_window(out, 0, self._store, record, self._questions.views, latents, actions)
+            self._place(out, question)
+            out["window_index"][0] = window
+        except BadRecord as error:
+            out["bad_index"][0] = error.index
         return out
 
     def _place(self, out: dict[str, np.ndarray], question: Question) -> None:
-        vlm, tokenizer = self._config.data.vlm, self._prompts.tokenizer
-        prompt_ids = self._prompts.ids(question.instruction, question.level, question.done, len(question.pictures))
-        final = planning_text.answer(question.caption, question.remaining_s)
-        answer = tokenizer.encode(final)
-        if vlm.answer == "trace":
-            answer = self._trace(question, final, vlm.answer_length - 1)
+        vlm, tokenizer, images = self._config.data.vlm, self._prompts.tokenizer, len(question.pictures)
+        prompt_ids = self._prompts.ids(question.instruction, question.level, question.done, images, question.now)
+        trace: list[int] = []
+        if question.now:
+            answer = tokenizer.encode(planning_text.time_left(question.remaining_s))
+        else:
+            final = planning_text.answer(question.caption, question.remaining_s)
+            trace = [tokenizer.start_id, *self._trace(question, final, vlm.trace_length - 2), tokenizer.end_id]
+            answer = tokenizer.encode(final)
+            if vlm.answer == "trace":
+                answer = self._trace(question, final, vlm.answer_length - 1)
         answer = [*answer, tokenizer.end_id]
-        trace = [tokenizer.start_id, *self._trace(question, final, vlm.trace_length - 2), tokenizer.end_id]
         ids = [*prompt_ids, *answer]
         out["ids"][: len(ids)], out["length"][...] = ids, len(ids)
         out["positions"][:] = self._prompts.positions(out["ids"][None], np.arange(vlm.length)[None] < len(ids))[:, 0]
         out["answer_start"][...], out["answer_length"][...] = len(prompt_ids), len(answer)
         out["trace_ids"][: len(trace)], out["trace_length"][...] = trace, len(trace)
-        out["remaining_s"][...] = question.remaining_s
+        out["is_next"][...], out["remaining_s"][...] = bool(question.caption), question.remaining_s
         out["images"][:] = question.pictures
         place_text(out, 0, self._store, question.caption)
 
@@ -317,6 +364,18 @@ class VlmRows:
                 del done[0]
             else:
                 del remaining[-1]
+
+
+def holds_windows(config: ConfigDict) -> bool:
+    """Whether rows hold the windows of their events, too: the objective trains through the towers that see them."""
+    return bool(config.objective.latent_action_weight or config.objective.latent_video_weight)
+
+
+def _one_event(config: ConfigDict) -> ConfigDict:
+    """An unlocked copy whose rows hold a single event."""
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(events_per_row=1, fill_target=1.0)
+    return config
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:

@@ -7,7 +7,8 @@ episode's last event also at its end, where the answer is that the task is done.
 of the event's wordings, and as right about the object if its verb and its first thing with colour agree with one of
 them ("press the red button ..."). Beside the planner stand two that see nothing: the level's most frequent training
 caption, and what most often followed the last event in training under the same instruction. An order is unseen if no
-training episode of the same instruction begins with the same events. Rates have Wilson 95 % intervals over questions;
+training episode of the same instruction begins with the same events. A run that was asked inside events, too, says how
+long each still takes at its later keyframes. Rates have Wilson 95 % intervals over questions;
 those of one episode are not independent, so they are somewhat too narrow.
 """
 
@@ -29,7 +30,7 @@ from wallwm_jax.data.vlm_batches import Question, Questions
 from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.events.schema import LEVELS
-from wallwm_jax.events.windows import KINDS
+from wallwm_jax.events.windows import KEYFRAME_SHARES, KINDS
 from wallwm_jax.inference.planner import Planner, PlanRequest, VlmPlanner
 
 _THING = re.compile(r"^(?P<verb>\w+).*?\bthe (?P<thing>.+?)(?= (?:on|in|at|by|to|and|of|away|onto|into)\b|,|$)")
@@ -67,12 +68,9 @@ def collect(
     store: EventStore, config: Any, levels: Sequence[str], limit: int
 ) -> list[tuple[Question, tuple[str, ...]]]:
     """Questions about the events of a split, with the wordings of their answers, at most `limit`, spread evenly."""
-    index, questions = store.index, Questions(store, config)
-    wanted = (index["kind"] == KINDS.index("event")) & np.isin(index["level"], [LEVELS.index(name) for name in levels])
-    windows = np.flatnonzero(wanted)
-    windows = windows[np.unique(np.linspace(0, len(windows) - 1, min(limit, len(windows))).round().astype(int))]
+    questions = Questions(store, config)
     asked: list[tuple[Question, tuple[str, ...]]] = []
-    for window in windows.tolist():
+    for window in _windows(store, levels, limit):
         try:
             record = store.read(window)
             others = [store.caption(number) for number in record.paraphrase_ids]
@@ -82,6 +80,14 @@ def collect(
         except BadRecord as error:
             print(f"warning: left out: {error}")
     return asked
+
+
+def _windows(store: EventStore, levels: Sequence[str], limit: int) -> list[int]:
+    index = store.index
+    wanted = (index["kind"] == KINDS.index("event")) & np.isin(index["level"], [LEVELS.index(name) for name in levels])
+    windows = np.flatnonzero(wanted)
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(limit, len(windows))).round().astype(int))
+    return [int(window) for window in windows[chosen]]
 
 
 def measure(planner: Planner, store: EventStore, config: Any, *, levels: Sequence[str], limit: int) -> dict[str, Any]:
@@ -118,12 +124,48 @@ def measure(planner: Planner, store: EventStore, config: Any, *, levels: Sequenc
     return result
 
 
+def measure_time_left(
+    planner: VlmPlanner, store: EventStore, config: Any, *, levels: Sequence[str], limit: int
+) -> dict[str, Any]:
+    """Asks how long events still take, of `store` at their later keyframes; arguments as for `measure`.
+
+    Returns:
+      `asked`; `error`, the median of the absolute error in seconds; `error_usual`, the same of half the median duration
+      that the caption had in training, which sees nothing.
+    """
+    questions, windows = Questions(store, config), _windows(store, levels, limit)
+    hz, spans = float(store.meta["action_hz"]), defaultdict(list)
+    for episode in store.episodes:
+        for level in levels if episode["split"] == "train" else ():
+            for span in episode["spans"][level]:
+                spans[span["caption"]].append((span["end"] - span["start"]) / hz)
+    usual = float(np.median([seconds for found in spans.values() for seconds in found]))
+    told: list[float | None] = []
+    asked: list[Question] = []
+    for start in progress(range(0, len(windows), 8), unit="batch", label="time left"):
+        part = [
+            questions.ask(window, moment=moment)
+            for window in windows[start : start + 8]
+            for moment in range(1, len(KEYFRAME_SHARES))
+        ]
+        told += planner.time_left([request_of(question, config.data.views) for question in part])
+        asked += part
+    true = np.array([question.remaining_s for question in asked])
+    blind = np.array([np.median(spans.get(question.now, [usual])) / 2 for question in asked])
+    said = np.array([guess if seconds is None else seconds for seconds, guess in zip(told, blind)])
+    return {
+        "asked": len(asked),
+        "error": float(np.median(np.abs(said - true))),
+        "error_usual": float(np.median(np.abs(blind - true))),
+    }
+
+
 def request_of(question: Question, views: Sequence[str]) -> PlanRequest:
     """A question of the store as a planner is asked."""
     count = len(views)
     previous = dict(zip(views, question.pictures[:count])) if len(question.pictures) > count else None
     frames = dict(zip(views, question.pictures[-count:]))
-    return PlanRequest(frames, question.instruction, question.done, question.level, previous)
+    return PlanRequest(frames, question.instruction, question.done, question.level, previous, question.now)
 
 
 def _rates(asked: Sequence[Asked], begun: set[tuple[str, ...]]) -> dict[str, Any]:
@@ -178,7 +220,8 @@ def _last(question: Question) -> tuple[str, ...]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    for name, row in result.items():
+    for name in ("planner", "majority", "after_last"):
+        row = result[name]
         cells = [
             f"{kind} {100 * row[kind]['rate']:.0f} % [{100 * row[kind]['low']:.0f}, {100 * row[kind]['high']:.0f}]"
             f" of {row[kind]['episodes']}"
@@ -187,7 +230,13 @@ def _print(result: dict[str, Any]) -> None:
         print(f"{name}: {', '.join(cells)}")
     if result["planner"]["seconds_error"] is not None:
         error, share = result["planner"]["seconds_error"], result["planner"]["seconds_share"]
-        print(f"remaining time: median error {error:.2f} s, {100 * share:.0f} %")
+        print(f"duration of the next event: median error {error:.2f} s, {100 * share:.0f} %")
+    if "time_left" in result:
+        left = result["time_left"]
+        print(
+            f"time left, {left['asked']} times inside events: median error {left['error']:.2f} s; "
+            f"half the usual duration of the caption {left['error_usual']:.2f} s"
+        )
 
 
 def main(_: list[str]) -> int:
@@ -199,6 +248,9 @@ def main(_: list[str]) -> int:
     planner = VlmPlanner.from_checkpoint(values.workdir)
     store = open_store(values.store, "heldout")
     result = measure(planner, store, planner.config, levels=planner.levels, limit=values.events)
+    if planner.config.data.vlm.inside_prob:
+        asked = dict(levels=planner.levels, limit=values.events)
+        result["time_left"] = measure_time_left(planner, store, planner.config, **asked)
     print(json.dumps(result, indent=1)) if values.json else _print(result)
     return 0
 

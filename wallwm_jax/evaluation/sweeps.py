@@ -5,6 +5,7 @@ see the same data in the same order and start from the same parameters, so arms 
 
     out/ARM/seed-N/train        the training run         out/ARM/seed-N/log.txt     what its commands printed
                   /evaluation   where the sweep evaluates       /report/report.json  its figures
+                  /figures.json where the sweep measures
                   /done.json    the commands that made it
     out/results.json, results.md, results.png            all runs together
 """
@@ -27,6 +28,7 @@ from wallwm_jax.evaluation import figures
 from wallwm_jax.evaluation.statistics import mean_interval, success_rate
 from wallwm_jax.training.telemetry import read_metrics
 
+FIGURES = "figures.json"
 TAIL = 0.05
 """Share of a run's steps that its final loss is the mean of, and that a loss curve is smoothed over."""
 
@@ -41,6 +43,8 @@ class Sweep:
       seeds: each arm is run with each of them.
       overrides: of all runs.
       evaluate: flags of `wallwm_jax.evaluate` to evaluate each run with; None trains only.
+      measure: module that measures each run, `python -m MEASURE --workdir= --store= --out=FILE`; the `figures` in that
+        file are collected, by name. "" measures nothing.
       reference: the arm whose final loss the others' speed is measured by; "" leaves that measure out.
     """
 
@@ -49,6 +53,7 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Sequence[str] | None = None
+    measure: str = ""
     reference: str = ""
 
     def __post_init__(self) -> None:
@@ -108,8 +113,10 @@ def commands(sweep: Sweep, run: Run, out: Path, store: str) -> list[list[str]]:
         ["wallwm_jax.train", f"--config={sweep.config}", f"--workdir={train}", "--resume"]
         + [f"--config.{knob}={value}" for knob, value in settings.items()]
     ]
+    where = [f"--workdir={train}", f"--store={store}"]
+    if sweep.measure:
+        listed.append([sweep.measure, *where, f"--out={directory / FIGURES}"])
     if sweep.evaluate is not None:
-        where = [f"--workdir={train}", f"--store={store}"]
         results, report = f"{directory / 'evaluation'}", f"{directory / 'report'}"
         listed.append(["wallwm_jax.evaluate", *where, f"--out={results}", *sweep.evaluate])
         listed.append(["wallwm_jax.evaluation.report", *where, f"--evaluation={results}", f"--out={report}"])
@@ -173,7 +180,11 @@ def collect(sweep: Sweep, out: Path) -> Results:
             row[f"below {sweep.reference}'s, seed by seed"] = _over_seeds(less)
             steps = [steps_to_reach(losses[arm, seed], losses[sweep.reference, seed]) for seed in paired]
             row[f"steps to {sweep.reference}'s final loss"] = _over_seeds(steps)
-        reports = [_report(out / run.directory) for run in mine] if sweep.evaluate is not None else []
+        measured = [_read(out / run.directory / FIGURES)["figures"] for run in mine] if sweep.measure else [{}]
+        for name in measured[0]:
+            row[name] = _over_seeds([found[name] for found in measured])
+        files = [out / run.directory / "report" / "report.json" for run in mine]
+        reports = [_read(file) for file in files] if sweep.evaluate is not None else []
         if reports:
             row["open-loop error"] = _over_seeds([report["open_loop"]["model"] for report in reports])
             row["times the better baseline"] = _over_seeds(
@@ -227,8 +238,8 @@ def _loss(train: Path) -> np.ndarray:
     return np.array([line["loss"] for line in read_metrics(train)])
 
 
-def _report(directory: Path) -> dict[str, Any]:
-    return dict(json.loads((directory / "report" / "report.json").read_text()))
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text()))
 
 
 def _folder(arm: str) -> str:

@@ -5,7 +5,8 @@
     next subtask?
 
 The answer is the next event's caption with its remaining duration, "press the grey button in the centre, takes 2.0 s",
-or `DONE`. A reasoning trace says first what is done and what remains, and ends with that answer.
+or `DONE`. While an event is under way the last line is "now: CAPTION" and "how long?", and the answer "takes 1.5 s". A
+reasoning trace says first what is done and what remains, and ends with that answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from wallwm_jax.events.caption import duration_clause
 
 DONE = "the task is done"
 _NEXT = "next: "
-_TIMED = re.compile(r"(?P<caption>.+), takes (?P<seconds>\d+(\.\d+)?) s$")
+_TAKES = r"takes (?P<seconds>\d+(\.\d+)?) s$"
+_TIMED = re.compile(r"(?P<caption>.+), " + _TAKES)
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,27 @@ class Plan:
     done: bool
 
 
-def request(instruction: str, level: str, done: Sequence[str]) -> str:
-    """The question: the task, the events of `level` so far in time order, and which level is asked for."""
-    return f"task: {instruction}\ndone: {_listed(done)}\nnext {level}?"
+def request(instruction: str, level: str, done: Sequence[str], now: str = "") -> str:
+    """The question: the task, the events of `level` so far in time order, and which level is asked for; or, with the
+    caption of the event that is under way, how long that one still takes."""
+    asked = f"now: {now}\nhow long?" if now else f"next {level}?"
+    return f"task: {instruction}\ndone: {_listed(done)}\n{asked}"
 
 
 def answer(caption: str, seconds: float) -> str:
     """The answer that `parse` reads; an empty caption says that the task is done."""
     return duration_clause(caption, seconds) if caption else DONE
+
+
+def time_left(seconds: float) -> str:
+    """The answer to how long an event still takes."""
+    return duration_clause("", seconds).removeprefix(", ")
+
+
+def parse_time_left(text: str) -> float | None:
+    """Seconds of such an answer; None where it is of another form."""
+    timed = re.match(_TAKES, text.strip())
+    return float(timed["seconds"]) if timed else None
 
 
 def trace(done: Sequence[str], remaining: Sequence[str], final: str) -> str:

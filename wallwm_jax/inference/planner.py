@@ -3,13 +3,14 @@
 planner = VlmPlanner.from_checkpoint("runs/vlm")
 plan = planner.plan([PlanRequest(observation.frames, "make all buttons the same colour", done=["press ..."])])[0]
 action = policy.infer(observation, plan.caption, plan.duration_s)
+(seconds,) = planner.time_left([PlanRequest(later.frames, "make ...", done=["press ..."], now=plan.caption)])
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,8 @@ from wallwm_jax.data.vlm_batches import Prompts, resized
 from wallwm_jax.events import planning_text
 from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.models import language_pathway
-from wallwm_jax.models.vlm import vlm
+from wallwm_jax.models.vlm import text_projector, vlm
+from wallwm_jax.models.vlm.text_projector import ProjectorConfig
 from wallwm_jax.models.vlm.tokenizer import pad
 from wallwm_jax.training.checkpoint import load_params
 
@@ -40,6 +42,7 @@ class PlanRequest:
       done: captions of the events so far, in time order.
       level: of the event to name, "subtask" or "action".
       previous_frames: those seen where the last event began; None before the first.
+      now: caption of the event that is under way, where it is asked how long that one still takes.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -47,6 +50,7 @@ class PlanRequest:
     done: Sequence[str] = ()
     level: str = "subtask"
     previous_frames: Mapping[str, np.ndarray] | None = None
+    now: str = ""
 
 
 class Planner(Protocol):
@@ -103,7 +107,8 @@ class Questioner:
         if self._data.previous_images:
             shown.insert(0, request.previous_frames or request.frames)
         pictures = np.stack([self._picture(frames, view) for frames in shown for view in self.views])
-        return self._prompts.ids(request.instruction, request.level, request.done, len(pictures)), pictures
+        ids = self._prompts.ids(request.instruction, request.level, request.done, len(pictures), request.now)
+        return ids, pictures
 
     def _picture(self, frames: Mapping[str, np.ndarray], view: str) -> np.ndarray:
         if view not in frames:
@@ -127,6 +132,11 @@ class VlmPlanner:
         self.levels = self._questioner.levels
         self._params = jax.tree.map(jnp.asarray, params["vlm"])
         tokenizer = self._questioner.tokenizer
+        self._seconds_left: Any = None
+        if "vlm_text" in params:
+            self._head = jax.tree.map(jnp.asarray, params["vlm_text"])
+            sizes, heads = language_pathway.vlm_config(config), language_pathway.projector_config(config)
+            self._seconds_left = jax.jit(functools.partial(_seconds_left, config=sizes, heads=heads))
         self._generate = jax.jit(
             functools.partial(
                 vlm.generate,
@@ -155,18 +165,50 @@ class VlmPlanner:
         return cls(loaded.params, config.lock(), batch_size=batch_size, step=loaded.step)
 
     def plan(self, requests: Sequence[PlanRequest]) -> list[Plan]:
-        """See `Planner`; runs in batches of one size, a program per length of prompts, rounded up.
+        """See `Planner`; runs in batches of one size, a program per length of prompts, rounded up. `now` is not read.
 
         Raises:
           UserError: a level that the run did not train, a missing view, or a prompt that does not fit.
         """
-        size = self._batch_size
+        size, requests = self._batch_size, [replace(request, now="") for request in requests]
         texts = [
             text for start in range(0, len(requests), size) for text in self.answers(requests[start : start + size])
         ]
         return [planning_text.parse(text) for text in texts]
 
+    def time_left(self, requests: Sequence[PlanRequest]) -> list[float | None]:
+        """Seconds that each request's event `now` still takes, asked at any moment of it; None where none were said.
+
+        A run of stage `vlm_text` answers by its time head, one of `vlm_sft` in words, to half a second.
+
+        Raises:
+          UserError: as `plan`; a request without `now`; or the run was never asked so.
+        """
+        if not self.config.data.vlm.inside_prob:
+            raise UserError("this planner was trained with data.vlm.inside_prob=0: it was never asked inside an event")
+        if any(not request.now for request in requests):
+            raise UserError("how long an event still takes can be asked with its caption in `now` only")
+        size, found = self._batch_size, []
+        for start in range(0, len(requests), size):
+            part = requests[start : start + size]
+            if self._seconds_left is None:
+                found += [planning_text.parse_time_left(text) for text in self.answers(part)]
+            else:
+                seconds = self._seconds_left(self._params, self._head, self._questioner.inputs(part))
+                found += np.asarray(seconds)[: len(part)].tolist()
+        return found
+
     def answers(self, requests: Sequence[PlanRequest]) -> list[str]:
         """What the model says, unread; at most a batch of requests."""
         said = np.asarray(self._generate(self._params, inputs=self._questioner.inputs(requests)))
         return [self._questioner.tokenizer.decode(tokens.tolist()) for tokens in said[: len(requests)]]
+
+
+def _seconds_left(
+    params: Any, head: Any, inputs: vlm.Inputs, *, config: vlm.VLMConfig, heads: ProjectorConfig
+) -> jax.Array:
+    """`[B]` by the time head, on the last token of each prompt."""
+    hidden = vlm.forward(params, config, inputs)
+    last = jnp.sum(inputs.mask, 1) - 1
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+    return jnp.exp(text_projector.remaining_time(head, heads, hidden))

@@ -6,6 +6,7 @@ vlm_text  from the VLM's features into the video tower's text space, with two he
 staircase a branch of the VLM that gives latents in that space, without words
 text      the world action model's text encoder, towards which both are trained; absent with stored features
 video     its video tower, whose cross-attention reads text and latents
+action    its action tower, which reads the video tower
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from wallwm_jax.models.vlm.vlm import VLMConfig
 
 Params = dict[str, Any]
 
-GROUPS = ("vlm", "small", "vlm_text", "text", "staircase", "video")
+PROBES = 16  # states of the video tower's stream by which readings of a text are compared
+GROUPS = ("vlm", "small", "vlm_text", "text", "staircase", "video", "action")
 
 
 def vlm_config(config: ConfigDict) -> VLMConfig:
@@ -79,7 +81,7 @@ def init(config: ConfigDict, key: jax.Array, groups: Collection[str] = GROUPS) -
         language = vlm_config(config).language
         backbone = language_model.init(language, keys["staircase"])  # taken over from the VLM where training starts
         params["staircase"] = staircase.init(staircase_config(config), language, backbone, keys["staircase"])
-    world = [name for name in ("text", "video") if name in groups]
+    world = [name for name in ("text", "video", "action") if name in groups]
     if world:
         found = world_action_model.init(config.model, keys["text"])
         params |= {name: found[name] for name in world if name in found}

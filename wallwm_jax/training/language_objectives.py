@@ -1,5 +1,9 @@
 """Losses of the VLM stages: the answer in words, the reasoning trace, L_text and L_CoT (WALL-WM sections 3.1, 3.2).
 
+The latents of a staircase have three ties, each by its weight: "trace" is L_CoT; "match" compares what the frozen video
+tower reads from them and from the next event's caption; "latent_action" and "latent_video" are the frozen towers' own
+flow-matching losses on that event with the latents in the caption's place, so that the gradient comes all the way.
+
 As in `objectives`, every loss is a sum over the valid elements of the whole global batch divided by their number, so it
 does not depend on how rows are spread over devices. Rows of padding count nowhere.
 """
@@ -14,16 +18,17 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from wallwm_jax.data.vlm_batches import holds_windows
 from wallwm_jax.models import language_pathway, world_action_model
 from wallwm_jax.models.vlm import language_model, staircase, text_projector, vlm
 from wallwm_jax.models.world_action_model import TextContext
+from wallwm_jax.training import objectives
 from wallwm_jax.training.objectives import detached, masked_mean
 from wallwm_jax.training.stages import Stage
 
 Batch = dict[str, jax.Array]
 Params = Mapping[str, Any]
 
-_PROBES = 16  # queries at which readings of a text are compared
 _VARIANCE_FLOOR = 1e-4  # of a channel of the text encoder, or of a reading, in shares of the mean
 
 
@@ -36,7 +41,7 @@ def compute_loss(
     key: jax.Array,
     channel_weight: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of the stage's losses on one `VlmBatch`; nothing in it is random.
+    """Weighted sum of the stage's losses on one `VlmBatch`; a tie of the latents that weighs nothing is left out.
 
     Args:
       trainable: parameter groups that the loss is differentiated by.
@@ -44,16 +49,17 @@ def compute_loss(
       config: `data.vlm`, `vlm`, `model` and `objective` are read.
       stage: which losses count.
       batch: of `data.vlm_batches`.
-      key, channel_weight: not used; every stage is given them.
+      key: of the noise of "latent_action" and "latent_video"; nothing else is random.
+      channel_weight: as for `objectives.compute_loss`.
 
     Returns:
-      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's losses, "events" (rows that
-      are no padding).
+      (loss, metrics); metrics are scalars: "loss", "loss_<stream>" for each of the stage's losses that is computed,
+      "events" (rows that are no padding).
     """
     params = {**trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(frozen))}
     losses: dict[str, jax.Array] = {}
     if "staircase" in params:
-        losses |= _latent_losses(params, config, batch)
+        losses |= _latent_losses(params, config, stage, batch, key, channel_weight)
     else:
         hidden = vlm.forward(params["vlm"], language_pathway.vlm_config(config), vlm_inputs(batch))
     if "answer" in stage.losses:
@@ -117,25 +123,73 @@ def match_loss(found: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Arr
     return jnp.mean(error / (spread + _VARIANCE_FLOOR * size + jnp.finfo(jnp.float32).tiny))
 
 
-def _latent_losses(params: Params, config: ConfigDict, batch: Batch) -> dict[str, jax.Array]:
-    """Of the staircase's latents behind the prompt: what a small model can read from them, and the video tower."""
+def latents_of(params: Params, config: ConfigDict, batch: Batch) -> tuple[TextContext, jax.Array]:
+    """The staircase's latents behind the prompts: in the place of a caption's features, `[B, 1, K, Dt]`, and as the
+    small model's soft prefix `[B, K, D]`."""
     sizes, stairs = language_pathway.vlm_config(config), language_pathway.staircase_config(config)
     inputs, length = vlm_inputs(batch), batch["ids"].shape[1]
     prompt = inputs._replace(mask=jnp.arange(length) < batch["answer_start"][:, None])
     _, cache = vlm.prefill(params["vlm"], sizes, prompt, slots=length + len(stairs.entry_depths))
     latents = staircase.decode(params["staircase"], stairs, sizes.language, cache)
+    features = staircase.project(params["staircase"], stairs, sizes.language, latents)[:, None]
     prefix = staircase.soft_prefix(params["staircase"], stairs, sizes.language, latents)
-    groups = {**detached(config.model), **{name: params[name] for name in ("text", "video") if name in params}}
-    text = world_action_model.encode_text(groups, config.model, batch)
-    features = staircase.project(params["staircase"], stairs, sizes.language, latents)
-    instead = TextContext(features[:, None], jnp.full_like(text.length, features.shape[1]))
-    probes = jax.random.normal(jax.random.key(0), (_PROBES, config.model.width))
-    found, target = (world_action_model.read_text(groups, config.model, part, probes) for part in (instead, text))
-    has_next = (batch["window_index"][:, 0] >= 0) & (batch["remaining_s"] > 0)
+    return TextContext(features, jnp.full(features.shape[:2], features.shape[2], jnp.int32)), prefix
+
+
+def world_params(params: Params, config: ConfigDict) -> dict[str, Any]:
+    """Those of the world action model, zeros for groups that are not attached."""
+    return {name: params.get(name, zeros) for name, zeros in detached(config.model).items()}
+
+
+def readings(world: dict[str, Any], config: ConfigDict, text: TextContext) -> jax.Array:
+    """What the video tower reads of a text, `[layers, B, P, D]`, by the same P random states of its stream."""
+    probes = jax.random.normal(jax.random.key(0), (language_pathway.PROBES, config.model.width))
+    return world_action_model.read_text(world, config.model, text, probes)
+
+
+def tower_losses(
+    world: dict[str, Any],
+    config: ConfigDict,
+    batch: Batch,
+    draws: objectives.Draws,
+    text: TextContext,
+    channel_weight: jax.Array,
+) -> dict[str, jax.Array]:
+    """The towers' flow-matching losses on the windows in `batch` under `text`, differentiable in it."""
+    outputs = world_action_model.forward(
+        world,
+        config.model,
+        batch,
+        noisy_latents=objectives.noise_latents(batch, draws),
+        video_sigma=draws.video_sigma,
+        noisy_actions=objectives.noise_actions(batch, draws),
+        action_sigma=draws.action_sigma,
+        text=text,
+    )
+    assert outputs.action_velocity is not None
+    powers = config.objective.video_sigma_power, config.objective.action_sigma_power
+    video = objectives.video_loss(outputs.video_velocity, batch, draws, channel_weight, 1.0, powers[0])
     return {
-        "trace": trace_loss(params["small"], config, batch, prefix),
-        "match": match_loss(found, target, has_next),
+        "latent_action": objectives.action_loss(outputs.action_velocity, batch, draws, powers[1]),
+        "latent_video": video,
     }
+
+
+def _latent_losses(
+    params: Params, config: ConfigDict, stage: Stage, batch: Batch, key: jax.Array, channel_weight: jax.Array
+) -> dict[str, jax.Array]:
+    instead, prefix = latents_of(params, config, batch)
+    world, losses = world_params(params, config), {}
+    if config.objective.trace_weight:
+        losses["trace"] = trace_loss(params["small"], config, batch, prefix)
+    if config.objective.match_weight:
+        caption = world_action_model.encode_text(world, config.model, batch)
+        found, target = (readings(world, config, text) for text in (instead, caption))
+        losses["match"] = match_loss(found, target, batch["is_next"])
+    if holds_windows(config):
+        draws = objectives.draw(key, batch, config, stage)
+        losses |= tower_losses(world, config, batch, draws, instead, channel_weight)
+    return losses
 
 
 def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.Array) -> dict[str, jax.Array]:
@@ -145,12 +199,11 @@ def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.A
     found = text_projector.text_features(params["vlm_text"], sizes, hidden, is_prompt & (batch["ids"] != image_id))
     groups = {**detached(config.model), **{name: params[name] for name in ("text",) if name in params}}
     target = world_action_model.encode_text(groups, config.model, batch)
-    has_next = (batch["window_index"] >= 0) & (batch["remaining_s"] > 0)[:, None]
     features = answer_features(hidden, batch, config.data.vlm.answer_length)
     log_s = text_projector.remaining_time(params["vlm_text"], sizes, features[:, 0])
     return {
-        "align": align_loss(found.features, target.features[:, 0], (target.length * has_next)[:, 0]),
-        "present": present_loss(found.present, target.length[:, 0], has_next[:, 0]),
+        "align": align_loss(found.features, target.features[:, 0], target.length[:, 0] * batch["is_next"]),
+        "present": present_loss(found.present, target.length[:, 0], batch["is_next"]),
         "next": answer_loss(text_projector.next_logits(params["vlm_text"], sizes, features), batch),
         "time": time_loss(log_s, batch["remaining_s"]),
     }
@@ -177,7 +230,7 @@ def present_loss(logits: jax.Array, length: jax.Array, valid: jax.Array) -> jax.
 
 
 def time_loss(log_seconds: jax.Array, remaining_s: jax.Array) -> jax.Array:
-    """Huber loss of `log_seconds [B]` where an event follows, that is, `remaining_s [B]` is above 0."""
+    """Huber loss of `log_seconds [B]` where an event follows or is under way, that is, `remaining_s [B]` is above 0."""
     valid = remaining_s > 0
     return masked_mean(optax.huber_loss(log_seconds, jnp.log(jnp.where(valid, remaining_s, 1.0))), valid)
 

@@ -12,9 +12,10 @@ Additions to the paper's table, ours: the bytes text encoder trains in `video` a
 paper's text encoder is pretrained and always frozen); the duration head trains in `joint` and `action`; in `chunk`,
 whose noise the paper leaves open, half of the events have the video at the anchor, where inference reads its features,
 and half anywhere, or the tower would forget how to get there; `vlm_sft` trains VLM and small language model, which the
-paper takes as they are; `vlm_text` learns which features are text, too; `staircase` also ties its latents to the video
-tower, which the paper leaves open. A parameter group that a stage neither trains nor freezes is not attached: it is not
-in memory and not in the checkpoint.
+paper takes as they are; `vlm_text` learns which features are text, too; `staircase` also ties its latents to the frozen
+towers, which the paper leaves open, each tie by its weight in `objective`: what the video tower reads from them
+("match"), and the towers' own losses with the latents in the caption's place, end to end. A parameter group that a
+stage neither trains nor freezes is not attached: it is not in memory and not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Stage:
       trains: top-level parameter groups that the optimizer updates.
       freezes: groups that are read but never updated; kept in bfloat16, outside the optimizer and its average.
       losses: streams in the loss, of "video", "action", "duration"; of a VLM stage, of "answer", "small", "align",
-        "present", "next", "time", "trace", "match".
+        "present", "next", "time", "trace", "match", "latent_action", "latent_video".
       window_kinds: kinds of event-store windows this stage can learn from.
       video_sigma: "uniform" (flow-matching time uniform, then shifted), "anchor" (`objective.anchor_sigma` with jitter)
         or "mixed" (either, half of the events each); "" without video.
@@ -119,9 +120,10 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="staircase",
             trains=("staircase",),
-            freezes=("vlm", "small", "video", "text"),
-            losses=("trace", "match"),
+            freezes=("vlm", "small", "video", "action", "text"),
+            losses=("trace", "match", "latent_action", "latent_video"),
             window_kinds=("event",),
+            video_sigma="anchor",
             model="language",
         ),
     )

@@ -30,7 +30,9 @@ def fresh_state(built: TrainStep, config: ConfigDict) -> TrainState:
     params, what = load_start(origin)
     if config.train.text_from:
         text, step = load_start(config.train.text_from)
-        params |= {name: text[name] for name in ("text", "video") if name in text and name in built.stage.freezes}
+        params |= {
+            name: text[name] for name in ("text", "video", "action") if name in text and name in built.stage.freezes
+        }
         origin, what = f"{origin} and {config.train.text_from}", f"{what} and {step}"
     if "staircase" in built.stage.trains and "staircase" not in params and "vlm" in params:
         params["staircase"] = staircase.clone(params["vlm"]["language"])  # a branch starts as its backbone

@@ -4,9 +4,9 @@ Metrics are read from the device one step late, after the next step has been dis
 device up. `metrics.jsonl` has one line per step; its numbers are written in full, so that two runs can be compared bit
 by bit.
 
-MFU is what a step's model FLOPs (`models.model_flops`) would take at the devices' bfloat16 peak, over what the step
-took. As in preflight, rows count as full of events of the greatest length: with shorter events, or padding, less is
-needed than counted. Devices whose peak is unknown have no MFU.
+MFU is what a step's model FLOPs (`models.model_flops`, `models.language_flops`) would take at the devices' bfloat16
+peak, over what the step took. As in preflight, rows count as full of events of the greatest length: with shorter
+events, or padding, less is needed than counted. Devices whose peak is unknown have no MFU.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from wallwm_jax.console import UserError, write_text
-from wallwm_jax.models.model_flops import RowShape, training_flops
 from wallwm_jax.parallel.chips import peak_flops
+from wallwm_jax.training.families import family_of
 from wallwm_jax.training.goodput import Goodput
 from wallwm_jax.training.stages import get_stage
 
@@ -176,9 +176,10 @@ def ideal_step_s(config: ConfigDict, mesh: Mesh) -> float | None:
       mesh: over all devices of the run.
     """
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    if peak is None or get_stage(config.train.stage).model != "world_action":  # whose FLOPs are counted
+    if peak is None:
         return None
-    row = training_flops(config, RowShape.of(config, len(config.data.views)), config.train.stage)
+    flops = family_of(get_stage(config.train.stage)).flops
+    row = flops.training_flops(config, flops.RowShape.of(config, len(config.data.views)), config.train.stage)
     return config.data.rows * row / (mesh.size * peak)
 
 

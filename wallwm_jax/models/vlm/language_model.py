@@ -72,7 +72,8 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
         shape = (config.vocabulary, config.width)
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
+        std = config.width**-0.5  # logits of a tied head start near unit variance, whatever the width
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks = Blocks(config, rngs=rngs)
         self.norm = OffsetNorm(config.width)
         dtype = jnp.dtype(config.compute_dtype)

@@ -1,0 +1,30 @@
+r"""Latents of a staircase on OCBench, tied to a frozen small language model and to frozen towers, for two CPU cores.
+
+    python -m wallwm_jax.train --config=configs/ocbench_staircase.py --config.data.store=runs/quickstart/store \
+        --workdir=runs/staircase --config.train.init_from=runs/vlm --config.train.text_from=runs/quickstart/train
+    python -m wallwm_jax.evaluation.latents --workdir=runs/staircase --store=runs/quickstart/store
+
+`init_from` is a run of configs/ocbench_vlm.py, stage `vlm_sft`; `text_from` one of a world action model, both towers,
+of the sizes of configs/ocbench_quickstart.py. A tie of the latents is left out by its weight, say
+--config.objective.trace_weight=0; configs/sweeps/latent_ties.py compares them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ocbench_vlm
+
+
+def get_config() -> ConfigDict:
+    """Stage `staircase` with all three ties."""
+    config = ocbench_vlm.get_config("staircase")
+    config.unlock()
+    config.data.vlm.inside_prob = 0.0
+    config.data.vlm.done_prob = 0.1  # where no event follows, two of three ties have nothing to say
+    config.data.rows = 8
+    config.data.latents_per_row = 17  # of one event, the longest
+    config.data.actions_per_row = 128
+    config.objective.latent_action_weight = 1.0
+    config.train.steps = 300
+    config.train.save_every = 100
+    config.train.ema_decay = 0.98
+    return config.lock()

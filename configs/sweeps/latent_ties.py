@@ -1,0 +1,38 @@
+r"""Which tie makes the latents of a staircase tell the towers most: trace, match, action, or several of them?
+
+    python -m wallwm_jax.sweep configs/sweeps/latent_ties.py --store=runs/quickstart/store --out=runs/sweeps/ties
+
+takes the VLM from runs/vlm (configs/ocbench_vlm.py) and the towers from runs/quickstart/train; others are named behind
+a colon, latent_ties.py:VLM,TOWERS. Every run starts from the same branch, the VLM's own, and sees the same events; then
+`wallwm_jax.evaluation.latents` measures it on held-out ones. The headline is the share of the gap between the action
+loss under no text, or under another event's caption, and that under the true caption which the latents close.
+"""
+
+from wallwm_jax.console import UserError
+from wallwm_jax.evaluation.sweeps import Sweep
+
+WEIGHTS = ("trace_weight", "match_weight", "latent_action_weight")
+TIES = {
+    "trace": (1.0, 0.0, 0.0),
+    "match": (0.0, 1.0, 0.0),
+    "action": (0.0, 0.0, 1.0),
+    "trace and match": (1.0, 1.0, 0.0),
+    "all": (1.0, 1.0, 1.0),
+}
+
+
+def get_sweep(runs: str = "runs/vlm,runs/quickstart/train") -> Sweep:
+    """`runs` are those of the VLM and of the towers."""
+    vlm, comma, towers = runs.partition(",")
+    if not (vlm and comma and towers):
+        raise UserError(f"configs/sweeps/latent_ties.py:{runs}: name two runs, VLM,TOWERS")
+    return Sweep(
+        config="configs/ocbench_staircase.py",
+        arms={
+            tie: {f"objective.{name}": weight for name, weight in zip(WEIGHTS, weights)}
+            for tie, weights in TIES.items()
+        },
+        seeds=(0, 1, 2),
+        overrides={"train.init_from": vlm, "train.text_from": towers},
+        measure="wallwm_jax.evaluation.latents",
+    )
