@@ -127,7 +127,9 @@ def _rows(raw: Raw, number: int, tasks: list[str], labels: str, as_images: bool)
         columns["language_persistent"] = pa.array([said] * rows, _SAID)
     if as_images:
         for key, pictures in raw.pictures.items():
-            stored = [{"bytes": cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), "path": ""} for picture in pictures]
+            stored = [
+                {"bytes": cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), "path": ""} for picture in pictures
+            ]
             columns[key] = pa.array(stored, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     return pa.table(columns)
 

@@ -74,7 +74,9 @@ def recording(seed: int, rows: int) -> Raw:
     share = (clock - knots[part]) / (knots[part + 1] - knots[part])
     eased = (share * share * (3 - 2 * share))[:, None]
     position = waypoints[part] * (1 - eased) + waypoints[part + 1] * eased
-    turn = Rotation.from_euler("xyz", np.stack([0.2 * np.sin(clock / 7), 0.15 * np.cos(clock / 9), clock * 0.8 / rows], 1))
+    turn = Rotation.from_euler(
+        "xyz", np.stack([0.2 * np.sin(clock / 7), 0.15 * np.cos(clock / 9), clock * 0.8 / rows], 1)
+    )
     angles = (turn * Rotation.from_euler("x", np.pi)).as_euler("xyz")
     holds = (clock >= knots[1] + 1) & (clock < knots[5] + 1)
     command_width = np.where(holds, CLOSED, OPEN)

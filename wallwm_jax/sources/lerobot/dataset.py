@@ -168,7 +168,7 @@ def _episodes(meta: Path, version: int) -> pa.Table:
         for file in files:
             try:
                 names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-                parts.append(pq.read_table(file, columns=names))
+                parts.append(pq.read_table(file, columns=names, use_threads=False))
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{str(file)!r} cannot be read: {error}") from None
         table = pa.concat_tables(parts, promote_options="permissive")
@@ -184,7 +184,7 @@ def _texts(meta: Path, name: str) -> dict[int, str]:
     rows: list[dict[str, Any]] = []
     if parquet.exists():
         try:
-            rows = pq.read_table(parquet).to_pylist()
+            rows = pq.read_table(parquet, use_threads=False).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{str(parquet)!r} cannot be read: {error}") from None
     elif lines.exists():
@@ -213,7 +213,7 @@ def _table(file: Path, columns: tuple[str, ...]) -> pa.Table:
     """Those of the columns that a data file has; kept, because several episodes of version 3 share a file."""
     try:
         present = set(pq.read_schema(file).names)
-        return pq.read_table(file, columns=[name for name in columns if name in present])
+        return pq.read_table(file, columns=[name for name in columns if name in present], use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise BadRecording("rows", f"cannot be read: {' '.join(str(error).split())}", str(file)) from None
 
@@ -239,7 +239,7 @@ def _numbers(column: pa.ChunkedArray, key: str, file: str) -> np.ndarray:
 def _stored_images(file: Path, index: int, key: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
     """RGB pictures that are kept in the parquet file itself (`dtype` image)."""
     try:
-        table = pq.read_table(file, columns=[key], filters=[("episode_index", "=", index)])
+        table = pq.read_table(file, columns=[key], use_threads=False, filters=[("episode_index", "=", index)])
     except (OSError, pa.ArrowException) as error:
         raise BadRecording(key, f"cannot be read: {' '.join(str(error).split())}", str(file)) from None
     for row in rows:
