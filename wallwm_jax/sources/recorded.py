@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from wallwm_jax.console import UserError, progress
-from wallwm_jax.events.schema import Episode, EpisodeError
+from wallwm_jax.events.schema import Episode
 from wallwm_jax.sources.clock import RATE_TOLERANCE, Clock, check_times, control_steps, nearest_rows, resample
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import FLIPS, Camera, Embodiment, Motion
@@ -68,6 +68,9 @@ class RecordedSet(Protocol):
 
     def recording(self, number: int, embodiment: Embodiment) -> Recording:
         """Rows of one episode, no picture decoded; raises `BadRecording`."""
+
+    def picture_rate(self, number: int, key: str) -> float | None:
+        """Pictures per second that a camera's file states; None where it does not."""
 
 
 @dataclass
@@ -227,8 +230,8 @@ class _Job:
             return to_episode(recording, self.dataset.name, self.embodiment, self.clock, self.size)
         except BadRecording as error:
             return f"{name}: {BadRecording(error.field, error.what, error.file or file)}"
-        except EpisodeError as error:
-            return f"{name}: {file}: {error}"
+        except (ArithmeticError, ValueError, OSError) as error:  # an invalid `Episode` is a ValueError
+            return f"{name}: {file}: rows: {error}"
 
 
 def _map(job: _Job, total: int, workers: int) -> Iterator[Episode | str]:

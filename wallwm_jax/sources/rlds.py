@@ -92,6 +92,10 @@ class RldsSet:
                     f"it has {', '.join(present) or 'none'}"
                 )
 
+    def picture_rate(self, number: int, key: str) -> float | None:
+        """None: an RLDS set does not state it."""
+        return None
+
     def recording(self, number: int, embodiment: Embodiment) -> Recording:
         """Rows of one episode, no picture decoded; raises `BadRecording`."""
         shard = int(np.searchsorted(self._ends, number, side="right"))

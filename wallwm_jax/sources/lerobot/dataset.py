@@ -82,6 +82,21 @@ class LeRobotSet:
 
     def recording(self, number: int, embodiment: Embodiment) -> Recording:
         """Rows of one episode, no picture decoded; raises `BadRecording`."""
+        try:
+            return self._recording(number, embodiment)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+            raise BadRecording("rows", f"of episode {number} cannot be read: {error!r}", self.path) from None
+
+    def picture_rate(self, number: int, key: str) -> float | None:
+        """Pictures per second that a camera's MP4 states; None where pictures are no video, or it cannot be read."""
+        if key not in self._videos:
+            return None
+        try:
+            return video.frame_rate(self._video_of(self._entry(number), key)[0], key)
+        except BadRecording:
+            return None
+
+    def _recording(self, number: int, embodiment: Embodiment) -> Recording:
         entry = self._entry(number)
         index = int(entry["episode_index"])
         file = self._root / self._fill(self._data_path, entry, "data")
@@ -103,10 +118,6 @@ class LeRobotSet:
             pictures=functools.partial(self._pictures, entry, file, times),
         )
 
-    def video_file(self, number: int, key: str) -> tuple[Path, float] | None:
-        """The MP4 of a camera in an episode and where in it the episode begins, seconds; None for stored images."""
-        return self._video_of(self._entry(number), key) if key in self._videos else None
-
     def _entry(self, number: int) -> dict[str, Any]:
         entry = self._episodes.slice(number, 1).to_pylist()[0]
         if entry.get("episode_index") is None or entry.get("length") is None:
@@ -123,7 +134,7 @@ class LeRobotSet:
                 else {name: int(entry[f"{what}/{name}"]) for name in ("chunk_index", "file_index")}
             )
             return pattern.format(**numbers, **more)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise BadRecording(
                 f"{what}/chunk_index, file_index", f"cannot be filled in {pattern!r}: {error}", self.path
             ) from None
@@ -151,30 +162,29 @@ class LeRobotSet:
     def _video_of(self, entry: dict[str, Any], key: str) -> tuple[Path, float]:
         path = self._root / self._fill(self._video_path, entry, f"videos/{key}", video_key=key)
         start = 0.0 if self.version == 2 else entry.get(f"videos/{key}/from_timestamp")
-        if start is None:
-            raise BadRecording(f"videos/{key}/from_timestamp", "is missing in meta/episodes", self.path)
+        if not isinstance(start, float | int):
+            raise BadRecording(f"videos/{key}/from_timestamp", f"is {start!r} in meta/episodes", self.path)
         return path, float(start)
 
 
 def _episodes(meta: Path, version: int) -> pa.Table:
     """The table of episodes in their order, without statistics."""
-    if version == 2:
-        table = pa.Table.from_pylist(_json_lines(meta / "episodes.jsonl"))
-    else:
-        files = sorted((meta / "episodes").glob("*/*.parquet"))
-        if not files:
-            raise UserError(f"{str(meta)!r} holds no episodes/*/*.parquet; the set is not whole")
-        parts = []
-        for file in files:
-            try:
-                names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-                parts.append(pq.read_table(file, columns=names, use_threads=False))
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{str(file)!r} cannot be read: {error}") from None
-        table = pa.concat_tables(parts, promote_options="permissive")
-    if not {"episode_index", "length"} <= set(table.column_names):
-        raise UserError(f"the episodes of {str(meta)!r} lack episode_index or length; they have {table.column_names}")
-    return table.sort_by("episode_index")
+    files = [meta / "episodes.jsonl"] if version == 2 else sorted((meta / "episodes").glob("*/*.parquet"))
+    if not files:
+        raise UserError(f"{str(meta)!r} holds no episodes/*/*.parquet; the set is not whole")
+    try:
+        if version == 2:
+            table = pa.Table.from_pylist(_json_lines(files[0]))
+        else:
+            wanted = [[name for name in pq.read_schema(file).names if not name.startswith("stats/")] for file in files]
+            parts = [pq.read_table(file, columns=names, use_threads=False) for file, names in zip(files, wanted)]
+            table = pa.concat_tables(parts, promote_options="permissive")
+        table.validate(full=True)
+        return table.select(list(dict.fromkeys(["episode_index", "length", *table.column_names]))).sort_by(
+            "episode_index"
+        )
+    except (LookupError, OSError, TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"the episodes of {str(meta)!r} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _texts(meta: Path, name: str) -> dict[int, str]:
@@ -185,7 +195,7 @@ def _texts(meta: Path, name: str) -> dict[int, str]:
     if parquet.exists():
         try:
             rows = pq.read_table(parquet, use_threads=False).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{str(parquet)!r} cannot be read: {error}") from None
     elif lines.exists():
         rows = _json_lines(lines)
