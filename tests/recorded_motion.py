@@ -1,7 +1,8 @@
 """Recordings for tests of readers and linter: an arm picks a block up and sets it down, seen by two cameras.
 
 Each is plain columns and pictures, as a data engineer would have them; `lerobot_files` and `rlds_files` write them as
-sets. Every array is a pure function of the seed. The pictures carry their row number, so that a test can read it back.
+sets. Every array is a pure function of the seed. The pictures may carry their row number, so that a test
+can read it back.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ class Raw:
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def recordings(count: int, rows: int = 41) -> list[Raw]:
-    """`count` recordings of about `rows` rows, no two equally long."""
-    return [recording(seed, rows + 3 * seed) for seed in range(count)]
+def recordings(count: int, rows: int = 41, *, numbered: bool = True) -> list[Raw]:
+    """`count` recordings of about `rows` rows, no two equally long; `numbered` pictures carry their row number."""
+    return [recording(seed, rows + 3 * seed, numbered=numbered) for seed in range(count)]
 
 
-def recording(seed: int, rows: int) -> Raw:
+def recording(seed: int, rows: int, *, numbered: bool = True) -> Raw:
     """One recording of `rows` rows at 10 Hz."""
     rng = np.random.default_rng(seed)
     block, goal = rng.uniform([0.3, -0.25, 0.02], [0.5, -0.05, 0.02]), rng.uniform([0.3, 0.1, 0.02], [0.5, 0.25, 0.02])
@@ -87,9 +88,11 @@ def recording(seed: int, rows: int) -> Raw:
     phase = np.searchsorted([knots[1], knots[2], knots[5]], clock, side="right")
     carried = np.where(holds[:, None], position, np.where(clock[:, None] < knots[3], block, goal))
     pictures = {
-        FRONT: np.stack([_front(position[row], carried[row], row) for row in clock]),
-        WRIST: np.stack([_wrist(position[row], row) for row in clock]),
+        FRONT: np.stack([_front(position[row], carried[row]) for row in clock]),
+        WRIST: np.stack([_wrist(position[row]) for row in clock]),
     }
+    if numbered:
+        pictures = {view: _numbered(shown) for view, shown in pictures.items()}
     return Raw(state, action, pictures, [SUBTASKS[n] for n in phase], clock / FPS)
 
 
@@ -110,25 +113,26 @@ def _project(point: np.ndarray) -> tuple[int, int]:
     return int(WIDTH / 2 + 80 * seen[0] / seen[2]), int(HEIGHT / 2 + 80 * seen[1] / seen[2])
 
 
-def _front(hand: np.ndarray, block: np.ndarray, row: int) -> np.ndarray:
+def _front(hand: np.ndarray, block: np.ndarray) -> np.ndarray:
     picture = np.full((HEIGHT, WIDTH, 3), (90, 100, 110), np.uint8)
     picture[HEIGHT // 2 :] = (150, 130, 110)
     for point, colour, half in ((block, (200, 40, 40), 3), (hand, (235, 235, 240), 4)):
         x, y = _project(point)
         picture[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = colour
-    return _numbered(picture, row)
+    return picture
 
 
-def _wrist(hand: np.ndarray, row: int) -> np.ndarray:
+def _wrist(hand: np.ndarray) -> np.ndarray:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     pattern = np.sin((x + 400 * hand[1]) / 6) + np.sin((y + 400 * hand[0] + 300 * hand[2]) / 5)
     grey = (128 + 50 * pattern).astype(np.uint8)
-    return _numbered(np.repeat(grey[..., None], 3, axis=2), row)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _numbered(picture: np.ndarray, row: int) -> np.ndarray:
-    """Writes the row number as eight squares along the top of the middle square of the picture."""
+def _numbered(pictures: np.ndarray) -> np.ndarray:
+    """Writes row numbers as eight squares along the top of the middle square of pictures `[N, H, W, 3]`."""
     side, left = HEIGHT // 8, (WIDTH - HEIGHT) // 2
-    for bit in range(8):
-        picture[:side, left + bit * side : left + (bit + 1) * side] = 230 if row >> bit & 1 else 25
-    return picture
+    for row, picture in enumerate(pictures):
+        for bit in range(8):
+            picture[:side, left + bit * side : left + (bit + 1) * side] = 230 if row >> bit & 1 else 25
+    return pictures

@@ -5,7 +5,7 @@ r"""Holds an embodiment description against a recorded set, and names what does 
 
 Reads the rows of some episodes, spread over the set, and a few pictures of each camera. It finds rates and strides that
 disagree, wrong units (degrees for radians, millimetres for metres), dimensions that hardly move, poses for shifts and
-shifts for poses, shifts in the axes of the other frame, rotations of another kind, a gripper of the wrong sign or range,
+shifts for poses, shifts in the axes of the other frame, rotations of another kind, a gripper of wrong sign or range,
 cameras that are swapped, flipped or frozen, and damaged episodes. Exit code 1 where it finds something, else 0.
 
 Thresholds are meant for arms on tables; a finding is a reason to look, and its evidence says at what.

@@ -78,7 +78,7 @@ def _frozen_or_same(sample: Sample, seen: dict[str, list[np.ndarray]]) -> Iterat
     from wallwm_jax.sources.lint import Finding
 
     for view, pictures in seen.items():
-        still = [len(p) > 1 and float(np.abs(np.diff(p, axis=0)).max()) < 2 for p in pictures]
+        still = [len(p) > 1 and float(np.abs(np.diff(p, axis=0)).mean()) < 0.5 for p in pictures]
         if sum(still) > len(still) / 2:
             yield Finding(
                 "camera",
@@ -189,7 +189,7 @@ def _mixed(sample: Sample, few: list[int], view: str, pictures: list[np.ndarray]
         yield Finding(
             "camera flip",
             f"{view}, episodes {', '.join(str(entry[0]) for entry in odd)}",
-            f"flipped ({best}), episode {number} looks like the others (correlation {like[best]:.2f}), as it is it does "
-            f"not ({like['none']:.2f})",
+            f"flipped ({best}), episode {number} looks like the others (correlation {like[best]:.2f}), as it is it "
+            f"does not ({like['none']:.2f})",
             "these episodes were recorded with the camera turned: turn their videos, or leave them out",
         )
