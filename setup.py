@@ -1,9 +1,10 @@
-"""Extras: sim (OCBench), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench), data (LeRobot, RLDS), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
+DATA = ["pyarrow>=18", "av>=14", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
@@ -15,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["wallwm_jax", "wallwm_jax.*"]),
-    package_data={"wallwm_jax.evaluation": ["templates/*.j2"]},
+    package_data={"wallwm_jax.evaluation": ["templates/*.j2"], "wallwm_jax.sources": ["embodiments/*.toml"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -41,12 +42,22 @@ setup(
     ],
     extras_require={
         "sim": SIMULATOR,
+        "data": DATA,
         "vlm": VLM,
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "serve": SERVE,
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", *SERVE, *NOTEBOOKS],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "hypothesis>=6.100",
+            *DATA,
+            *SERVE,
+            *NOTEBOOKS,
+        ],
     },
 )

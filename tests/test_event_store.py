@@ -454,12 +454,12 @@ with atomic_directory({str(target)!r}, overwrite=False) as directory:
 
 
 def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
-    def four_episodes(source, episodes, seed, size, workers):
-        assert (source, episodes, size) == ("ocbench:chamber", 4, 16)
-        stream = (synthetic_episode(seed + number, steps=48, size=size) for number in range(episodes))
-        return stream, lambda: {"chamber": build_events.FamilyCount(kept=4, dropped=1)}
+    def four_episodes(source, options):
+        assert (source, options.episodes, options.size) == ("ocbench:chamber", 4, 16)
+        stream = (synthetic_episode(options.seed + number, steps=48, size=16) for number in range(4))
+        return stream, lambda: {"chamber": build_events.FamilyCount(4, 1, ("episode 2: no rows",))}
 
-    monkeypatch.setattr(build_events, "_open_source", four_episodes)
+    monkeypatch.setattr(build_events, "open_source", four_episodes)
     target = str(tmp_path / "store")
     start = time.monotonic()
     built = build_events.build("ocbench:chamber", target, StoreOptions(latent_sample=8), episodes=4, size=16)
@@ -468,6 +468,7 @@ def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
     assert sum(built.seconds.values()) < time.monotonic() - start
     lines = [line.split() for line in build_events.report(built, target).splitlines()]
     assert ["episodes", "chamber", "4", "kept", "1", "dropped"] in lines
+    assert ["dropped", "episode", "2:", "no", "rows"] in lines
     assert ["episodes", "train", "3"] in lines and ["episodes", "heldout", "1"] in lines
     assert ["windows", "event/subtask", "12"] in lines and ["windows", "fixed/task", "8"] in lines
 
@@ -475,7 +476,8 @@ def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--source=lerobot:x", "--out=new"], "error: unknown source 'lerobot:x'; give ocbench:FAMILY"),
+        (["--source=zarr:x", "--out=new"], "error: unknown source 'zarr:x'; give ocbench:FAMILY"),
+        (["--source=lerobot:x", "--out=new"], "error: 'x' is no LeRobot set: meta/info.json"),
         (
             ["--source=ocbench:block", "--out=.", "--overwrite"],
             "already exists; it is no event store: give another path",

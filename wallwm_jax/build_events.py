@@ -15,6 +15,12 @@ its text encoder, computed here once, in batches on the local devices (weights: 
     python -m wallwm_jax.build_events --source=ocbench:chamber --episodes=20 --size=192 --out=runs/wan \
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
+A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns (wallwm_jax/sources/embodiment.py) and
+brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help):
+
+    python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
+        --levels=task,subtask --out=runs/kitchen
+
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
 unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
 with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
@@ -24,26 +30,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.console import phase, run_command
+from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_source
 
 # Recording processes import this module again, so what is heavy is imported where it is used.
 if TYPE_CHECKING:
     from wallwm_jax.data.store_writer import StoreOptions, StoreSummary
-    from wallwm_jax.events.schema import Episode
-
-
-@dataclass
-class FamilyCount:
-    """Episodes of one family: those the source kept, and attempts it dropped because they did not succeed."""
-
-    kept: int = 0
-    dropped: int = 0
 
 
 @dataclass
@@ -61,23 +59,28 @@ def build(
     out: str,
     options: StoreOptions,
     *,
-    episodes: int = 40,
+    episodes: int | None = None,
     size: int = 64,
     views: Sequence[str] = (),
     workers: int = 2,
+    embodiment: str = "",
+    video_fps: float = 0.0,
     overwrite: bool = False,
 ) -> Build:
     """Builds and clusters a store; see the flags of the command for the arguments.
 
     Raises:
-      UserError: unknown source, codec, window kind or level; `out` exists; the simulator is not installed.
+      UserError: unknown source, codec, window kind or level; `out` exists; what the source needs is not installed, or
+        too many of its episodes are damaged.
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
 
     seconds: dict[str, float] = {}
     with atomic_directory(out, overwrite=overwrite) as directory:
-        stream, families = _open_source(source, episodes, options.seed, size, views, workers)
+        stream, families = open_source(
+            source, SourceOptions(episodes, options.seed, size, tuple(views), workers, embodiment, video_fps)
+        )
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, stream, options)
         with phase("cluster windows", seconds):
@@ -98,6 +101,7 @@ def report(build: Build, out: str) -> str:
         f"  episodes  {family:<16} {count.kept:>6} kept {count.dropped:>6} dropped"
         for family, count in build.families.items()
     ]
+    lines += [f"  dropped   {reason}" for count in build.families.values() for reason in count.reasons]
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
     if summary.too_short:
         lines.append(f"  episodes  {'too short':<16} {summary.too_short:>6} left out: not one video stride long")
@@ -107,29 +111,13 @@ def report(build: Build, out: str) -> str:
     return "\n".join(lines)
 
 
-def _open_source(
-    source: str, episodes: int, seed: int, size: int, views: Sequence[str], workers: int
-) -> tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]:
-    """The episodes of a source, and a function that tells the count per family once they are all read."""
-    name, _, families = source.partition(":")
-    if name != "ocbench" or not families:
-        raise UserError(
-            f"unknown source {source!r}; give ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block"
-        )
-    if episodes < 1:
-        raise UserError(f"--episodes is {episodes}; at least one per family is needed")
-    from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
-    from wallwm_jax.sources.simulator.ocbench_env import VIEWS
-
-    if unknown := set(views) - set(VIEWS):
-        raise UserError(f"--views names {sorted(unknown)[0]!r}; OCBench has {', '.join(VIEWS)}")
-    stream = demonstrations(families.split(","), episodes, seed, size=size, views=views or VIEWS, workers=workers)
-    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
-
-
 def _define_flags() -> None:
-    flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]", required=True)
-    flags.DEFINE_integer("episodes", 40, "Successful episodes to keep of each family")
+    flags.DEFINE_string("source", None, f"Where episodes come from: {' or '.join(NAMES.values())}", required=True)
+    flags.DEFINE_integer("episodes", None, "To record of each family (default 40); the first so many of a set (all)")
+    flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
+    flags.DEFINE_float(
+        "video_fps", 0.0, "Frames per second, two commands each, that a set is brought to; 0 keeps its own"
+    )
     flags.DEFINE_string("out", None, "Directory of the new store", required=True)
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
     flags.DEFINE_string("codec_weights", "", "Folder of the codec's converted weights (wan21, wan22)")
@@ -138,7 +126,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("text_encoder", "bytes", ["bytes", "umt5"], "bytes is learned by the model, umt5 frozen")
     flags.DEFINE_string("text_weights", "", "Folder of the text encoder's converted weights (umt5)")
     flags.DEFINE_integer("size", 64, "Height and width of the frames, pixels")
-    flags.DEFINE_list("views", [], "Cameras to record; none takes all. Rendering is most of the recording's time")
+    flags.DEFINE_list("views", [], "Cameras to render; none takes all. Rendering is most of a recording's time")
     flags.DEFINE_list(
         "windows",
         ["event", "fixed"],
@@ -149,7 +137,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("history", 1, "Latents of four frames before the observation of a window with history", 0)
     flags.DEFINE_float("heldout_fraction", 0.15, "Share of the episodes kept from training", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
-    flags.DEFINE_integer("workers", 2, "Processes that record; 0 records in this one", 0)
+    flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
 
 
@@ -181,6 +169,8 @@ def main(_: Sequence[str]) -> None:
         size=values.size,
         views=tuple(values.views),
         workers=values.workers,
+        embodiment=values.embodiment,
+        video_fps=values.video_fps,
         overwrite=values.overwrite,
     )
     print(report(built, values.out))

@@ -1,0 +1,136 @@
+"""RLDS sets as episodes, from ArrayRecord and from TFRecord files, without TensorFlow; what is bad is named."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import rlds_files
+from recorded_motion import DESCRIPTION, recordings, row_of
+
+from wallwm_jax.console import UserError
+from wallwm_jax.sources.clock import choose_clock
+from wallwm_jax.sources.embodiment import load_embodiment
+from wallwm_jax.sources.lint import lint
+from wallwm_jax.sources.recorded import read_episodes
+from wallwm_jax.sources.rlds import RldsSet
+
+RAWS = {len(raw.times): raw for raw in recordings(3)}  # TFDS shuffles: a recording is known by its length
+FORMATS = ("array_record", "tfrecord")
+
+
+@pytest.fixture(scope="module")
+def good_sets(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("rlds")
+    version = rlds_files.write_set(folder / "array_record", list(RAWS.values()))
+    copied = Path(shutil.copytree(version, folder / "tfrecord" / "test_arm" / "1.0.0"))
+    rlds_files.to_tfrecord(copied)
+    return {"array_record": version, "tfrecord": copied}
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    text = DESCRIPTION
+    for old, new in rlds_files.DESCRIPTION_CHANGES.items():
+        text = text.replace(old, new)
+    path = tmp_path_factory.mktemp("embodiment") / "arm.toml"
+    path.write_text(text)
+    return load_embodiment(str(path))
+
+
+def read(path, embodiment, **more):
+    options = {"size": 64, "workers": 0, **more}
+    stream = read_episodes(RldsSet(path), embodiment, choose_clock(embodiment, 0.0), **options)
+    return list(stream), stream.count
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_step_becomes_a_row(good_sets, arm, kind):
+    episodes, count = read(good_sets[kind], arm)
+    assert (count.kept, count.damaged) == (3, [])
+    assert {episode.num_steps + 1 for episode in episodes} == set(RAWS)
+    for number, episode in enumerate(episodes):
+        raw = RAWS[episode.num_steps + 1]
+        assert (episode.episode_id, episode.source) == (f"test_arm/train_{number:06d}", "rlds/test_arm")
+        assert np.abs(episode.poses[:, 0, :3, 3] - raw.state[:, :3]).max() < 1e-6
+        assert np.abs(episode.command_poses[:, 0, :3, 3] - raw.action[:-1, :3]).max() < 1e-6
+        for view in ("front", "wrist"):
+            pictures = [cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_COLOR) for f in episode.frames[view]]
+            assert [row_of(picture) for picture in pictures] == list(range(0, len(raw.times), 2))
+        assert episode.instruction == raw.task
+        assert episode.spans["task"][0].paraphrases == (f"please {raw.task}",)
+
+
+def test_both_file_formats_give_the_same_episodes_from_worker_processes_too(good_sets, arm):
+    array_record, _ = read(good_sets["array_record"], arm, size=16)
+    tf_record, _ = read(good_sets["tfrecord"], arm, size=16, workers=1)
+    for one, other in zip(array_record, tf_record):
+        assert one.episode_id == other.episode_id and one.frames == other.frames
+        assert np.array_equal(one.command_poses, other.command_poses)
+
+
+def test_no_tensorflow_is_imported(good_sets, arm):
+    code = f"""
+import sys
+from wallwm_jax.sources.clock import choose_clock
+from wallwm_jax.sources.embodiment import load_embodiment
+from wallwm_jax.sources.recorded import read_episodes
+from wallwm_jax.sources.rlds import RldsSet
+arm = load_embodiment({arm.path!r})
+episodes = list(read_episodes(RldsSet({str(good_sets["tfrecord"])!r}), arm, choose_clock(arm, 0.0), workers=0))
+assert len(episodes) == 3 and not {{"tensorflow", "jax", "torch"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_linter_reads_rlds_too(good_sets, arm):
+    assert [finding for finding in lint(RldsSet(good_sets["array_record"]), arm) if "camera" not in finding.check] == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: content[:-50], "is damaged: its checksum is wrong"),
+        (lambda content: content[: len(content) // 2], "the file ends after"),
+        (lambda content: content[:-2000] + bytes([content[-2000] ^ 1]) + content[-1999:], "its checksum is wrong"),
+    ],
+)
+def test_damage_to_a_tfrecord_file_is_named(good_sets, arm, tmp_path, damage, reason):
+    path = Path(shutil.copytree(good_sets["tfrecord"], tmp_path / "1.0.0"))
+    (file,) = path.glob("*.tfrecord*")
+    file.write_bytes(damage(file.read_bytes()))
+    episodes, count = read(path, arm, size=16, damage_limit=1.0)
+    assert count.damaged and len(episodes) + len(count.damaged) == 3
+    assert str(file) in count.damaged[-1] and reason in " ".join(count.damaged)
+
+
+def test_a_missing_file_is_named(good_sets, arm, tmp_path):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    (file,) = path.glob("*.array_record*")
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"2 of the first 2 episodes .* are damaged, .*array_record.*the file is missing"
+    ):
+        read(path, arm)
+
+
+def test_what_the_set_lacks_is_an_error_before_any_work(good_sets, arm, tmp_path):
+    text = Path(arm.path).read_text()
+    for old, new, message in (
+        (
+            "observation/image",
+            "observation/picture",
+            r"has no pictures 'observation/picture'.*; it has observation/image",
+        ),
+        ('"action[', '"command[', r"has no numbers 'command'.*; it has action, is_last, observation/state"),
+        ('robot = "test_arm"', 'robot = "a"\ntask = "text"', r"has no text 'text'.*; it has language_instruction"),
+    ):
+        changed = tmp_path / "arm.toml"
+        changed.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            read(good_sets["array_record"], load_embodiment(str(changed)))
+    with pytest.raises(UserError, match=r"is no RLDS set: 0 folders there hold a features.json"):
+        RldsSet(tmp_path)

@@ -1,0 +1,125 @@
+"""Sources of episodes by name, as `python -m wallwm_jax.build_events --source=...` knows them.
+
+ocbench:FAMILY[,FAMILY...]   demonstrations of OCBench's scripted experts, recorded now
+lerobot:DIR                  a LeRobot set of version 2 or 3
+rlds:DIR                     an RLDS set (Open X-Embodiment)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import Episode
+
+if TYPE_CHECKING:
+    from wallwm_jax.sources.recorded import RecordedSet
+
+NAMES = {
+    "ocbench": "ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block",
+    "lerobot": "lerobot:DIR",
+    "rlds": "rlds:DIR",
+}
+_EPISODES = 40  # of each family that is recorded, where the command does not say
+
+
+@dataclass
+class FamilyCount:
+    """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so."""
+
+    kept: int = 0
+    dropped: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source may be told.
+
+    Attributes:
+      episodes: to record of each family (default 40), or the first so many of a set (default all).
+      seed: of recorded demonstrations.
+      size: pixels of the square frames.
+      views: cameras that a simulator renders; () takes all.
+      workers: processes; 0 does the work in this one.
+      embodiment: what the columns of a set mean: a name or the path of a TOML file.
+      video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
+    """
+
+    episodes: int | None = None
+    seed: int = 0
+    size: int = 64
+    views: tuple[str, ...] = ()
+    workers: int = 2
+    embodiment: str = ""
+    video_fps: float = 0.0
+
+
+Opened = tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]
+
+
+def open_source(source: str, options: SourceOptions) -> Opened:
+    """The episodes of a source, and a function that tells the count per family once they are all read.
+
+    Raises:
+      UserError: an unknown source, options that do not fit it, or what the source itself finds.
+    """
+    name, _, argument = source.partition(":")
+    if name not in NAMES or not argument:
+        raise UserError(f"unknown source {source!r}; give {' or '.join(NAMES.values())}")
+    if options.episodes is not None and options.episodes < 1:
+        raise UserError(f"--episodes is {options.episodes}; at least one is needed")
+    if name == "ocbench":
+        return _open_ocbench(argument.split(","), options)
+    return _open_set(source, options)
+
+
+def open_set(source: str) -> RecordedSet:
+    """The recorded set that `lerobot:DIR` or `rlds:DIR` names; raises `UserError` where there is none."""
+    name, _, argument = source.partition(":")
+    try:
+        if name == "lerobot" and argument:
+            from wallwm_jax.sources.lerobot.dataset import LeRobotSet
+
+            return LeRobotSet(argument)
+        if name == "rlds" and argument:
+            from wallwm_jax.sources.rlds import RldsSet
+
+            return RldsSet(argument)
+    except ImportError as error:
+        raise UserError(f"{name} sets need more packages ({error}): pip install 'wallwm_jax[data]'") from None
+    raise UserError(f"unknown set {source!r}; give {NAMES['lerobot']} or {NAMES['rlds']}")
+
+
+def _open_ocbench(families: list[str], options: SourceOptions) -> Opened:
+    from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
+
+    if options.embodiment or options.video_fps:
+        raise UserError("--embodiment and --video_fps describe recorded sets; ocbench has its own")
+    episodes = _EPISODES if options.episodes is None else options.episodes
+    stream = demonstrations(families, episodes, options.seed, size=options.size, workers=options.workers)
+    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
+
+
+def _open_set(source: str, options: SourceOptions) -> Opened:
+    dataset = open_set(source)
+    from wallwm_jax.sources.clock import choose_clock
+    from wallwm_jax.sources.embodiment import load_embodiment
+    from wallwm_jax.sources.recorded import read_episodes
+
+    embodiment = load_embodiment(options.embodiment)
+    stream = read_episodes(
+        dataset,
+        embodiment,
+        choose_clock(embodiment, options.video_fps),
+        size=options.size,
+        episodes=options.episodes,
+        workers=options.workers,
+    )
+
+    def counts() -> dict[str, FamilyCount]:
+        return {dataset.name: FamilyCount(stream.count.kept, len(stream.count.damaged), tuple(stream.count.damaged))}
+
+    return stream, counts
