@@ -31,6 +31,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import Episode, Span
 
 _BLOCKED = 0.1  # closing fraction by which fingers that hold something stay behind their command
+_EDGE = 0.1  # share of a gripper's range at either end that counts as open or closed
 _TIE = 0.5  # squared tolerances
 _PICTURE_CHANGE = 2.0  # grey levels of 255 by which a picture changes beyond the usual
 
@@ -129,7 +130,7 @@ class _Arm:
         return _unit(self.path[end] - self.path[start])
 
     def _stations(self, knots: Sequence[int]) -> list[_Station]:
-        grips = [(a, b) for a, b, _ in self.changes if np.linalg.norm(self.path[b] - self.path[a]) < self.options.rest_m]
+        grips = [grip for grip in map(self._grip, self.changes) if grip]
         knots = _thinned(knots, [edge for grip in grips for edge in grip], self.steps, self.options.min_steps)
         edges = [0, *knots, self.steps]
         rests = [
@@ -147,6 +148,15 @@ class _Arm:
             self._station(bounds[max(i - 1, 0)][1], lo, hi, bounds[min(i + 1, len(bounds) - 1)][0])
             for i, (lo, hi) in enumerate(bounds)
         ]
+
+    def _grip(self, change: _Change) -> tuple[int, int] | None:
+        """The steps of a change of the gripper during which the hand stays where it is, if it does."""
+        for end in (change.end, change.half + 1):
+            held = self.path[change.onset + 1 : end + 1]
+            travel = np.linalg.norm(held - held[0], axis=1).max()
+            if travel < self.options.rest_m:
+                return change.onset, end
+        return None
 
     def _trimmed(self, lo: int, hi: int) -> tuple[int, int]:
         """A rest without the steps at its ends in which the hand moves."""
@@ -184,15 +194,15 @@ class _Arm:
         """(index of a station, "grasp", "release" or "touch") in time order."""
         kinds: dict[int, str] = {}  # by the first step of the station, which no other shares
         holding: list[tuple[int, int]] = []
-        for number, (onset, end, closes) in enumerate(self.changes):
-            opening = next((change for change in self.changes[number + 1 :] if not change[2]), None)
-            at = self._grasp_station(onset, end, opening[0] if opening else self.steps) if closes else None
+        for number, change in enumerate(self.changes):
+            opening = next((later for later in self.changes[number + 1 :] if not later.closes), None)
+            at = self._grasp_station(change, opening.onset if opening else self.steps) if change.closes else None
             if at is None or at.lo in kinds:
                 continue
             kinds[at.lo] = "grasp"
             released = self.steps
             if opening:
-                to = self._open_station(*opening[:2])
+                to = self._open_station(opening)
                 released = to.lo
                 if to.lo > at.lo:
                     kinds[to.lo] = "release"
@@ -213,27 +223,25 @@ class _Arm:
         stopped = any(station.stop and latest < station.lo for station in self.stations[:-1])
         return (held or stopped) and self.along(start, end) > self.options.axis_cosine
 
-    def _grasp_station(self, onset: int, end: int, until: int) -> _Station | None:
-        """Where a closing gripper takes hold: the rest in which it closes, or the station right after where something
-        keeps the fingers apart; None where it closes in mid-air."""
-        middle = (onset + end) // 2
-        near = [s for s in self.stations if s.lo - 1 <= middle <= s.hi + 1 and 0 < s.lo < self.steps]
-        still = np.linalg.norm(self.path[end] - self.path[onset]) < self.options.rest_m
-        near = [s for s in near if still or (s.hi > s.lo and middle <= s.hi)]
+    def _grasp_station(self, change: _Change, until: int) -> _Station | None:
+        """Where a closing gripper takes hold: the station it closes at, or the one right after where something keeps
+        the fingers apart; None where it closes in mid-air."""
+        grip, end = self._grip(change), change.end
+        near = [s for s in self.stations if s.lo - 1 <= change.half <= s.hi + 1 and 0 < s.lo < self.steps]
+        near = [s for s in near if grip or (s.hi > s.lo and change.half <= s.hi)]
         if near:
-            return min(near, key=lambda s: abs(s.lo + s.hi - 2 * middle))
+            return min(near, key=lambda s: abs(s.lo + s.hi - 2 * change.half))
         if until > end and np.median(self.gripper[end:until] - self.measured_gripper[end + 1 : until + 1]) > _BLOCKED:
             after = [s for s in self.stations if end - 2 <= s.hi and s.lo < until and (s.touch or s.hi > s.lo)]
             return after[0] if after else None
         return None
 
-    def _open_station(self, onset: int, end: int) -> _Station:
+    def _open_station(self, change: _Change) -> _Station:
         """The station at which the gripper opens, made where there is none."""
-        middle = (onset + end) // 2
-        near = [s for s in self.stations if s.lo - 1 <= middle <= s.hi + 1]
+        near = [s for s in self.stations if s.lo - 1 <= change.half <= s.hi + 1]
         if near:
             return near[0]
-        made = _Station(onset, onset, stop=True, touch=False)
+        made = _Station(change.onset, change.onset, stop=True, touch=False)
         self.stations = sorted([*self.stations, made], key=lambda station: station.lo)
         return made
 
@@ -355,7 +363,7 @@ class _Arm:
             return stops[-1].hi
         if inner:
             return min(inner, key=lambda s: self.way(start, s.lo) @ self.way(s.hi, end)).hi
-        if start < approach < end:
+        if start < approach < end or end - start < 2:
             return approach
         back = (self.path[start:end] - self.path[start]) @ self.axis[start]
         return start + max(1, int(np.argmin(back)))
@@ -485,21 +493,31 @@ def _noise(path: np.ndarray) -> float:
     return float(np.median(np.abs(np.diff(path, n=4, axis=0))) / 0.6745 / np.sqrt(70))
 
 
-def _gripper_changes(closing: np.ndarray, least: float) -> list[tuple[int, int, bool]]:
-    """(first step of the change, first step after it, whether it closes) of each opening and closing, alternating."""
+@dataclass(frozen=True)
+class _Change:
+    """The gripper opens or closes: last step before it shows, step at which it is half done, first step after it."""
+
+    onset: int
+    half: int
+    end: int
+    closes: bool
+
+
+def _gripper_changes(closing: np.ndarray, least: float) -> list[_Change]:
+    """Each opening and closing in time order; they alternate."""
     low, high = float(closing.min()), float(closing.max())
     if high - low < least:
         return []
     closed = closing > (low + high) / 2
-    edge = 0.1 * (high - low)
+    moving = (closing > low + _EDGE * (high - low)) & (closing < high - _EDGE * (high - low))
     out = []
-    for step in np.flatnonzero(np.diff(closed)) + 1:
-        start, end = int(step) - 1, int(step)
-        while start > 0 and low + edge < closing[start] < high - edge:
-            start -= 1
-        while end < len(closing) and low + edge < closing[end] < high - edge:
+    for half in np.flatnonzero(np.diff(closed)) + 1:
+        onset, end = int(half) - 1, int(half)
+        while onset > 0 and moving[onset]:
+            onset -= 1
+        while end < len(closing) - 1 and moving[end]:
             end += 1
-        out.append((start + 1, end + 1 if end < len(closing) else end, bool(closed[step])))
+        out.append(_Change(onset, int(half), end, bool(closed[half])))
     return out
 
 
