@@ -1,9 +1,9 @@
-"""Extras: sim (OCBench), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench, MetaWorld), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
-SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
+SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gymnasium>=1.1", "packaging"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
@@ -47,6 +47,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "serve": SERVE,
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", *SERVE, *NOTEBOOKS],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.11", "hypothesis>=6.100", *SERVE, *NOTEBOOKS],
     },
 )

@@ -111,20 +111,22 @@ def _open_source(
 ) -> tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]:
     """The episodes of a source, and a function that tells the count per family once they are all read."""
     name, _, families = source.partition(":")
-    if name != "ocbench" or not families:
+    if name not in ("ocbench", "metaworld") or not families:
         raise UserError(
-            f"unknown source {source!r}; give ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block"
+            f"unknown source {source!r}; give ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block, "
+            "or metaworld:TASK[,TASK...]"
         )
     if episodes < 1:
         raise UserError(f"--episodes is {episodes}; at least one per family is needed")
-    from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
+    from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
-    stream = demonstrations(families.split(","), episodes, seed, size=size, workers=workers)
+    simulator = metaworld_demos if name == "metaworld" else ocbench_demos
+    stream = simulator.demonstrations(families.split(","), episodes, seed, size=size, workers=workers)
     return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]", required=True)
+    flags.DEFINE_string("source", None, "ocbench:FAMILY[,FAMILY...] or metaworld:TASK[,TASK...]", required=True)
     flags.DEFINE_integer("episodes", 40, "Successful episodes to keep of each family")
     flags.DEFINE_string("out", None, "Directory of the new store", required=True)
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")

@@ -1,10 +1,10 @@
 """Segmentation against the true events of scripted experts: boundary F1 per family and level, beside two baselines.
 
-The recording goes in without its labels. The numbers of `events.segment.Options` and its rules were chosen on `TUNED`
-families of OCBench; the headline is the mean over `HELD_OUT` ones, on episodes of a fresh seed. Boundaries
-are the starts of spans, the first of an episode excepted, matched one to one within min(0.3 s, a quarter of the median
-true span of that level and family). The baselines are windows of the mean true length, which no recording tells, and
-changes of the gripper command alone: all of them for actions, the openings for subtasks.
+The recording goes in without its labels. The rules of `events.segment` and the numbers of its `Options` were chosen on
+the `TUNED` families of OCBench; the headline is the mean over the `HELD_OUT` ones. Boundaries are the starts of spans,
+the first of an episode excepted, matched one to one within min(0.3 s, a quarter of the median true span of that level
+and family). The baselines are windows of the mean true length, which no recording tells, and the gripper command alone:
+where it begins and ends to change for actions, where it has opened for subtasks.
 
 MetaWorld tasks are reported without a bar, those whose experts go through the same stages in most episodes.
 """
@@ -202,7 +202,9 @@ def _gripper(episode: Episode, level: str, _: float) -> Sequence[int]:
         for arm in range(episode.command_grippers.shape[1])
         for change in gripper_changes(episode.command_grippers[:, arm], Options().gripper_change)
     ]
-    return sorted({change.half for change in changes if level == "action" or not change.closes})
+    if level == "subtask":
+        return sorted({change.end for change in changes if not change.closes})
+    return sorted({edge for change in changes for edge in (change.onset, change.end)})
 
 
 def _headline(scored: Mapping[str, Result], families: Sequence[str], method: str) -> dict[str, float | None]:

@@ -44,7 +44,7 @@ class Options:
     longest_s: float = 6.0
     rest_m: float = 0.025
     rest_share: float = 0.35
-    stop_share: float = 0.6
+    stop_share: float = 0.5
     reversal_cosine: float = -0.7
     axis_cosine: float = 0.5
     axis: int = 2
@@ -163,15 +163,15 @@ class Arm:
         touch = False
         if before < lo and hi < after:
             peak = min(self.speed[before:lo].max(), self.speed[hi:after].max())
-            around = [np.linalg.norm(x[min(hi + 1, len(x) - 1)] - x[lo - 1]) / 2 for x in (self.path, self.measured)]
-            stop = stop or min(around) < self.options.stop_share * peak
+            around = [x[min(k + 1, self.steps)] - x[k - 1] for x in (self.path, self.measured) for k in (lo, hi + 1)]
+            stop = stop or np.linalg.norm(around, axis=1).min() / 2 < self.options.stop_share * peak
             come, go = self.way(before, lo), self.way(hi, after)
             into = come @ self.axis[lo] > self.options.axis_cosine
             touch = bool(into and come @ go < self.options.reversal_cosine)
             if touch and lo == hi:  # where it is farthest out
                 near = np.arange(max(before + 1, lo - 2), min(after, lo + 3))
                 lo = hi = int(near[np.argmax(self.path[near] @ self.axis[lo])])
-        return Station(lo, hi, stop, touch)
+        return Station(lo, hi, bool(stop), touch)
 
     def along(self, start: int, end: int) -> float:
         """Cosine between the way from step to step and the hand's axis: 1 goes forwards, -1 backs off."""

@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 
 from wallwm_jax.events.phases import Arm, Options, thinned
-from wallwm_jax.events.schema import Episode, Span
+from wallwm_jax.events.schema import Episode, EpisodeError, Span
 
 _PICTURE_CHANGE = 2.0  # grey levels of 255 by which a picture changes beyond the usual
 
@@ -39,7 +39,7 @@ def segment(episode: Episode, options: Options | None = None) -> Episode:
     episode is. Captions say what the hand does, plainly, since nothing is known of objects.
 
     Raises:
-      UserError: options that make no sense.
+      EpisodeError: a picture that is needed cannot be decoded.
     """
     options = options or Options()
     arms, bounds = _analyse(episode, options)
@@ -124,13 +124,20 @@ def _picture_changes(episode: Episode, arms: Sequence[Arm]) -> list[int]:
 
 def _change(episode: Episode, frame: int) -> float:
     """Mean change of grey level, over the views, from the stored frame before `frame` to it."""
-    pairs = [(pictures[frame - 1], pictures[frame]) for pictures in episode.frames.values()]
-    return float(np.mean([np.abs(_grey(after) - _grey(before)).mean() for before, after in pairs]))
+    changes = []
+    for view, pictures in episode.frames.items():
+        before, after = _grey(pictures[frame - 1]), _grey(pictures[frame])
+        if before is None or after is None:
+            raise EpisodeError(f"episode {episode.episode_id!r}: view {view!r} cannot be decoded at frame {frame}")
+        changes.append(np.abs(after - before).mean())
+    return float(np.mean(changes))
 
 
 @functools.lru_cache(maxsize=256)
-def _grey(jpeg: bytes) -> np.ndarray:
+def _grey(jpeg: bytes) -> np.ndarray | None:
     picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if picture is None:
+        return None
     return cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 

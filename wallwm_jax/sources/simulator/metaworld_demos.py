@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def _roll_out(task: str, seed: int, size: int, views: tuple[str, ...]) -> _Rollo
     while not success or len(rollout.stages) % VIDEO_STRIDE:
         if env.curr_path_length >= env.max_path_length:
             return None
-        with _executed_lines(policy) as stage:
+        with _executed_lines(policy) as stage, warnings.catch_warnings(action="ignore", category=UserWarning):
             action = np.clip(policy.get_action(observation), -1, 1)
         rollout.stages.append(frozenset(stage))
         offset = env.tcp_center - env.data.body("hand").xpos
@@ -292,6 +293,7 @@ def _environment(task: str, size: int) -> tuple[Any, rendering.SceneRenderer]:
 
 
 def _policy(task: str) -> Any:
-    from metaworld.policies import ENV_POLICY_MAP
+    import metaworld.policies
 
-    return ENV_POLICY_MAP[f"{task}-v3"]()
+    experts: dict[str, Any] = metaworld.policies.ENV_POLICY_MAP
+    return experts[f"{task}-v3"]()
