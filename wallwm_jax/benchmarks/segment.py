@@ -12,7 +12,6 @@ MetaWorld tasks are reported without a bar, those whose experts go through the s
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -111,7 +110,7 @@ def table(result: Result) -> str:
             f"{row['lookahead_s']:g} s ahead, {row['episodes']} episodes per family"
         )
     for task, share in result.get("metaworld", {}).get("inconsistent", {}).items():
-        lines.append(f"metaworld {task}: left out, {100 * share:.0f} % of its episodes go through the same stages")
+        lines.append(f"{task}, metaworld: left out, {100 * share:.0f} % of its episodes go through the same stages")
     return "\n".join(lines)
 
 
@@ -223,12 +222,10 @@ def _metaworld(tasks: Sequence[str]) -> Result:
     result: Result = {"tasks": {}, "inconsistent": {}}
     for task in tasks:
         with phase(f"{_METAWORLD_EPISODES} episodes of {task}"):
+            consistency = metaworld_demos.stage_consistency(task, _SEED, _METAWORLD_EPISODES)
+            if consistency < CONSISTENT or task not in metaworld_demos.STAGED:
+                result["inconsistent"][task] = consistency
+                continue
             stream = metaworld_demos.demonstrations([task], _METAWORLD_EPISODES, _SEED, size=_SIZE, workers=0)
-            episodes = list(stream)
-        stages = Counter(tuple(span.verb for span in episode.spans["action"]) for episode in episodes)
-        share = stages.most_common(1)[0][1] / len(episodes)
-        if share < CONSISTENT:
-            result["inconsistent"][task] = share
-        else:
-            result["tasks"][task] = {"consistency": share, **score(episodes)}
+            result["tasks"][task] = {"consistency": consistency, **score(list(stream))}
     return result
