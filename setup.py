@@ -1,9 +1,9 @@
-"""Extras: sim (OCBench), data (LeRobot, RLDS), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
-SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
+SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gymnasium>=1.1", "packaging"]
 DATA = ["pyarrow>=18", "av>=14", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]

@@ -29,8 +29,12 @@ Muon on a TPU slice that only the compiler knows, beside optax's, from the compi
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
 
-All but muon take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to standard error,
-the figures alone to standard output.
+Boundaries found without labels against those of scripted experts, and of some MetaWorld tasks (extra sim):
+
+    python -m wallwm_jax.benchmark segment --episodes=20 --tasks=push,drawer-open,assembly --json
+
+All but muon and segment take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to
+standard error, the figures alone to standard output.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ _PARTS = {
     "serving": ("steps", "workdir"),
     "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
+    "segment": ("episodes", "tasks"),
 }
 
 
@@ -68,6 +73,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
     flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")
+    flags.DEFINE_integer("episodes", 20, "segment: episodes per OCBench family.", 1)
+    flags.DEFINE_list("tasks", [], "segment: MetaWorld tasks to report, too.")
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Sources of episodes by name, as `python -m wallwm_jax.build_events --source=...` knows them.
 
 ocbench:FAMILY[,FAMILY...]   demonstrations of OCBench's scripted experts, recorded now
+metaworld:TASK[,TASK...]     demonstrations of MetaWorld's scripted experts, recorded now
 lerobot:DIR                  a LeRobot set of version 2 or 3
 rlds:DIR                     an RLDS set (Open X-Embodiment)
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "ocbench": "ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block",
+    "metaworld": "metaworld:TASK[,TASK...]",
     "lerobot": "lerobot:DIR",
     "rlds": "rlds:DIR",
 }
@@ -71,8 +73,8 @@ def open_source(source: str, options: SourceOptions) -> Opened:
         raise UserError(f"unknown source {source!r}; give {' or '.join(NAMES.values())}")
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; at least one is needed")
-    if name == "ocbench":
-        return _open_ocbench(argument.split(","), options)
+    if name in ("ocbench", "metaworld"):
+        return _open_simulator(name, argument.split(","), options)
     return _open_set(source, options)
 
 
@@ -93,13 +95,22 @@ def open_set(source: str) -> RecordedSet:
     raise UserError(f"unknown set {source!r}; give {NAMES['lerobot']} or {NAMES['rlds']}")
 
 
-def _open_ocbench(families: list[str], options: SourceOptions) -> Opened:
-    from wallwm_jax.sources.simulator.ocbench_demos import demonstrations
+def _open_simulator(name: str, families: list[str], options: SourceOptions) -> Opened:
+    from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
     if options.embodiment or options.video_fps:
-        raise UserError("--embodiment and --video_fps describe recorded sets; ocbench has its own")
-    episodes = _EPISODES if options.episodes is None else options.episodes
-    stream = demonstrations(families, episodes, options.seed, size=options.size, workers=options.workers)
+        raise UserError(f"--embodiment and --video_fps describe recorded sets; {name} has its own")
+    simulator = {"ocbench": ocbench_demos, "metaworld": metaworld_demos}[name]
+    if unknown := set(options.views) - set(simulator.VIEWS):
+        raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
+    stream = simulator.demonstrations(
+        families,
+        _EPISODES if options.episodes is None else options.episodes,
+        options.seed,
+        size=options.size,
+        views=options.views or simulator.VIEWS,
+        workers=options.workers,
+    )
     return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
 
 

@@ -210,21 +210,21 @@ def spans(rollout: Rollout) -> dict[str, list[Span]]:
     levels = {"task": [Span(0, steps, wordings[0], "task", None, wordings[1:], rollout.success)]}
     levels |= {"subtask": [], "action": [], "segment": []}
 
-    def add(level: str, run: _Run, verb: str, parent: int, success: bool | None, phase: str = "") -> int:
+    def add(level: str, run: Run, verb: str, parent: int, success: bool | None, phase: str = "") -> int:
         texts = wording(level, verb, rollout.subtasks[labels[run.of].subtask].facts, phase=phase)
         levels[level].append(Span(run.start, run.end, texts[0], verb, parent, texts[1:], success))
         return len(levels[level]) - 1
 
-    for sub in _runs([label.subtask for label in labels], 0, steps):
+    for sub in runs([label.subtask for label in labels], 0, steps):
         subtask = rollout.subtasks[labels[sub.of].subtask]
         in_subtask = add("subtask", sub, subtask.verb, 0, subtask.success)
-        for act in _runs([(label.plan, label.verb) for label in labels], sub.start, sub.end):
+        for act in runs([(label.plan, label.verb) for label in labels], sub.start, sub.end):
             verb = labels[act.of].verb
             retried = any(label.plan != labels[act.of].plan for label in labels[act.end : sub.end])
             failed = retried and verb in ("grasp", "lift")
             in_action = add("action", act, verb, in_subtask, False if failed else None)
             keys = [(label.plan, label.verb, label.interval, label.waiting) for label in labels]
-            for seg in _runs(keys, act.start, act.end):
+            for seg in runs(keys, act.start, act.end):
                 label = labels[seg.of]
                 name = "settle" if label.waiting else "regrasp" if label.retry else label.verb
                 facts = rollout.subtasks[label.subtask].facts
@@ -234,7 +234,7 @@ def spans(rollout: Rollout) -> dict[str, list[Span]]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Half-open steps `[start, end)` that share the label of step `of`."""
 
     start: int
@@ -242,23 +242,23 @@ class _Run:
     of: int
 
 
-def _runs(keys: Sequence[Any], start: int, end: int) -> list[_Run]:
-    """Runs of equal keys in `[start, end)`; one shorter than `MIN_STEPS` joins the run before it, or after it where it
+def runs(keys: Sequence[Any], start: int, end: int, shortest: int = MIN_STEPS) -> list[Run]:
+    """Runs of equal keys in `[start, end)`; one below `shortest` joins the run before it, or after it where it
     is the first, and takes over its label."""
-    runs: list[_Run] = []
+    merged: list[Run] = []
     for step in range(start, end):
-        if runs and keys[step] == keys[runs[-1].of]:
-            runs[-1] = _Run(runs[-1].start, step + 1, runs[-1].of)
+        if merged and keys[step] == keys[merged[-1].of]:
+            merged[-1] = Run(merged[-1].start, step + 1, merged[-1].of)
         else:
-            runs.append(_Run(step, step + 1, step))
-    while len(runs) > 1:
-        short = next((index for index, run in enumerate(runs) if run.end - run.start < MIN_STEPS), None)
+            merged.append(Run(step, step + 1, step))
+    while len(merged) > 1:
+        short = next((index for index, run in enumerate(merged) if run.end - run.start < shortest), None)
         if short is None:
             break
         host = short - 1 if short else 1
         first, last = min(short, host), max(short, host)
-        label = runs[host].of
-        if last + 1 < len(runs) and keys[runs[last + 1].of] == keys[label]:
+        label = merged[host].of
+        if last + 1 < len(merged) and keys[merged[last + 1].of] == keys[label]:
             last += 1
-        runs[first : last + 1] = [_Run(runs[first].start, runs[last].end, label)]
-    return runs
+        merged[first : last + 1] = [Run(merged[first].start, merged[last].end, label)]
+    return merged

@@ -98,7 +98,7 @@ def demonstrations(
     pools = {family: environments(family) for family in families}
     counts = {family: FamilyCount() for family in families}
     record = functools.partial(record_attempt, seed=seed, size=size, views=tuple(views))
-    return Demonstrations(_generate(pools, counts, episodes, record, workers), counts)
+    return Demonstrations(generate(pools, counts, episodes, record, workers), counts)
 
 
 def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tuple[str, ...]) -> Episode | None:
@@ -116,7 +116,7 @@ def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tu
         clock_hz=CLOCK_HZ,
         video_stride=VIDEO_STRIDE,
         size=(size, size),
-        frames={view: [_jpeg(observation.frames[view]) for observation in rendered] for view in views},
+        frames={view: [encode_jpeg(observation.frames[view]) for observation in rendered] for view in views},
         poses=np.stack([observation.pose for observation in rollout.observations]),
         grippers=np.stack([observation.gripper for observation in rollout.observations]),
         command_poses=rollout.command_poses,
@@ -172,7 +172,7 @@ def recorded_environments(sources: Sequence[str]) -> list[str]:
     return [source.removeprefix(_SOURCE) for source in sources if source.startswith(_SOURCE)]
 
 
-def _generate(
+def generate(
     pools: dict[str, tuple[str, ...]],
     counts: dict[str, FamilyCount],
     episodes: int,
@@ -219,6 +219,7 @@ def _environment(env_id: str, size: int, views: tuple[str, ...]) -> OCBenchEnv:
     return OCBenchEnv(env_id, views, size)
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """One `[H, W, 3]` uint8 RGB frame as a JPEG."""
     _, encoded = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return encoded.tobytes()

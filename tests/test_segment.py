@@ -1,0 +1,271 @@
+"""Cutting recordings without labels: known boundaries are found, spans are always valid, nothing looks ahead."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wallwm_jax.benchmarks import segment as benchmark
+from wallwm_jax.console import UserError
+from wallwm_jax.evaluation import figures
+from wallwm_jax.events.phases import Options, gripper_changes, knots_of
+from wallwm_jax.events.schema import Episode, Span
+from wallwm_jax.events.segment import boundaries, segment
+
+JPEG = {grey: figures.thumbnail(np.full((8, 8, 3), grey, np.uint8), 8) for grey in (40, 200)}
+DOWN = np.diag([1.0, -1.0, -1.0])
+
+# A hand over a table, metres: (seconds, where it goes, how far the gripper is closed at the end).
+PICK_AND_PLACE = [
+    (1.2, (0.5, 0.2, 0.20), 0.0),  # reach
+    (0.8, (0.5, 0.2, 0.02), 0.0),  # descend
+    (0.6, (0.5, 0.2, 0.02), 1.0),  # grasp
+    (0.8, (0.5, 0.2, 0.20), 1.0),  # lift
+    (1.2, (0.5, -0.2, 0.20), 1.0),  # carry
+    (0.8, (0.5, -0.2, 0.02), 1.0),  # lower
+    (0.6, (0.5, -0.2, 0.02), 0.0),  # release
+    (1.0, (0.4, -0.1, 0.30), 0.0),  # retract
+]
+PRESS = [
+    (1.2, (0.6, 0.1, 0.15), 0.0),  # reach
+    (0.6, (0.6, 0.1, 0.05), 0.0),  # press
+    (0.6, (0.6, 0.1, 0.15), 0.0),  # retract, in two goes
+    (0.8, (0.4, 0.0, 0.30), 0.0),
+]
+PULL = [
+    (1.0, (0.6, 0.0, 0.15), 0.0),  # reach
+    (0.6, (0.6, 0.0, 0.05), 0.0),  # descend
+    (0.6, (0.6, 0.0, 0.05), 1.0),  # grasp
+    (1.0, (0.4, 0.0, 0.05), 1.0),  # pull
+    (0.6, (0.4, 0.0, 0.05), 0.0),  # release
+    (1.0, (0.4, 0.1, 0.25), 0.0),  # retract
+]
+
+
+def recording(path, gripper, clock_hz=10.0, frames=None, arms=1):
+    """An episode of a hand that points down and follows `path` `[T + 1, 3]` exactly, the command a step ahead."""
+    steps = len(path) - 1
+    poses = np.tile(np.eye(4), (steps + 1, arms, 1, 1))
+    poses[..., :3, :3] = DOWN
+    poses[..., :3, 3] = np.asarray(path)[:, None]
+    closing = np.repeat(np.asarray(gripper, float)[:, None], arms, axis=1)
+    return Episode(
+        episode_id="moves",
+        source="test",
+        embodiment="hand",
+        clock_hz=clock_hz,
+        video_stride=1,
+        size=(8, 8),
+        frames={"front": frames or [JPEG[40]] * (steps + 1)},
+        poses=poses,
+        grippers=closing,
+        command_poses=poses[1:],
+        command_grippers=closing[1:],
+        spans={"task": [Span(0, steps, "do it", "task")]},
+    )
+
+
+def acted(moves, clock_hz=10.0, noise=0.0, seed=0):
+    """(recording of `moves`, each starting and stopping smoothly; the step at which each but the first begins)."""
+    path, gripper, starts = [np.array([0.4, 0.0, 0.3])], [0.0], []
+    for seconds, goal, closed in moves:
+        starts.append(len(path) - 1)
+        time = np.linspace(0, 1, round(seconds * clock_hz) + 1)[1:, None]
+        ease = time**2 * (3 - 2 * time)
+        start, grip = path[-1], gripper[-1]
+        path += list(start + ease * (np.array(goal) - start))
+        gripper += list(grip + time[:, 0] * (closed - grip))
+    path = np.array(path) + noise * np.random.default_rng(seed).normal(size=(len(path), 3))
+    return recording(path, gripper, clock_hz), starts[1:]
+
+
+def verbs(episode, level="action"):
+    return [span.verb for span in episode.spans[level]]
+
+
+def test_a_pick_and_place_has_its_eight_actions_in_one_subtask():
+    episode, starts = acted(PICK_AND_PLACE)
+    found = segment(episode)
+    assert verbs(found) == ["reach", "descend", "grasp", "lift", "carry", "lower", "release", "retract"]
+    assert np.abs(np.subtract(boundaries(found, "action"), starts)).max() <= 1
+    assert verbs(found, "subtask") == ["place"] and found.spans["action"][4].caption == "carry it to the right"
+    assert found.spans["task"] == episode.spans["task"] and found.poses is episode.poses
+
+
+@pytest.mark.parametrize("clock_hz", [10.0, 30.0, 50.0])
+def test_subtasks_begin_where_the_hand_stops_before_its_next_approach(clock_hz):
+    episode, starts = acted([*PRESS, *PULL, *PICK_AND_PLACE, *PRESS], clock_hz)
+    found = segment(episode)
+    assert verbs(found, "subtask") == ["press", "pull", "place", "press"]
+    true = [starts[3], starts[9], starts[17]]
+    assert np.abs(np.subtract(boundaries(found, "subtask"), true)).max() <= 0.15 * clock_hz
+
+
+def test_noise_of_half_a_millimetre_moves_boundaries_and_adds_none():
+    episode, starts = acted(PICK_AND_PLACE, noise=5e-4)
+    found = boundaries(segment(episode), "action")
+    assert len(found) == len(starts) and np.abs(np.subtract(found, starts)).max() <= 2
+
+
+def test_a_grasp_that_missed_and_is_tried_again_stays_in_its_subtask():
+    missed = [*PICK_AND_PLACE[:3], (0.4, (0.5, 0.2, 0.1), 1.0), (0.4, (0.5, 0.2, 0.1), 0.0)]
+    again = [(0.6, (0.5, 0.2, 0.2), 0.0), *PICK_AND_PLACE[1:]]
+    found = segment(acted([*missed, *again])[0])
+    assert verbs(found, "subtask") == ["place"] and verbs(found).count("grasp") == 2
+
+
+def test_a_gripper_that_closes_on_the_way_to_a_button_grasps_nothing():
+    moves = [(seconds, goal, float(number in (0, 1))) for number, (seconds, goal, _) in enumerate(PRESS)]
+    found = segment(acted(moves)[0])
+    assert verbs(found) == ["reach", "press", "retract"] and verbs(found, "subtask") == ["press"]
+
+
+def test_motion_without_contact_is_cut_at_stops_and_turns():
+    square = [(1.0, (x, y, 0.3), 0.0) for x, y in ((0.6, 0.0), (0.6, 0.2), (0.4, 0.2))]
+    episode, starts = acted(square)
+    assert np.abs(np.subtract(boundaries(segment(episode), "action"), starts)).max() <= 1
+
+
+def test_a_picture_that_changes_while_the_hand_rests_begins_a_segment():
+    path, frames = np.tile([0.4, 0.0, 0.3], (41, 1)), [JPEG[40]] * 25 + [JPEG[200]] * 16
+    found = segment(recording(path, np.zeros(41), frames=frames))
+    assert boundaries(found, "segment") == [25] and boundaries(found, "action") == []
+
+
+def test_labels_are_never_read():
+    episode, _ = acted([*PRESS, *PULL])
+    labelled = segment(episode)
+    assert segment(labelled).spans == labelled.spans == segment(episode).spans
+
+
+def test_each_arm_has_its_say():
+    episode, _ = acted(PICK_AND_PLACE)
+    idle = np.tile(episode.poses[:1], (len(episode.poses), 1, 1, 1))
+    both = dataclasses.replace(
+        episode,
+        poses=np.concatenate([idle, episode.poses], axis=1),
+        command_poses=np.concatenate([idle[1:], episode.command_poses], axis=1),
+        grippers=np.concatenate([0 * episode.grippers, episode.grippers], axis=1),
+        command_grippers=np.concatenate([0 * episode.command_grippers, episode.command_grippers], axis=1),
+    )
+    found = segment(both)
+    assert boundaries(found, "action") == boundaries(segment(episode), "action")
+    assert verbs(found)[4] == "carry" and found.spans["action"][4].caption == "carry it to the right with arm 2"
+
+
+def test_a_streamed_boundary_depends_on_nothing_after_its_lookahead():
+    options, (episode, _) = Options(lookahead_s=0.8), acted([*PRESS, *PICK_AND_PLACE])
+    whole = segment(episode, options)
+    assert len(boundaries(whole, "action")) >= 8
+    for seen in (31, 47, 80):
+        cut = recording(episode.poses[: seen + 1, 0, :3, 3], episode.grippers[: seen + 1, 0])
+        cut = segment(cut, options)
+        for level in ("subtask", "action", "segment"):
+            sure = [step for step in boundaries(whole, level) if step <= seen - 8]
+            assert [step for step in boundaries(cut, level) if step <= seen - 8] == sure
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_spans_are_valid_whatever_the_hand_does(data):
+    steps = data.draw(st.integers(1, 60))
+    moves = data.draw(
+        st.lists(st.tuples(st.floats(-0.05, 0.05), st.sampled_from([0, 1, 2]), st.booleans()), min_size=1)
+    )
+    step = np.zeros((steps, 3))
+    gripper = np.zeros(steps + 1)
+    for index, part in enumerate(np.array_split(np.arange(steps), min(len(moves), steps))):
+        amount, axis, closed = moves[index]
+        step[part, axis] = amount
+        gripper[part + 1] = closed
+    rough = data.draw(st.sampled_from([0.0, 1e-4, 1e-2])) * np.random.default_rng(steps).normal(size=step.shape)
+    path = np.concatenate([np.zeros((1, 3)), np.cumsum(step + rough, axis=0)])
+    found = segment(recording(path, gripper, arms=data.draw(st.sampled_from([1, 2]))))  # Episode checks its spans
+    for level in ("subtask", "action", "segment"):
+        assert all(span.length >= min(2, steps) and span.verb for span in found.spans[level])
+    assert set(boundaries(found, "subtask")) <= set(boundaries(found, "action")) <= set(boundaries(found, "segment"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"tolerance_m": 0}, "must be positive"), ({"axis": 3}, "axis 3"), ({"lookahead_s": 0}, "0")]
+)
+def test_options_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Options(**wrong)
+
+
+def test_joints_of_cubics_are_found_exactly_and_a_straight_line_has_none():
+    time = np.linspace(0, 1, 21)[:, None]
+    ease = time**2 * (3 - 2 * time)
+    path = np.concatenate([ease * [0.3, 0, 0], [[0.3, 0, 0]] + ease[1:] * [0, 0.3, 0]])
+    assert knots_of(path, 10.0, Options()) == [20]
+    assert knots_of(time * [0.3, 0.2, 0.1], 10.0, Options()) == []
+
+
+def test_gripper_changes_tell_when_they_begin_and_end():
+    closing = np.array([0, 0, 0.2, 0.6, 0.9, 1, 1, 1, 0.4, 0, 0])
+    found = [(change.onset, change.half, change.end, change.closes) for change in gripper_changes(closing, 0.3)]
+    assert found == [(1, 3, 4, True), (7, 8, 9, False)]
+    assert gripper_changes(0.2 * closing, 0.3) == []
+
+
+# -- the measurement ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("true", "found", "tolerance", "expected"),
+    [
+        ([10, 20, 30], [10, 20, 30], 0, 3),
+        ([10, 20], [12, 18], 2, 2),
+        ([10], [9, 11], 2, 1),  # one to one
+        ([10, 13], [12], 2, 1),
+        ([10, 12], [11, 13], 1, 2),  # the nearest pair alone, 12 and 11 or 13, would leave 10 without a partner
+        ([], [5], 2, 0),
+        ([5], [], 2, 0),
+    ],
+)
+def test_boundaries_match_one_to_one_within_the_tolerance(true, found, tolerance, expected):
+    assert benchmark.matches(true, found, tolerance) == expected
+
+
+def test_rates_are_those_of_the_field():
+    assert benchmark.rates(3, 4, 6) == {"precision": 0.5, "recall": 0.75, "f1": pytest.approx(0.6)}
+    assert benchmark.rates(0, 0, 0)["f1"] == 1.0 and benchmark.rates(0, 2, 0)["f1"] == 0.0
+    assert benchmark.histogram([0.1, 0.25, 0.7, 99]) == [1, 1, 1, 0, 0, 0, 0, 1]
+
+
+def test_a_score_counts_over_episodes_and_baselines_see_no_more_than_they_may():
+    episode, starts = acted([*PRESS, *PICK_AND_PLACE])
+    cuts = [0, *starts[:2], *starts[3:], episode.num_steps]  # the press's retreat is one action in two goes
+    names = ["reach", "press", "retract", "reach", "descend", "grasp", "lift", "carry", "lower", "release", "retract"]
+    actions = [Span(a, b, name, name, int(a >= starts[3])) for name, a, b in zip(names, cuts, cuts[1:])]
+    subtasks = [Span(a, b, "it", "it", 0) for a, b in ((0, starts[3]), (starts[3], episode.num_steps))]
+    true = dataclasses.replace(episode, spans={**episode.spans, "subtask": subtasks, "action": actions})
+    found = benchmark.score([true, true])
+    assert found["action"]["spans"] == 22 and found["subtask"]["spans"] == 4
+    assert found["action"]["tolerance_s"] == pytest.approx(0.2) and found["subtask"]["tolerance_s"] == 0.3
+    assert found["action"]["found"]["f1"] == 1.0 and found["subtask"]["found"]["f1"] == 1.0
+    assert found["action"]["windows"]["f1"] < 0.6
+    assert found["action"]["gripper"]["recall"] == pytest.approx(0.4)  # of grasp and release, four of ten
+    assert found["action"]["found"]["over_segmentation"] == 0.0
+    assert sum(found["action"]["lengths_true"]) == sum(found["action"]["lengths_found"]) == 22
+
+
+def test_a_timeline_draws_both():
+    episode, _ = acted(PICK_AND_PLACE)
+    found = segment(episode)
+    assert figures.timeline(found).startswith(b"\x89PNG")
+    assert len(figures.timeline(found, found)) > len(figures.timeline(found, levels=["action"]))
+
+
+@pytest.mark.extended
+def test_held_out_families_are_cut_far_better_than_by_either_baseline():
+    pytest.importorskip("ocbench")
+    found = benchmark.measure(episodes=3, families=benchmark.HELD_OUT, streamed=1)
+    assert found["action_f1"] > 0.75 and found["subtask_f1"] > 0.6
+    for baseline in found["baselines"].values():
+        assert found["action_f1"] > baseline["action_f1"] + 0.2
+        assert found["subtask_f1"] > baseline["subtask_f1"] + 0.2
+    assert "held out, mean" in benchmark.table(found)

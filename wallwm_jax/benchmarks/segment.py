@@ -1,0 +1,231 @@
+"""Segmentation against the true events of scripted experts: boundary F1 per family and level, beside two baselines.
+
+The recording goes in without its labels. The rules of `events.segment` and the numbers of its `Options` were chosen on
+the `TUNED` families of OCBench; the headline is the mean over the `HELD_OUT` ones. Boundaries are the starts of spans,
+the first of an episode excepted, matched one to one within min(0.3 s, a quarter of the median true span of that level
+and family). The baselines are windows of the mean true length, which no recording tells, and the gripper command alone:
+where it begins and ends to change for actions, where it has opened for subtasks.
+
+MetaWorld tasks are reported without a bar, those whose experts go through the same stages in most episodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from wallwm_jax.benchmarks.timing import Result, host, machine_line
+from wallwm_jax.console import phase
+from wallwm_jax.events.phases import Options, gripper_changes
+from wallwm_jax.events.schema import Episode
+from wallwm_jax.events.segment import boundaries, segment
+
+TUNED = ("chamber", "block")
+HELD_OUT = ("switch", "hanoi")
+LEVELS = ("subtask", "action")
+BINS_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # edges of the histograms of lengths, seconds
+CONSISTENT = 0.8  # least share of a MetaWorld task's episodes with its commonest sequence of stages
+LOOKAHEAD_S = 1.0  # of the streaming mode
+_METAWORLD_EPISODES = 10
+_SEED = 20_000
+_VIEW, _SIZE = "front_pixels", 32
+
+# A method gives the steps of boundaries of an episode, told its level and the mean true length in steps.
+Method = Callable[[Episode, str, float], Sequence[int]]
+
+
+def measure(
+    episodes: int = 20, tasks: Sequence[str] = (), *, families: Sequence[str] = (*HELD_OUT, *TUNED), streamed: int = 3
+) -> Result:
+    """Records and segments `episodes` of each family.
+
+    Args:
+      episodes: successful episodes per OCBench family.
+      tasks: MetaWorld tasks, ten episodes of each; inconsistent ones are named and left out.
+      families: of OCBench; those that are held out make the headline.
+      streamed: episodes per held-out family that are segmented in streaming mode, too, which is slow.
+
+    Raises:
+      UserError: no episodes, an unknown family or task, a simulator that is not installed.
+    """
+    from wallwm_jax.sources.simulator import ocbench_demos
+
+    recorded: dict[str, list[Episode]] = {}
+    for family in families:
+        with phase(f"{episodes} episodes of {family}"):
+            stream = ocbench_demos.demonstrations([family], episodes, _SEED, size=_SIZE, views=[_VIEW], workers=0)
+            recorded[family] = list(stream)
+    with phase("segment"):
+        scored = {family: score(found) for family, found in recorded.items()}
+    held = [family for family in families if family in HELD_OUT]
+    result: Result = {
+        "machine": host(),
+        "options": dataclasses.asdict(Options()),
+        "seed": _SEED,
+        "tuned_on": list(TUNED),
+        "held_out": held,
+        **_headline(scored, held, "found"),
+        "baselines": {name: _headline(scored, held, name) for name in ("windows", "gripper")},
+        "families": scored,
+    }
+    if streamed and held:
+        with phase(f"segment as a stream, {LOOKAHEAD_S:g} s ahead"):
+            late = {"found": _segmented(Options(lookahead_s=LOOKAHEAD_S))}
+            streams = {family: score(recorded[family][:streamed], late) for family in held}
+        result["streaming"] = {"lookahead_s": LOOKAHEAD_S, "episodes": streamed, **_headline(streams, held, "found")}
+    if tasks:
+        result["metaworld"] = _metaworld(tasks)
+    return result
+
+
+def table(result: Result) -> str:
+    """The figures as lines for people."""
+    lines = [
+        machine_line(result["machine"]),
+        f"{'':<22}{'':<9}{'spans':>6}{'tolerance':>11}{'F1':>7}{'precision':>11}{'recall':>8}{'false/span':>12}"
+        f"{'F1 windows':>12}{'F1 gripper':>12}",
+    ]
+    for family, entry in {**result["families"], **result.get("metaworld", {}).get("tasks", {})}.items():
+        role = (
+            "held out" if family in result["held_out"] else "tuned on" if family in result["tuned_on"] else "metaworld"
+        )
+        for level in (level for level in LEVELS if level in entry):
+            row = entry[level]
+            found = row["found"]
+            lines.append(
+                f"{f'{family}, {role}':<22}{level:<9}{row['spans']:>6}{row['tolerance_s']:>9.2f} s{found['f1']:>7.3f}"
+                f"{found['precision']:>11.3f}{found['recall']:>8.3f}{found['over_segmentation']:>12.3f}"
+                f"{row['windows']['f1']:>12.3f}{row['gripper']['f1']:>12.3f}"
+            )
+            family = role = ""
+    for name, row in [("held out, mean", result), *((f"  {n}", r) for n, r in result["baselines"].items())]:
+        lines.append(f"{name:<22}action {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}")
+    if "streaming" in result:
+        row = result["streaming"]
+        lines.append(
+            f"{'  as a stream':<22}action {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}, "
+            f"{row['lookahead_s']:g} s ahead, {row['episodes']} episodes per family"
+        )
+    for task, share in result.get("metaworld", {}).get("inconsistent", {}).items():
+        lines.append(f"{task}, metaworld: left out, {100 * share:.0f} % of its episodes go through the same stages")
+    return "\n".join(lines)
+
+
+def score(episodes: Sequence[Episode], methods: Mapping[str, Method] | None = None) -> Result:
+    """Boundaries of some methods against the episodes' own, counted over all of them.
+
+    Args:
+      episodes: with true spans, of one family.
+      methods: by name; by default the segmentation and both baselines.
+
+    Returns:
+      Level → spans, tolerance_s, length histograms of true and found spans, and per method precision, recall, f1,
+      over_segmentation (false boundaries per true span).
+    """
+    methods = methods or {"found": _segmented(Options()), "windows": _windows, "gripper": _gripper}
+    result: Result = {"episodes": len(episodes)}
+    for level in (level for level in LEVELS if all(level in episode.spans for episode in episodes)):
+        seconds = [span.length / episode.clock_hz for episode in episodes for span in episode.spans[level]]
+        tolerance = min(0.3, float(np.median(seconds)) / 4)
+        row: Result = {"spans": len(seconds), "tolerance_s": tolerance, "lengths_true": histogram(seconds)}
+        for name, method in methods.items():
+            matched = found_in_all = 0
+            found_lengths: list[float] = []
+            for episode in episodes:
+                mean = np.mean(seconds) * episode.clock_hz
+                found = list(method(episode, level, float(mean)))
+                matched += matches(boundaries(episode, level), found, tolerance * episode.clock_hz)
+                found_in_all += len(found)
+                found_lengths += (np.diff([0, *found, episode.num_steps]) / episode.clock_hz).tolist()
+            row[name] = rates(matched, len(seconds) - len(episodes), found_in_all)
+            row[name]["over_segmentation"] = (found_in_all - matched) / len(seconds)
+            if name == "found":
+                row["lengths_found"] = histogram(found_lengths)
+        result[level] = row
+    return result
+
+
+def matches(true: Sequence[int], found: Sequence[int], tolerance: float) -> int:
+    """How many boundaries can be paired one to one so that no pair is farther apart than the tolerance."""
+    if not len(true) or not len(found):
+        return 0
+    near = np.abs(np.subtract.outer(np.asarray(true, float), np.asarray(found, float))) <= tolerance + 1e-9
+    rows, columns = linear_sum_assignment(near, maximize=True)
+    return int(near[rows, columns].sum())
+
+
+def rates(matched: int, true: int, found: int) -> dict[str, float]:
+    """precision, recall and F1; all 1 where there was nothing to find and nothing was found."""
+    if not true and not found:
+        return {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    return {
+        "precision": matched / found if found else 0.0,
+        "recall": matched / true if true else 0.0,
+        "f1": 2 * matched / (true + found),
+    }
+
+
+def histogram(seconds: Sequence[float]) -> list[int]:
+    """How many lengths lie below the first of `BINS_S`, between each two, and above the last."""
+    return np.bincount(np.digitize(seconds, BINS_S), minlength=len(BINS_S) + 1).tolist()
+
+
+def _segmented(options: Options) -> Method:
+    cut: dict[int, Episode] = {}  # both levels of an episode come from one call
+
+    def method(episode: Episode, level: str, _: float) -> Sequence[int]:
+        if id(episode) not in cut:
+            cut[id(episode)] = segment(_unlabelled(episode), options)
+        return boundaries(cut[id(episode)], level)
+
+    return method
+
+
+def _unlabelled(episode: Episode) -> Episode:
+    """The recording alone: no span but the task, no success, no seed."""
+    task = [dataclasses.replace(episode.spans["task"][0], success=None)]
+    return dataclasses.replace(episode, spans={"task": task}, seed=None)
+
+
+def _windows(episode: Episode, level: str, mean: float) -> Sequence[int]:
+    count = max(1, round(episode.num_steps / mean))
+    return [round(episode.num_steps * part / count) for part in range(1, count)]
+
+
+def _gripper(episode: Episode, level: str, _: float) -> Sequence[int]:
+    changes = [
+        change
+        for arm in range(episode.command_grippers.shape[1])
+        for change in gripper_changes(episode.command_grippers[:, arm], Options().gripper_change)
+    ]
+    if level == "subtask":
+        return sorted({change.end for change in changes if not change.closes})
+    return sorted({edge for change in changes for edge in (change.onset, change.end)})
+
+
+def _headline(scored: Mapping[str, Result], families: Sequence[str], method: str) -> dict[str, float | None]:
+    """Mean F1 over the families, per level; None without any."""
+    return {
+        f"{level}_f1": float(np.mean([scored[family][level][method]["f1"] for family in families]))
+        if families
+        else None
+        for level in ("action", "subtask")
+    }
+
+
+def _metaworld(tasks: Sequence[str]) -> Result:
+    from wallwm_jax.sources.simulator import metaworld_demos
+
+    result: Result = {"tasks": {}, "inconsistent": {}}
+    for task in tasks:
+        with phase(f"{_METAWORLD_EPISODES} episodes of {task}"):
+            consistency = metaworld_demos.stage_consistency(task, _SEED, _METAWORLD_EPISODES)
+            if consistency < CONSISTENT or task not in metaworld_demos.STAGED:
+                result["inconsistent"][task] = consistency
+                continue
+            stream = metaworld_demos.demonstrations([task], _METAWORLD_EPISODES, _SEED, size=_SIZE, workers=0)
+            result["tasks"][task] = {"consistency": consistency, **score(list(stream))}
+    return result
