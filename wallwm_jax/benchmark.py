@@ -29,8 +29,12 @@ Muon on a TPU slice that only the compiler knows, beside optax's, from the compi
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
 
-All but muon take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to standard error,
-the figures alone to standard output.
+Lags and faults planted into OCBench episodes, by how many are recovered and caught (pip install 'wallwm_jax[sim]'):
+
+    python -m wallwm_jax.benchmark sync --json
+
+All but muon and sync take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to
+standard error, the figures alone to standard output.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ _PARTS = {
     "serving": ("steps", "workdir"),
     "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
+    "sync": (),
 }
 
 
@@ -77,7 +82,8 @@ def main(argv: list[str]) -> None:
     part, values = argv[1], flags.FLAGS
     for name in {name for names in _PARTS.values() for name in names} - set(_PARTS[part]):
         if values[name].present:
-            raise UserError(f"--{name} is not for {part}, which takes --{', --'.join(_PARTS[part])}")
+            taken = ", ".join(f"--{name}" for name in _PARTS[part]) or "none"
+            raise UserError(f"--{name} is not for {part}, which takes {taken}")
     if "config" in _PARTS[part] and values.config is None and not values.workdir:
         raise UserError(f"{part} needs --config=FILE{' or --workdir=RUN' if part == 'inference' else ''}")
     module = importlib.import_module(f"wallwm_jax.benchmarks.{part}")

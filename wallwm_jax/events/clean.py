@@ -29,7 +29,7 @@ class Limits:
       min_travel_m: metres that hands and grippers move in all; less is an episode in which nothing was done.
       reach_m: metres from the base; farther is no arm but millimetres taken for metres, or another frame.
       jump_m: metres in one control step, and `jump_ratio` times its neighbours: no arm does that, records are missing.
-      jump_ratio: see `jump_m`; smooth motion grows by less than twice per step even at 10 Hz.
+      jump_ratio: see `jump_m`; smooth motion stays below 1.5 even at 10 Hz.
       picture_ratio: times its neighbours that a picture changes at a jump, where time is missing and not a pose wrong.
       max_spikes: single wrong poses that are repaired; more say that the tracking itself is bad.
       same_picture: grey levels; two pictures that differ less are one picture, encoded twice. Sensor noise alone is
@@ -52,7 +52,7 @@ class Limits:
     min_travel_m: float = 0.02
     reach_m: float = 2.5
     jump_m: float = 0.04
-    jump_ratio: float = 4.0
+    jump_ratio: float = 2.5
     picture_ratio: float = 3.0
     max_spikes: int = 5
     same_picture: float = 0.02
@@ -223,7 +223,7 @@ def pose_spike(motion: Motion, limits: Limits) -> Iterator[Finding]:
     if len(spikes):
         action = REPAIRED if len(spikes) <= limits.max_spikes else DROPPED
         repair = functools.partial(_interpolate, steps=spikes) if action == REPAIRED else None
-        evidence = {"steps": len(spikes), "away, m": float(_away(motion.hands)[spikes - 1].max())}
+        evidence = {"steps": len(spikes), "away, m": float(_away(_arms(motion))[spikes - 1].max())}
         yield _finding(pose_spike, motion, action, spikes, None, evidence, of="poses", repair=repair)
 
 
@@ -369,23 +369,34 @@ def _runs(flags: np.ndarray) -> list[np.ndarray]:
     return [run for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(run)]
 
 
-def _away(hands: np.ndarray) -> np.ndarray:
+def _arms(motion: Motion) -> np.ndarray:
+    """`[T + 1, G, 12]`: position and rotation alone; a gripper that is only open or closed jumps by nature."""
+    return motion.hands[..., :12]
+
+
+def _arm_steps(motion: Motion) -> np.ndarray:
+    """`[T]` metres per control step of the arm that goes farthest."""
+    return np.linalg.norm(np.diff(_arms(motion), axis=0), axis=-1).max(-1)
+
+
+def _away(arms: np.ndarray) -> np.ndarray:
     """`[T - 1]` metres from each inner point to the middle of its neighbours, of the arm that is farthest."""
-    return np.linalg.norm(hands[1:-1] - (hands[:-2] + hands[2:]) / 2, axis=-1).max(-1)
+    return np.linalg.norm(arms[1:-1] - (arms[:-2] + arms[2:]) / 2, axis=-1).max(-1)
 
 
 def _spikes(motion: Motion, limits: Limits) -> np.ndarray:
     """Control steps whose pose lies far off a way that closes again without it."""
-    hands = motion.hands
-    gap = np.linalg.norm(hands[2:] - hands[:-2], axis=-1).max(-1)
-    away = _away(hands)
-    return 1 + np.flatnonzero((away > limits.jump_m) & (away > limits.jump_ratio * gap))
+    arms, steps = _arms(motion), _arm_steps(motion)
+    away, across = _away(arms), np.linalg.norm(arms[2:] - arms[:-2], axis=-1).max(-1)
+    padded = np.pad(away, 4)  # its neighbours are moved by a spike, too: those beyond say what is usual here
+    usual = np.max([padded[4 + offset : 4 + offset + len(away)] for offset in (-4, -3, -2, 2, 3, 4)], axis=0)
+    closes = across < np.minimum(steps[:-1], steps[1:])
+    return 1 + np.flatnonzero((away > limits.jump_m) & (away > limits.jump_ratio * usual) & closes)
 
 
 def _jumps(motion: Motion, limits: Limits, *, in_picture: bool) -> Iterator[tuple[int, dict[str, float]]]:
     """Control steps in which a hand goes farther than it can, by whether the pictures jump there, too."""
-    steps = motion.steps.max(-1)
-    spikes = _spikes(motion, limits)
+    steps, spikes = _arm_steps(motion), _spikes(motion, limits)
     steps[np.concatenate([spikes - 1, spikes])] = 0.0
     around = np.maximum(np.append(0.0, steps[:-1]), np.append(steps[1:], 0.0))
     for step in np.flatnonzero((steps > limits.jump_m) & (steps > limits.jump_ratio * around)):

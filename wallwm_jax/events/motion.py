@@ -88,8 +88,9 @@ def hand_track(poses: np.ndarray, grippers: np.ndarray) -> np.ndarray:
 
 
 def decode(data: bytes, flag: int = cv2.IMREAD_GRAYSCALE) -> np.ndarray | None:
-    """One encoded frame, by default grey `[H, W]` uint8; None where it is no picture."""
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
+    """One JPEG frame, by default grey `[H, W]` uint8; None where it is no picture, or not all of one."""
+    whole = b"\xff\xd9" in data[-64:]  # the mark of its end; the decoder itself paints grey what is missing
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flag) if whole else None
 
 
 def _small(frames: Sequence[bytes]) -> np.ndarray:

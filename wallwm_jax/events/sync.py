@@ -9,7 +9,7 @@ counts a quarter. The best lag is refined between candidates by a parabola.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,8 @@ class SyncLimits:
       max_lag_s: seconds; a longer lag is no delay of a camera but a broken recording.
       min_confidence: probability that the lag is right within one frame; chance agreement rarely reaches it.
       min_correlation: mean rank correlation of the cameras at the lag; weaker says that something else moves.
-      dispute_nats: evidence by which a camera, or half of the episode, must prefer another lag to dispute this one.
+      camera_nats: evidence by which a camera must prefer another lag to dispute this one.
+      half_nats: the same for half of the episode, which knows less and errs more.
       min_frames: frames; smaller lags are left alone, they are within the estimate's own error.
     """
 
@@ -41,7 +42,8 @@ class SyncLimits:
     max_lag_s: float = 1.0
     min_confidence: float = 0.6
     min_correlation: float = 0.3
-    dispute_nats: float = 2.0
+    camera_nats: float = 1.0
+    half_nats: float = 2.0
     min_frames: float = 0.5
 
 
@@ -91,28 +93,24 @@ def estimate_lag(episode: Episode | Motion, limits: SyncLimits | None = None) ->
     reach = int(limits.search_s / step)
     lags = step * np.arange(-reach, reach + 1)
     travel = np.stack([motion.travel(lag) for lag in lags])
-    changes = {view: np.nan_to_num(change) for view, change in motion.changes.items()}
-    correlations = {view: _correlations(change, travel) for view, change in changes.items()}
-    evidence = {view: _evidence(*found) for view, found in correlations.items()}
-    total = np.sum(list(evidence.values()), axis=0)
+    views, changes = list(motion.changes), np.nan_to_num(np.stack(list(motion.changes.values())))
+    correlations, evidence = _compare(changes, travel)
+    total = evidence.sum(0)
     best = int(total.argmax())
-    near = np.abs(lags - lags[best]) <= motion.frame_s + 1e-9
     if total[best] <= 0:
-        return Lag(0.0, 0.0, dict.fromkeys(changes, 0.0), 0.0, {})
-    likelihood = np.exp(total - total[best])
-    disputed = {f"camera {view!r}": float(alone.max() - alone[near].max()) for view, alone in evidence.items()}
+        return Lag(0.0, 0.0, dict.fromkeys(views, 0.0), 0.0, {})
+    near = np.abs(lags - lags[best]) <= motion.frame_s + 1e-9
     middle = len(travel[0]) // 2
+    opinions = {f"camera {view!r}": alone for view, alone in zip(views, evidence)}
     for name, half in (("the first half", slice(None, middle)), ("the second half", slice(middle, None))):
-        alone = np.sum(
-            [_evidence(*_correlations(change[half], travel[:, half])) for change in changes.values()], axis=0
-        )
-        disputed[name] = float(alone.max() - alone[near].max())
+        opinions[name] = _compare(changes[:, half], travel[:, half])[1].sum(0)
+    likelihood = np.exp(total - total[best])
     return Lag(
         seconds=_refined(lags, total),
         confidence=float(likelihood[near].sum() / likelihood.sum()),
-        per_camera={view: _refined(lags, alone) for view, alone in evidence.items()},
-        correlation=float(np.mean([found[best] for found, _ in correlations.values()])),
-        disputed_by=disputed,
+        per_camera={view: _refined(lags, alone) for view, alone in zip(views, evidence)},
+        correlation=float(correlations[:, best].mean()),
+        disputed_by={name: float(opinion.max() - opinion[near].max()) for name, opinion in opinions.items()},
     )
 
 
@@ -122,11 +120,16 @@ def synchronise(episode: Episode | Motion, limits: SyncLimits | None = None) -> 
     motion = episode if isinstance(episode, Motion) else Motion(episode)
     episode, lag = motion.episode, estimate_lag(motion, limits)
     cameras = ", ".join(f"{view} {seconds:+.2f} s" for view, seconds in lag.per_camera.items())
-    dissenter, nats = max(lag.disputed_by.items(), key=lambda item: item[1], default=("", 0.0))
     seen = f"pictures {lag.seconds:+.2f} s behind the actions, confidence {lag.confidence:.2f}"
-    if nats > limits.dispute_nats:
-        verdict = "cameras_disagree" if dissenter.startswith("camera") else "lag_drifts"
-        return Synchronised(None, lag, verdict, f"{seen}, but {dissenter} says otherwise by {nats:.1f} nats: {cameras}")
+    for kind, limit, verdict in (
+        ("camera", limits.camera_nats, "cameras_disagree"),
+        ("the", limits.half_nats, "lag_drifts"),
+    ):
+        disputes = {name: nats for name, nats in lag.disputed_by.items() if name.startswith(kind) and nats > limit}
+        if disputes:
+            who = max(disputes, key=disputes.__getitem__)
+            reason = f"{seen}, but {who} says otherwise by {disputes[who]:.1f} nats: {cameras}"
+            return Synchronised(None, lag, verdict, reason)
     if lag.confidence < limits.min_confidence or lag.correlation < limits.min_correlation:
         return Synchronised(None, lag, "lag_unclear", f"{seen}, correlation {lag.correlation:.2f}: too weak to tell")
     if abs(lag.seconds) > limits.max_lag_s:
@@ -172,7 +175,8 @@ def shift(episode: Episode, steps: int, *, spans_follow: str = "actions") -> Epi
         grippers=episode.grippers[first_step : first_step + length + 1],
         command_poses=episode.command_poses[kept],
         command_grippers=episode.command_grippers[kept],
-        spans=_cut_spans(episode.spans, begin, length),
+        # The last span goes on to the end, also where labels that follow the frames end before.
+        spans=retimed(episode.spans, lambda at: length if at == episode.num_steps else min(max(at - begin, 0), length)),
         cameras={
             view: _moved(camera, (first_step + stride * np.arange(frames)) / stride)
             for view, camera in episode.cameras.items()
@@ -181,20 +185,22 @@ def shift(episode: Episode, steps: int, *, spans_follow: str = "actions") -> Epi
     )
 
 
-def _correlations(change: np.ndarray, travel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank correlation, at least 0, of `change` `[n]` with each row of `travel` `[L, n]`, and the pairs it is over."""
-    found, pairs = np.zeros(len(travel)), np.isfinite(travel).sum(1)
+def _compare(changes: np.ndarray, travel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compares what `V` cameras saw, `[V, n]`, with the travel at each of `L` lags, `[L, n]`, NaN where there is none.
+
+    Returns:
+      rank correlations `[V, L]`, at least 0, and the evidence for each lag in nats `[V, L]`; see the module.
+    """
+    found, pairs = np.zeros((len(changes), len(travel))), np.isfinite(travel).sum(1)
     for number, row in enumerate(travel):
+        if pairs[number] < _MIN_PAIRS:
+            continue
         inside = np.isfinite(row)
-        seen, moved = change[inside], row[inside]
-        if pairs[number] >= _MIN_PAIRS and np.ptp(seen) > 0 and np.ptp(moved) > 0:
-            found[number] = max(0.0, np.corrcoef(rankdata(seen), rankdata(moved))[0, 1])
-    return found, pairs
-
-
-def _evidence(correlation: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Nats for each lag; see the module."""
-    return -0.5 * _INDEPENDENT * pairs * np.log1p(-(np.minimum(correlation, 0.999) ** 2))
+        moved, seen = rankdata(row[inside]), rankdata(changes[:, inside], axis=1)
+        moved, seen = moved - moved.mean(), seen - seen.mean(1, keepdims=True)
+        scale = np.sqrt((moved @ moved) * (seen * seen).sum(1))
+        found[:, number] = np.maximum(seen @ moved, 0.0) / np.maximum(scale, 1e-9)
+    return found, -0.5 * _INDEPENDENT * pairs * np.log1p(-(np.minimum(found, 0.999) ** 2))
 
 
 def _refined(lags: np.ndarray, evidence: np.ndarray) -> float:
@@ -208,23 +214,21 @@ def _refined(lags: np.ndarray, evidence: np.ndarray) -> float:
     return float(lags[best] + offset * (lags[1] - lags[0]))
 
 
-def _cut_spans(spans: Mapping[str, Sequence[Span]], begin: int, length: int) -> dict[str, list[Span]]:
-    """What lies in `[begin, begin + length)`, counted from its start; behind the end the last span goes on."""
-    cut: dict[str, list[Span]] = {}
+def retimed(spans: Mapping[str, Sequence[Span]], when: Callable[[int], int]) -> dict[str, list[Span]]:
+    """Spans on another clock: each boundary at step `k` moves to `when(k)`, which never decreases; empty ones go."""
+    moved: dict[str, list[Span]] = {}
     places: dict[int, int] = {}  # of the coarser level: old index → new
     for level in (level for level in LEVELS if level in spans):
         inside: list[Span] = []
         here: dict[int, int] = {}
-        last = max(span.end for span in spans[level])
         for number, span in enumerate(spans[level]):
-            start = max(span.start - begin, 0)
-            end = length if span.end == last else min(span.end - begin, length)
+            start, end = when(span.start), when(span.end)
             if start < end:
                 here[number] = len(inside)
                 parent = None if span.parent is None else places[span.parent]
                 inside.append(replace(span, start=start, end=end, parent=parent))
-        cut[level], places = inside, here
-    return cut
+        moved[level], places = inside, here
+    return moved
 
 
 def _moved(camera: CameraTrack, places: np.ndarray) -> CameraTrack:
