@@ -12,7 +12,7 @@ from synthetic import synthetic_episode
 
 from wallwm_jax import build_events
 from wallwm_jax.benchmarks import sync as benchmark
-from wallwm_jax.benchmarks.planted_faults import FAULTS, late_pictures
+from wallwm_jax.benchmarks.planted_faults import FAULTS, begun, late_pictures
 from wallwm_jax.console import UserError
 from wallwm_jax.data.build_report import write_build_report
 from wallwm_jax.data.event_store import open_store
@@ -93,6 +93,11 @@ def test_one_repeated_frame_is_noted_and_the_episode_kept(episodes):
     (finding,) = cleaned.findings
     assert (finding.rule, finding.action) == ("duplicated_frame", "noted") and cleaned.motion is not None
     assert (finding.view, finding.frame) == ("front_pixels", place + 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_an_episode_of_a_few_steps_is_too_short_and_nothing_worse(episodes, steps):
+    assert {finding.rule for finding in clean(begun(episodes[0], steps)).findings} <= {"too_short", "no_motion"}
 
 
 def test_failures_are_kept_unless_success_is_asked_for(episodes):

@@ -134,12 +134,12 @@ def _words(rule: str) -> str:
 
 def _shown(example: Example) -> dict[str, Any]:
     finding = example.finding
-    numbers = ", ".join(f"{name}: {value:.3g}" for name, value in finding.evidence.items())
+    numbers = "; ".join(f"{name}: {value:.3g}" for name, value in finding.evidence.items())
     curve = example.change is not None
     return {
         "episode": f"{finding.source}, {finding.episode}",
-        "where": finding.where,
-        "evidence": f"{numbers[:1].upper()}{numbers[1:]}",
+        "where": f"{finding.where[:1].upper()}{finding.where[1:]}",
+        "evidence": numbers,
         "action": finding.action,
         "view": example.view,
         "curve": _png(_motion_curves(example)) if curve else None,

@@ -36,7 +36,7 @@ class Limits:
         more.
       moving_m: metres between two frames that any camera sees.
       frozen_s, frozen_m: a camera that shows one picture for so long while the hands go so far is frozen.
-      max_duplicates: share of the frames of a camera that repeat the one before while the hands move.
+      max_duplicates: share of the frames of a camera that repeat the one before while the hands move; one may always.
       dark, bright, flat: grey levels; a picture whose mean is below or above, and whose deviation is less than `flat`,
         shows nothing.
       max_blank: share of the frames of a camera that show nothing.
@@ -182,7 +182,7 @@ def duplicated_frame(motion: Motion, limits: Limits) -> Iterator[Finding]:
         if short:
             again = np.concatenate(short)
             share = len(again) / len(change)
-            action = DROPPED if share > limits.max_duplicates else NOTED
+            action = DROPPED if len(again) > max(1, limits.max_duplicates * len(change)) else NOTED
             evidence = {"frames": len(again), "share": share, "hand travel, m": float(travel[again].sum())}
             yield _finding(duplicated_frame, motion, action, again + 1, view, evidence)
 
@@ -195,14 +195,14 @@ def not_a_rotation(motion: Motion, limits: Limits) -> Iterator[Finding]:
     for name in ("poses", "command_poses"):
         rotation = getattr(motion.episode, name)[..., :3, :3]
         error = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max((-2, -1)).max(-1)
-        mirrored = (np.linalg.det(rotation) < 0).any(-1)
-        bad = np.flatnonzero(mirrored | (error > limits.rotation_slack))
+        volume = np.linalg.det(rotation)
+        bad = np.flatnonzero((volume < 0).any(-1) | (error > limits.rotation_slack))
         if len(bad):
-            evidence = {"steps": len(bad), "deviation from a rotation": float(error.max())}
+            evidence = {"steps": len(bad), "deviation": float(error.max()), "determinant": float(volume[bad[0]].min())}
             yield _finding(not_a_rotation, motion, DROPPED, bad, None, evidence, of=name)
         elif error.max() > 1e-4:
             steps = np.flatnonzero(error > 1e-4)
-            evidence = {"steps": len(steps), "deviation from a rotation": float(error.max())}
+            evidence = {"steps": len(steps), "deviation": float(error.max())}
             repair = functools.partial(_orthonormal, name=name)
             yield _finding(not_a_rotation, motion, REPAIRED, steps, None, evidence, of=name, repair=repair)
 
@@ -284,14 +284,15 @@ def gripper_stuck(motion: Motion, limits: Limits) -> Iterator[Finding]:
 def bad_calibration(motion: Motion, limits: Limits) -> Iterator[Finding]:
     """A camera's calibration is not finite, or its pose no rotation; the episode goes on without it."""
     for view, camera in motion.episode.cameras.items():
-        rotation = np.asarray(camera.extrinsics)[:, :3, :3]
-        values = np.concatenate([np.ravel(part) for part in (camera.intrinsics, camera.extrinsics, camera.distortion)])
+        poses = np.asarray(camera.extrinsics)
         with np.errstate(invalid="ignore"):
-            error = np.abs(np.swapaxes(rotation, -1, -2) @ rotation - np.eye(3)).max()
-        if not np.isfinite(values).all() or error > limits.rotation_slack:
-            evidence = {"values not finite": int((~np.isfinite(values)).sum()), "deviation from a rotation": error}
+            error = np.abs(np.swapaxes(poses[:, :3, :3], -1, -2) @ poses[:, :3, :3] - np.eye(3)).max((-2, -1))
+        finite = np.isfinite(poses).all((-2, -1)) & np.isfinite(camera.intrinsics).all()
+        bad = np.flatnonzero(~finite | ~(error <= limits.rotation_slack))
+        if len(bad) or not np.isfinite(camera.distortion).all():
+            places = bad if len(bad) else np.array([0])
             repair = functools.partial(_without_calibration, view=view)
-            yield _finding(bad_calibration, motion, REPAIRED, np.array([0]), view, evidence, repair=repair)
+            yield _finding(bad_calibration, motion, REPAIRED, places, view, {"frames": len(bad)}, repair=repair)
 
 
 def too_short(motion: Motion, limits: Limits) -> Iterator[Finding]:
@@ -403,14 +404,14 @@ def _jumps(motion: Motion, limits: Limits, *, in_picture: bool) -> Iterator[tupl
         pair = min(int(step) // motion.episode.video_stride, motion.episode.num_frames - 2)
         ratio = max(_sharpness(change, pair) for change in motion.changes.values())
         if (ratio > limits.picture_ratio) == in_picture:
-            yield int(step) + 1, {"m in one step": float(steps[step]), "picture change ratio": ratio}
+            yield int(step) + 1, {"in one step, m": float(steps[step]), "picture change ratio": ratio}
 
 
 def _sharpness(change: np.ndarray, pair: int) -> float:
     """How many times more a picture changes at a pair of frames, or beside it, than around."""
     here = change[max(pair - 1, 0) : pair + 2]
     around = np.concatenate([change[max(pair - 4, 0) : max(pair - 1, 0)], change[pair + 2 : pair + 5]])
-    return float(here.max() / max(np.median(around), 0.1)) if len(around) else 1.0
+    return float(here.max() / max(np.median(around), 0.1)) if len(here) and len(around) else 1.0
 
 
 def _interpolate(episode: Episode, steps: np.ndarray) -> Episode:

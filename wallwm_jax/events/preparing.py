@@ -115,8 +115,10 @@ class Prepared(Iterator[Episode]):
         summary = self.summary
         for episode in episodes:
             if isinstance(episode, EpisodeError):
+                number = summary.taken.total()
                 summary.taken["unknown"] += 1
-                summary.findings.append(Finding("invalid_episode", "unknown", "unknown", str(episode), {}, DROPPED))
+                name = f"recording {number}"
+                summary.findings.append(Finding("invalid_episode", name, "unknown", str(episode), {}, DROPPED))
                 continue
             summary.taken[episode.source] += 1
             kept = self._prepare(episode)
