@@ -16,7 +16,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["wallwm_jax", "wallwm_jax.*"]),
-    package_data={"wallwm_jax.evaluation": ["templates/*.j2"], "wallwm_jax.sources": ["embodiments/*.toml"]},
+    package_data={
+        "wallwm_jax.data": ["templates/*.j2"],
+        "wallwm_jax.evaluation": ["templates/*.j2"],
+        "wallwm_jax.sources": ["embodiments/*.toml"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -22,7 +22,12 @@ VIDEO_STRIDE = 2
 
 
 def synthetic_episode(
-    seed: int, steps: int = 64, views: Sequence[str] = VIEWS, size: int = 64, source: str = "synthetic/squares"
+    seed: int,
+    steps: int = 64,
+    views: Sequence[str] = VIEWS,
+    size: int = 64,
+    source: str = "synthetic/squares",
+    smooth: bool = False,
 ) -> Episode:
     """One episode of `steps` commands at 10 Hz with 5 fps video, one arm.
 
@@ -32,11 +37,15 @@ def synthetic_episode(
       views: view names; one that contains "wrist" moves with the arm.
       size: height and width of the frames, pixels.
       source: the family the episode claims to be from.
+      smooth: the hand moves as arms do, from rest to rest, where otherwise events of one step are jumps; and pictures
+        have the noise of a sensor.
     """
     rng = np.random.default_rng(seed)
     colours = list(rng.permutation(list(COLOURS)))
     spans = _spans(rng, steps, colours)
     poses, grippers = _motion(rng, spans["action"], steps)
+    if smooth:
+        poses, grippers = _smoothed(rng, steps)
     commands = poses[1:].copy()
     commands[:, 0, :3, 3] += rng.normal(0, 2e-3, (steps, 3))
     frame_steps = np.arange(0, steps + 1, VIDEO_STRIDE)
@@ -45,9 +54,11 @@ def synthetic_episode(
         extrinsics = _extrinsics(poses[frame_steps, 0], moving="wrist" in view, number=number)
         intrinsics = np.array([[1.1 * size, 0, size / 2], [0, 1.1 * size, size / 2], [0, 0, 1]])
         cameras[view] = CameraTrack(intrinsics=intrinsics, extrinsics=extrinsics)
-        frames[view] = [
-            _jpeg(_draw(size, poses[step, 0, :3, 3], grippers[step, 0], colours, number)) for step in frame_steps
-        ]
+        pictures = [_draw(size, poses[step, 0, :3, 3], grippers[step, 0], colours, number) for step in frame_steps]
+        if smooth:
+            noise = np.random.default_rng([seed, number]).normal(0, 2, (len(pictures), size, size, 3))
+            pictures = list(np.clip(pictures + noise, 0, 255).astype(np.uint8))
+        frames[view] = [_jpeg(picture) for picture in pictures]
     return Episode(
         episode_id=f"synthetic-{seed:04d}",
         source=source,
@@ -112,6 +123,22 @@ def _motion(rng: np.random.Generator, actions: Sequence[Span], steps: int) -> tu
     poses[:, 0, 1, 0], poses[:, 0, 1, 1] = np.sin(yaw), np.cos(yaw)
     closed = np.array([0.0, *(float(span.verb in ("grasp", "carry")) for span in actions)])
     return poses, np.interp(clock, edges, closed)[:, None]
+
+
+def _smoothed(rng: np.random.Generator, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `_motion`, but about every two seconds there is a new waypoint, and speeds are those of a calm arm."""
+    clock, count = np.arange(steps + 1), steps // 20 + 2
+    arrivals = np.cumsum(rng.uniform(0.5, 1.5, count))
+    edges = steps * (arrivals - arrivals[0]) / (arrivals[-1] - arrivals[0])
+    number = np.clip(np.searchsorted(edges, clock, side="right") - 1, 0, count - 2)
+    share = np.clip((clock - edges[number]) / (edges[number + 1] - edges[number]), 0, 1)
+    share = share**2 * (3 - 2 * share)  # from rest to rest
+    waypoints = rng.uniform([0.35, -0.25, 0.05, -0.4, 0], [0.55, 0.25, 0.4, 0.4, 1], (count, 5))
+    x, y, z, yaw, closed = (waypoints[number].T * (1 - share)) + waypoints[number + 1].T * share
+    poses = np.tile(np.eye(4), (steps + 1, 1, 1, 1))
+    poses[:, 0, :3, 3] = np.stack([x, y, z], 1)
+    poses[:, 0, :2, :2] = np.stack([np.cos(yaw), -np.sin(yaw), np.sin(yaw), np.cos(yaw)], 1).reshape(-1, 2, 2)
+    return poses, closed[:, None]
 
 
 def _extrinsics(poses: np.ndarray, *, moving: bool, number: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import pytest
 from synthetic import synthetic_episode
 
 from wallwm_jax import build_events
+from wallwm_jax.benchmarks.planted_faults import paused
 from wallwm_jax.console import UserError
 from wallwm_jax.data import event_store, record_files
 from wallwm_jax.data.event_store import BadRecord, open_store, write_clusters
@@ -71,6 +72,21 @@ def test_every_window_of_every_episode_is_there_once(small_store):
     assert set(stores["heldout"].index["episode"].tolist()) == {3}
 
 
+def test_a_store_of_pruned_windows_says_when_each_frame_was(tmp_path):
+    episode = paused(synthetic_episode(1, steps=60, size=16, smooth=True), 30, 40)
+    build(tmp_path / "store", [episode], heldout_fraction=0.0, levels=("task",), fixed_steps=16, prune_static=0.4)
+    store = open_store(tmp_path / "store")
+    windows = cut_windows(episode, ("event", "fixed"), levels=("task",), fixed_steps=16, longest_pause_s=0.4)
+    for window, record in zip(windows, map(store.read, range(len(store))), strict=True):
+        assert np.array_equal(record.frame_steps, 2 * window.frame_indices)
+        assert record.frames["front_pixels"] == [episode.frames["front_pixels"][i] for i in window.frame_indices]
+        commands = episode.command_poses[window.action_steps], episode.command_grippers[window.action_steps]
+        assert np.array_equal(record.actions, relative_actions(*commands, episode.poses[window.start])[0])
+    event = store.read(0)
+    assert (event.duration_s, event.num_actions) == (10.0, 64)  # 18 of 50 pairs of frames are left out
+    assert np.diff(event.frame_steps).tolist() == [2] * 16 + [38] + [2] * 15
+
+
 def test_records_hold_the_window_exactly(small_store):
     store = open_store(small_store)
     for index in range(0, len(store), 7):
@@ -83,6 +99,7 @@ def test_records_hold_the_window_exactly(small_store):
         assert record.duration_s == pytest.approx(window.duration_s) == row["duration_s"]
         for view, frames in episode.frames.items():
             assert record.frames[view] == [frames[frame] for frame in window.frame_indices]
+        assert np.array_equal(record.frame_steps, np.arange(window.start, window.start + window.num_actions + 1, 2))
         steps = slice(window.start, window.start + window.num_actions)
         observed = episode.poses[window.start]
         actions, valid = relative_actions(episode.command_poses[steps], episode.command_grippers[steps], observed)

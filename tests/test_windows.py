@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from synthetic import synthetic_episode
 
+from wallwm_jax.benchmarks.planted_faults import begun, paused
 from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import Span
 from wallwm_jax.events.windows import Window, cut_windows
@@ -137,3 +138,48 @@ def test_wrong_requests_are_errors():
         cut_windows(episode, ["fixed"], fixed_steps=33)
     with pytest.raises(UserError, match="fixed windows of 130 steps"):
         cut_windows(episode, ["fixed"], fixed_steps=130)
+
+
+def resting(step, steps, **arguments):
+    """A moving episode that rests for `steps` control steps at `step`; its only events are its halves."""
+    episode = paused(begun(synthetic_episode(0, steps=90, size=16, smooth=True), 60), step, steps)
+    middle = step + steps // 2 + 1  # in the rest, and between two frames
+    spans = [Span(0, middle, "before", "move", 0), Span(middle, 60 + steps, "after", "move", 0)]
+    episode = dataclasses.replace(episode, spans={"task": episode.spans["task"], "subtask": spans})
+    return episode, cut_windows(episode, ["event"], levels=["subtask"], **arguments)
+
+
+def test_the_inside_of_a_long_rest_is_left_out_and_the_clock_stays_true():
+    _, whole = resting(30, 40)
+    _, pruned = resting(30, 40, longest_pause_s=0.4)
+    assert [window.num_frames for window in whole] == [27, 25]  # frames 0..26 and 26..50
+    assert [window.num_frames for window in pruned] == [15 + 1 + 2, 1 + 2 + 15]  # two pairs of each rest are left
+    for one, other in zip(whole, pruned):
+        assert (one.start, one.span_start, one.span_end) == (other.start, other.span_start, other.span_end)
+        assert one.duration_s == other.duration_s
+        assert (other.frame_indices[0], other.frame_indices[-1]) == (one.frame_indices[0], one.frame_indices[-1])
+    assert pruned[0].kept == (*range(17), 26) and pruned[1].kept == (26, 27, *range(35, 51))
+
+
+def test_a_pruned_window_has_the_commands_that_lead_to_its_frames():
+    episode, windows = resting(30, 40, longest_pause_s=0.4)
+    for window in windows:
+        assert len(window.action_steps) == window.num_actions == 2 * (window.num_frames - 1)
+        frames, commands = window.frame_indices, window.action_steps.reshape(-1, 2)
+        assert np.array_equal(commands, 2 * frames[1:, None] - [2, 1])
+        reached = episode.poses[window.action_steps + 1]  # from command to command nobody moves faster than before
+        jumps = np.linalg.norm(np.diff(reached[:, 0, :3, 3], axis=0), axis=-1).max()
+        assert jumps <= np.linalg.norm(np.diff(episode.poses[:, 0, :3, 3], axis=0), axis=-1).max() + 1e-12
+        assert window.latent_frame_indices[-1] == frames[-1] and window.num_latents == 1 + -(-(len(frames) - 1) // 4)
+
+
+def test_short_rests_and_other_windows_stay_whole():
+    episode, whole = resting(30, 6)
+    assert resting(30, 6, longest_pause_s=0.6)[1][0].num_frames == whole[0].num_frames
+    kinds = ["fixed", "history"]
+    assert cut_windows(episode, kinds, longest_pause_s=0.2) == cut_windows(episode, kinds)
+
+
+def test_the_cap_counts_the_frames_that_are_left():
+    _, (before, _) = resting(30, 400, longest_pause_s=0.4)
+    assert before.num_frames == 18 and before.span_end == 231 and before.duration_s == pytest.approx(23.1)

@@ -29,11 +29,13 @@ Muon on a TPU slice that only the compiler knows, beside optax's, from the compi
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
 
-Boundaries found without labels against those of scripted experts, and of some MetaWorld tasks (extra sim):
+Boundaries found without labels against those of scripted experts, and of some MetaWorld tasks; lags and faults planted
+into OCBench episodes, by how many are recovered and caught (pip install 'wallwm_jax[sim]'):
 
     python -m wallwm_jax.benchmark segment --episodes=20 --tasks=push,drawer-open,assembly --json
+    python -m wallwm_jax.benchmark sync --json
 
-All but muon and segment take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to
+All but muon, segment and sync take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to
 standard error, the figures alone to standard output.
 """
 
@@ -59,6 +61,7 @@ _PARTS = {
     "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
     "segment": ("episodes", "tasks"),
+    "sync": (),
 }
 
 
@@ -84,7 +87,8 @@ def main(argv: list[str]) -> None:
     part, values = argv[1], flags.FLAGS
     for name in {name for names in _PARTS.values() for name in names} - set(_PARTS[part]):
         if values[name].present:
-            raise UserError(f"--{name} is not for {part}, which takes --{', --'.join(_PARTS[part])}")
+            taken = ", ".join(f"--{name}" for name in _PARTS[part]) or "none"
+            raise UserError(f"--{name} is not for {part}, which takes {taken}")
     if "config" in _PARTS[part] and values.config is None and not values.workdir:
         raise UserError(f"{part} needs --config=FILE{' or --workdir=RUN' if part == 'inference' else ''}")
     module = importlib.import_module(f"wallwm_jax.benchmarks.{part}")

@@ -16,10 +16,13 @@ its text encoder, computed here once, in batches on the local devices (weights: 
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
 A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns (wallwm_jax/sources/embodiment.py) and
-brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help):
+brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Recordings of
+real robots have late pictures, frozen cameras, jumps and pauses: --clean drops or repairs what breaks a rule, --sync
+moves pictures and actions together, --prune_static=SECONDS shortens pauses inside event windows. The page
+build_report.html in the store tells what was found in which episode, with pictures:
 
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
-        --levels=task,subtask --out=runs/kitchen
+        --levels=task,subtask --clean --sync --out=runs/kitchen
 
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
 unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
@@ -42,16 +45,19 @@ from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_s
 # Recording processes import this module again, so what is heavy is imported where it is used.
 if TYPE_CHECKING:
     from wallwm_jax.data.store_writer import StoreOptions, StoreSummary
+    from wallwm_jax.events.preparing import PrepareOptions, Summary
 
 
 @dataclass
 class Build:
-    """What `build` did: the writer's own summary, episodes per family, bytes of the store, seconds per phase."""
+    """What `build` did: the writer's own summary, episodes per family, bytes of the store, seconds per phase, and what
+    cleaning and synchronising found where they were asked for."""
 
     summary: StoreSummary
     families: dict[str, FamilyCount]
     size_on_disk: int
     seconds: dict[str, float] = field(default_factory=dict)
+    prepared: Summary | None = None
 
 
 def build(
@@ -66,6 +72,7 @@ def build(
     embodiment: str = "",
     video_fps: float = 0.0,
     overwrite: bool = False,
+    preparation: PrepareOptions | None = None,
 ) -> Build:
     """Builds and clusters a store; see the flags of the command for the arguments.
 
@@ -75,18 +82,27 @@ def build(
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
+    from wallwm_jax.events.preparing import prepare
 
     seconds: dict[str, float] = {}
+    found = None
     with atomic_directory(out, overwrite=overwrite) as directory:
         stream, families = open_source(
             source, SourceOptions(episodes, options.seed, size, tuple(views), workers, embodiment, video_fps)
         )
+        if preparation:
+            stream = prepare(stream, preparation)
+            found = stream.summary
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, stream, options)
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
+        if found:
+            from wallwm_jax.data.build_report import write_build_report
+
+            write_build_report(directory, found, f"Event store of {source}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return Build(summary, families(), size_on_disk, seconds)
+    return Build(summary, families(), size_on_disk, seconds, found)
 
 
 def report(build: Build, out: str) -> str:
@@ -102,6 +118,9 @@ def report(build: Build, out: str) -> str:
         for family, count in build.families.items()
     ]
     lines += [f"  dropped   {reason}" for count in build.families.values() for reason in count.reasons]
+    if build.prepared:
+        for action in ("dropped", "repaired", "noted"):
+            lines += [f"  {action:<9} {rule:<16} {count:>6}" for rule, count in build.prepared.counts(action).items()]
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
     if summary.too_short:
         lines.append(f"  episodes  {'too short':<16} {summary.too_short:>6} left out: not one video stride long")
@@ -139,11 +158,15 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
+    flags.DEFINE_bool("clean", False, "Drop or repair episodes that break a rule of wallwm_jax.events.clean")
+    flags.DEFINE_bool("sync", False, "Estimate how late the pictures are, and correct it where that is clear")
+    flags.DEFINE_float("prune_static", 0.0, "Seconds of the longest pause inside an event window; 0 keeps all", 0.0)
 
 
 def main(_: Sequence[str]) -> None:
     """Builds what the flags ask for and prints the summary."""
     from wallwm_jax.data.store_writer import StoreOptions
+    from wallwm_jax.events.preparing import PrepareOptions
 
     values = flags.FLAGS
     start = time.monotonic()
@@ -158,6 +181,7 @@ def main(_: Sequence[str]) -> None:
         levels=tuple(values.levels),
         fixed_steps=values.fixed_steps,
         history=values.history,
+        prune_static=values.prune_static,
         heldout_fraction=values.heldout_fraction,
         seed=values.seed,
     )
@@ -172,6 +196,7 @@ def main(_: Sequence[str]) -> None:
         embodiment=values.embodiment,
         video_fps=values.video_fps,
         overwrite=values.overwrite,
+        preparation=PrepareOptions(values.clean, values.sync) if values.clean or values.sync else None,
     )
     print(report(built, values.out))
     print(f"  seconds   {'total':<48} {time.monotonic() - start:>7.1f}")

@@ -74,6 +74,7 @@ RECORD_ARRAYS: dict[str, tuple[type, tuple[int | None, ...]]] = {
     "paraphrase_ids": (np.int32, (None,)),
     "previous_caption_ids": (np.int32, (None,)),
 }
+TIME_WARP = "kept_frames"  # [n] int32, only in stores whose pauses are pruned: `Window.kept`
 RECORD_INTEGERS = ("kind", "level", "episode", "event_index", "start", "span_start", "span_end", "num_latents")
 
 
@@ -99,6 +100,8 @@ class WindowRecord:
       start: control step of the observation.
       span_start, span_end: the true stretch in control steps, neither snapped nor capped.
       duration_s: its true length in seconds, uncapped.
+      frame_steps: `[n]` control step of each of its frames from the observation on, without the held padding; one
+        video stride apart but where a pause was pruned. `video_stride` actions lead to each but the first.
       frames: view name → `n` JPEG frames, without the held padding; a view that the episode lacks is absent. In a
         store of latents only the distinct keyframes.
       latents: view name → `[1 + N, h, w, C]` bfloat16, of the codec and not normalised; None in a store of frames.
@@ -124,6 +127,7 @@ class WindowRecord:
     span_start: int
     span_end: int
     duration_s: float
+    frame_steps: np.ndarray
     frames: dict[str, list[bytes]]
     latents: dict[str, np.ndarray] | None
     num_latents: int
@@ -411,11 +415,13 @@ def shard_instructions(path: Path, split: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """How the records of a store are read: view name → its key in them, the `[h, w, C]` of stored latents, and the
-    past of history windows in latents and actions."""
+    """How the records of a store are read: view name → its key in them, the `[h, w, C]` of stored latents, control
+    steps between frames, whether pauses are pruned, and the past of history windows in latents and actions."""
 
     keys: Mapping[str, str]
     cells: tuple[int, int, int] | None
+    stride: int
+    pruned: bool
     history: int = 0
     history_actions: int = 0
 
@@ -424,7 +430,8 @@ class RecordLayout:
         """That of the store which `meta` describes."""
         history = meta.get("history_latents", 0)
         cells = latent_cells(get_codec(meta["codec"]), meta["size"])
-        return cls(meta["frame_keys"], cells, history, history * meta["actions_per_latent"])
+        stride, pruned = meta["video_stride"], "prune_static" in meta
+        return cls(meta["frame_keys"], cells, stride, pruned, history, history * meta["actions_per_latent"])
 
 
 def latent_cells(codec: Codec, size: Sequence[int]) -> tuple[int, int, int] | None:
@@ -450,6 +457,11 @@ def parse_record(serialized: bytes, index: int, layout: RecordLayout) -> WindowR
         }
     kind = KINDS[integers["kind"]]
     has_past = kind == "history"
+    past_actions = min(layout.history_actions, integers["start"]) if has_past else 0
+    if layout.pruned:
+        frame_steps = layout.stride * np.frombuffer(fields[TIME_WARP].bytes_list.value[0], np.int32)
+    else:
+        frame_steps = np.arange(0, len(arrays["actions"]) - past_actions + 1, layout.stride) + integers["start"]
     return WindowRecord(
         index=index,
         kind=kind,
@@ -460,11 +472,12 @@ def parse_record(serialized: bytes, index: int, layout: RecordLayout) -> WindowR
         span_start=integers["span_start"],
         span_end=integers["span_end"],
         duration_s=fields["duration_s"].float_list.value[0],
+        frame_steps=frame_steps,
         frames=frames,
         latents=latents,
         num_latents=integers["num_latents"],
         history=layout.history if has_past else 0,
-        past_actions=min(layout.history_actions, integers["start"]) if has_past else 0,
+        past_actions=past_actions,
         actions=arrays["actions"],
         action_valid=arrays["action_valid"].astype(bool),
         state=arrays["state"],

@@ -75,10 +75,11 @@ class RecordFiles:
 
 
 def record_features(
-    frame_keys: list[str], size: tuple[int, int], cells: tuple[int, int, int] | None
+    frame_keys: list[str], size: tuple[int, int], cells: tuple[int, int, int] | None, pruned: bool
 ) -> tfds.features.FeaturesDict:
     picture = tfds.features.Image(shape=(*size, 3), encoding_format="jpeg")
     as_bytes = tfds.features.Encoding.BYTES
+    time_warp = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding=as_bytes)
     latents = tfds.features.Tensor(shape=(None, *(cells or ())), dtype=np.uint16, encoding=as_bytes)  # bits of bfloat16
     return tfds.features.FeaturesDict(
         {
@@ -90,5 +91,6 @@ def record_features(
                 name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=as_bytes)
                 for name, (dtype, shape) in event_store.RECORD_ARRAYS.items()
             },
+            **({event_store.TIME_WARP: time_warp} if pruned else {}),
         }
     )

@@ -61,6 +61,7 @@ class StoreOptions:
       text_encoder: "bytes" (the model learns to read) or "umt5": every wording of a caption is encoded here.
       text_weights: folder of the text encoder's converted weights.
       kinds, levels, fixed_steps, history: as `cut_windows` takes them.
+      prune_static: seconds of the longest pause that event windows keep, see `events.windows`; 0 keeps all.
       heldout_fraction: share of the episodes that only evaluation sees; see `HeldoutChoice`.
       seed: of the sample for latent statistics.
       latent_sample: windows whose frames are decoded for `latent_mean` and `latent_std`.
@@ -79,6 +80,7 @@ class StoreOptions:
     levels: tuple[str, ...] = ("subtask", "action")
     fixed_steps: int = 32
     history: int = 1
+    prune_static: float = 0.0
     heldout_fraction: float = 0.15
     seed: int = 0
     latent_sample: int = 256
@@ -107,6 +109,8 @@ class StoreOptions:
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
                 raise UserError(f"unknown {what} {unknown[0] if chosen else ''!r}; choose of {', '.join(known)}")
+        if self.prune_static < 0.0:
+            raise UserError(f"prune_static is {self.prune_static}; give seconds, or 0 to keep every frame")
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise UserError(f"heldout_fraction is {self.heldout_fraction}, must be at least 0 and below 1")
 
@@ -236,7 +240,12 @@ class _Writer:
             self._begin(episode)
         self._check_fits(episode)
         windows = cut_windows(
-            episode, options.kinds, levels=options.levels, fixed_steps=options.fixed_steps, history=options.history
+            episode,
+            options.kinds,
+            levels=options.levels,
+            fixed_steps=options.fixed_steps,
+            history=options.history,
+            longest_pause_s=options.prune_static,
         )
         if not windows:
             self.summary.too_short += 1
@@ -287,7 +296,8 @@ class _Writer:
                 f"{self._codec.name!r}, {self._codec.stride[1]}x{self._codec.stride[2]}; choose another size"
             )
         self._cells = event_store.latent_cells(self._codec, episode.size)
-        features = record_features(list(self._frame_keys.values()), episode.size, self._cells)
+        keys, pruned = list(self._frame_keys.values()), self._options.prune_static > 0
+        features = record_features(keys, episode.size, self._cells, pruned)
         self._records = RecordFiles(self._directory / event_store.RECORDS, features)
 
     def _check_fits(self, episode: Episode) -> None:
@@ -307,8 +317,7 @@ class _Writer:
         self, episode: Episode, number: int, window: Window, split: str, latents: Mapping[str, np.ndarray]
     ) -> None:
         assert self._records is not None
-        first = window.start - window.past_actions
-        steps = slice(first, first + window.num_actions)
+        steps = window.action_steps
         actions, action_valid = relative_actions(
             episode.command_poses[steps], episode.command_grippers[steps], episode.poses[window.start]
         )
@@ -352,6 +361,8 @@ class _Writer:
         }
         for name, (dtype, shape) in event_store.RECORD_ARRAYS.items():
             example[name] = np.asarray(arrays[name], dtype).reshape([-1 if size is None else size for size in shape])
+        if self._options.prune_static:
+            example[event_store.TIME_WARP] = window.frame_indices[-window.num_frames :].astype(np.int32)
         row = (
             example["kind"],
             example["level"],
@@ -445,7 +456,9 @@ class _Writer:
         rng = np.random.default_rng([self._options.seed, 1])
         chosen = np.sort(rng.permutation(train["windows"])[: self._options.latent_sample])
         records = ArrayRecordDataSource(event_store.shard_instructions(self._directory, train))
-        layout = event_store.RecordLayout(self._frame_keys, None)
+        assert self._first is not None
+        stride, pruned = self._first.video_stride, self._options.prune_static > 0
+        layout = event_store.RecordLayout(self._frame_keys, None, stride, pruned)
         moments = StreamingMoments(self._codec.channels)
         for number in progress(chosen.tolist(), unit="window", label="latent statistics"):
             record = event_store.parse_record(records[number], number, layout)
@@ -479,6 +492,7 @@ class _Writer:
             "levels": list(options.levels),
             "fixed_steps": options.fixed_steps if {"fixed", "history"} & set(options.kinds) else None,
             "history_latents": options.history if "history" in options.kinds else 0,
+            **({"prune_static": options.prune_static} if options.prune_static else {}),
             "heldout_fraction": options.heldout_fraction,
             "seed": options.seed,
             "splits": splits,

@@ -11,6 +11,13 @@ All boundaries lie on stored frames (multiples of `video_stride`). With `n` samp
 fill `1 + N` latents: latent 0 is the first frame alone, latent n the frames `4n - 3 .. 4n`.
 Longer events keep their first 65 frames (WALL-WM section 4.1 counts them as "65 latent frames"); their duration stays
 true.
+
+Event windows may be **pruned**: of a stretch in which nothing moves, some frames are left out of its inside, each
+together with the `video_stride` commands that led to it. Nothing moved, so the frames on either side of the gap show
+the same, and the commands, which are poses relative to the window's observation, go on where they were. Between
+neighbouring kept frames there are `video_stride` commands as ever, so a latent still has `4 * video_stride` of them
+wherever the gaps lie, and no run needs to begin or end on a latent. `kept` is the time warp: which frames of the
+episode's clock are left. Spans and durations stay on that clock.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.motion import Motion
 from wallwm_jax.events.schema import LEVELS, Episode, Span
 
 KINDS = ("event", "fixed", "history")  # the order is the number in the index of a store
@@ -43,6 +51,7 @@ class Window:
       stride: control steps between sampled frames.
       duration_s: seconds of the true stretch.
       history: `M`, latents before that of the observation.
+      kept: of a pruned window, positions of its `n` frames among the stored frames of the episode; None keeps all.
     """
 
     kind: str
@@ -55,6 +64,7 @@ class Window:
     stride: int
     duration_s: float
     history: int = 0
+    kept: tuple[int, ...] | None = None
 
     @property
     def past_actions(self) -> int:
@@ -75,13 +85,22 @@ class Window:
     def frame_indices(self) -> np.ndarray:
         """`[4M + n]` int: positions of the sampled frames among the stored frames of the episode."""
         past = GROUP * self.history
-        return np.maximum(self.start // self.stride + np.arange(-past, self.num_frames), 0)
+        return self._stored(np.arange(-past, self.num_frames))
+
+    @property
+    def action_steps(self) -> np.ndarray:
+        """`[past_actions + T]` int: control steps of the commands, those before the observation first."""
+        past = np.arange(self.start - self.past_actions, self.start)
+        leading = np.arange(-self.stride, 0)  # the commands that lead to a frame
+        return np.concatenate(
+            [past, (self.stride * self.frame_indices[-self.num_frames + 1 :, None] + leading).ravel()]
+        )
 
     @property
     def latent_frame_indices(self) -> np.ndarray:
         """`[M + 1 + N]` int: position among the stored frames of the last frame of each latent."""
         latents = np.arange(self.num_latents) - self.history
-        return np.maximum(self.start // self.stride + np.minimum(GROUP * latents, self.num_frames - 1), 0)
+        return self._stored(np.minimum(GROUP * latents, self.num_frames - 1))
 
     @property
     def keyframes(self) -> np.ndarray:
@@ -89,9 +108,21 @@ class Window:
         past = GROUP * self.history
         return np.array([past + int(share * (self.num_frames - 1)) for share in KEYFRAME_SHARES])
 
+    def _stored(self, places: np.ndarray) -> np.ndarray:
+        """Frames counted from the observation → positions among the stored frames of the episode."""
+        if self.kept is not None:
+            return np.array(self.kept)[places]
+        return np.maximum(self.start // self.stride + places, 0)
+
 
 def cut_windows(
-    episode: Episode, kinds: Sequence[str], *, levels: Sequence[str] = LEVELS, fixed_steps: int = 32, history: int = 1
+    episode: Episode,
+    kinds: Sequence[str],
+    *,
+    levels: Sequence[str] = LEVELS,
+    fixed_steps: int = 32,
+    history: int = 1,
+    longest_pause_s: float = 0.0,
 ) -> list[Window]:
     """All windows of an episode: the event windows, level by level in time order, the fixed ones, those with history.
 
@@ -101,6 +132,8 @@ def cut_windows(
       levels: levels of the event windows; a level that the episode lacks gives none.
       fixed_steps: `T` of fixed and history windows, in control steps.
       history: `M` of history windows, in latents.
+      longest_pause_s: seconds of `Motion.still` in a row that event windows keep, at least one video stride; 0 prunes
+        nothing.
 
     Returns:
       The windows; none where the episode is shorter than one video stride.
@@ -112,9 +145,14 @@ def cut_windows(
     if unknown:
         raise UserError(f"unknown window kind or level {unknown[0]!r}; kinds are {KINDS}, levels are {LEVELS}")
     windows = []
+    still = Motion(episode).still() if longest_pause_s and "event" in kinds else None
+    pause = int(longest_pause_s * episode.clock_hz / episode.video_stride)
     if "event" in kinds:
         for level in (level for level in LEVELS if level in levels and level in episode.spans):
-            cut = (_event_window(episode, level, number, span) for number, span in enumerate(episode.spans[level]))
+            cut = (
+                _event_window(episode, level, number, span, still, pause)
+                for number, span in enumerate(episode.spans[level])
+            )
             windows += [window for window in cut if window is not None]
     if "fixed" in kinds:
         windows += _tiles(episode, "fixed", fixed_steps, 0)
@@ -123,13 +161,18 @@ def cut_windows(
     return windows
 
 
-def _event_window(episode: Episode, level: str, number: int, span: Span) -> Window | None:
+def _event_window(
+    episode: Episode, level: str, number: int, span: Span, still: np.ndarray | None, longest_pause: int
+) -> Window | None:
     stride = episode.video_stride
     last = (episode.num_frames - 1) * stride
     start = min(_snap(span.start, stride), last - stride)
     end = min(max(_snap(span.end, stride), start + stride), last)
     if start < 0:
         return None
+    kept = None
+    if still is not None:
+        kept = _without_pauses(start // stride, end // stride, still, longest_pause)[:MAX_FRAMES]
     return Window(
         kind="event",
         level=level,
@@ -137,10 +180,23 @@ def _event_window(episode: Episode, level: str, number: int, span: Span) -> Wind
         span_start=span.start,
         span_end=span.end,
         start=start,
-        num_frames=min((end - start) // stride + 1, MAX_FRAMES),
+        num_frames=len(kept) if kept is not None else min((end - start) // stride + 1, MAX_FRAMES),
         stride=stride,
         duration_s=span.length / episode.clock_hz,
+        kept=kept,
     )
+
+
+def _without_pauses(first: int, last: int, still: np.ndarray, longest: int) -> tuple[int, ...]:
+    """Frames `first .. last` without the inside of every run of more than `longest` still pairs; both ends stay."""
+    kept, run = [first], 0
+    for frame in range(first + 1, last + 1):
+        run = run + 1 if still[frame - 1] else 0
+        if run <= max(longest, 1):
+            kept.append(frame)
+        elif frame == last or not still[frame]:  # of a long run, its last frame takes the place of the last one kept
+            kept[-1] = frame
+    return tuple(kept)
 
 
 def _tiles(episode: Episode, kind: str, steps: int, history: int) -> list[Window]:
