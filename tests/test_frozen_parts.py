@@ -14,8 +14,9 @@ from tiny_model import quick_compilation, save_run
 from weight_files import write_umt5, write_wan22_vae
 
 from wallwm_jax.console import UserError
+from wallwm_jax.data.caption_files import TEXT_FEATURES
 from wallwm_jax.data.clusters import cluster_store
-from wallwm_jax.data.event_store import TEXT_FEATURES, EventStore, open_store
+from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.packing import draw_caption, pack_row, random_stream
 from wallwm_jax.data.pipeline import check_store
 from wallwm_jax.data.store_writer import StoreOptions, write_store
