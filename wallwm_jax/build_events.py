@@ -15,6 +15,11 @@ its text encoder, computed here once, in batches on the local devices (weights: 
     python -m wallwm_jax.build_events --source=ocbench:chamber --episodes=20 --size=192 --out=runs/wan \
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
+What a store holds, to look at: one page with timelines, captions and who wrote them, lengths and clusters. With the
+store of the same episodes whose events are known, boundaries are drawn and counted beside the true ones:
+
+    python -m wallwm_jax.build_events --inspect=runs/store --out=runs/store.html [--truth=runs/labelled]
+
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
 unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
 with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
@@ -124,9 +129,13 @@ def _open_source(
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]", required=True)
-    flags.DEFINE_integer("episodes", 40, "Successful episodes to keep of each family")
-    flags.DEFINE_string("out", None, "Directory of the new store", required=True)
+    flags.DEFINE_string("source", None, "Where episodes come from: ocbench:FAMILY[,FAMILY...]")
+    flags.DEFINE_integer(
+        "episodes", 40, "Successful episodes to keep of each family; of --inspect, to show (default 4)"
+    )
+    flags.DEFINE_string("out", None, "Directory of the new store; of --inspect, the page", required=True)
+    flags.DEFINE_string("inspect", "", "Build nothing: make a page of this store")
+    flags.DEFINE_string("truth", "", "inspect: store of the same episodes with true events")
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
     flags.DEFINE_string("codec_weights", "", "Folder of the codec's converted weights (wan21, wan22)")
     flags.DEFINE_integer("codec_batch", 8, "Videos that the codec encodes together, over all local devices", 1)
@@ -150,9 +159,17 @@ def _define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Builds what the flags ask for and prints the summary."""
+    values = flags.FLAGS
+    if values.inspect:
+        from wallwm_jax.evaluation.inspection import inspect_store
+
+        chosen = values.episodes if values["episodes"].present else None
+        print(inspect_store(values.inspect, values.out, truth=values.truth, episodes=chosen))
+        return
+    if not values.source:
+        raise UserError("say where episodes come from: --source=ocbench:FAMILY[,FAMILY...], or --inspect=STORE")
     from wallwm_jax.data.store_writer import StoreOptions
 
-    values = flags.FLAGS
     start = time.monotonic()
     options = StoreOptions(
         codec=values.codec,

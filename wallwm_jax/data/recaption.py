@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,32 +41,36 @@ from wallwm_jax.events.windows import KINDS, Window
 from wallwm_jax.models.text import open_text_encoder
 
 
-def stored_spans(path: str | Path) -> list[Spans]:
-    """Spans of every episode of a store, by episode id, as they are captioned now.
+def stored_spans(path: str | Path, episodes: Sequence[int] | None = None) -> list[Spans]:
+    """Spans of the episodes of a store as they are captioned now, of all by episode id, or of those that are named.
 
     Stores of earlier builds name paraphrases only in the records of their windows, which are then read once.
     """
     store = open_store(path)
-    spans: list[Spans] = [read_spans(entry) for entry in store.episodes]
-    if any("paraphrases" not in span for entry in store.episodes for row in entry["spans"].values() for span in row):
+    chosen = range(len(store.episodes)) if episodes is None else episodes
+    entries = {number: store.episodes[number] for number in chosen}
+    spans: dict[int, Spans] = {number: read_spans(entry) for number, entry in entries.items()}
+    if any("paraphrases" not in span for entry in entries.values() for row in entry["spans"].values() for span in row):
         _recall_paraphrases(store, spans)
-    return spans
+    return list(spans.values())
 
 
-def read_episodes(path: str | Path) -> Iterator[Episode]:
-    """The episodes of a store, by episode id, rebuilt from their windows: what a captioner sees, not the recording.
+def read_episodes(path: str | Path, episodes: Sequence[int] | None = None) -> Iterator[Episode]:
+    """The episodes of a store, all or those that are named, rebuilt from their windows: what a captioner sees.
 
-    Poses between the windows' observations are the commanded ones, shifted to meet them; frames that no record holds
-    (of stores of latents, all but keyframes) are the nearest that one does. Only cameras that stand still are there.
+    It is not the recording. Poses between the windows' observations are the commanded ones, shifted to meet them;
+    frames that no record holds (of stores of latents, all but keyframes) are the nearest that one does. Only cameras
+    that stand still are there.
 
     Raises:
       UserError: no record of an episode can be read.
     """
-    spans = stored_spans(path)
+    spans = stored_spans(path, episodes)
     store = open_store(path)
+    chosen = range(len(store.episodes)) if episodes is None else episodes
     stores = {split: store if split == store.split else open_store(path, split) for split in store.meta["splits"]}
     windows = {split: _windows_by_episode(one.index["episode"]) for split, one in stores.items()}
-    for entry, row in zip(store.episodes, spans):
+    for entry, row in zip((store.episodes[number] for number in chosen), spans):
         yield _rebuild(stores[entry["split"]], entry, row, windows[entry["split"]].get(entry["id"], []))
 
 
@@ -174,11 +178,11 @@ def _windows_by_episode(episodes: np.ndarray) -> dict[int, list[int]]:
     return {int(n): part.tolist() for n, part in zip(numbers, np.split(order, starts[1:]))}
 
 
-def _recall_paraphrases(store: EventStore, episodes: list[Spans]) -> None:
+def _recall_paraphrases(store: EventStore, episodes: dict[int, Spans]) -> None:
     """Puts the paraphrases that the records name into the spans."""
     for split in store.meta["splits"]:
         one = open_store(store.path, split)
-        for record in _readable(one, range(len(one))):
+        for record in _readable(one, np.flatnonzero(np.isin(one.index["episode"], list(episodes))).tolist()):
             if record.paraphrase_ids:
                 number = record.event_index if record.kind == "event" else 0
                 row: Any = list(episodes[record.episode_id][record.level])
