@@ -14,17 +14,21 @@ from tiny_model import quick_compilation, save_run
 from weight_files import write_umt5, write_wan22_vae
 
 from wallwm_jax.console import UserError
+from wallwm_jax.data.caption_files import TEXT_FEATURES
 from wallwm_jax.data.clusters import cluster_store
-from wallwm_jax.data.event_store import TEXT_FEATURES, EventStore, open_store
+from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.packing import draw_caption, pack_row, random_stream
 from wallwm_jax.data.pipeline import check_store
+from wallwm_jax.data.recaption import stored_spans, write_layer
 from wallwm_jax.data.store_writer import StoreOptions, write_store
 from wallwm_jax.evaluation import sight_cones
 from wallwm_jax.evaluation.open_loop import evaluate_open_loop
+from wallwm_jax.events.captioners import Caption, with_captions
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.models.codecs import get_codec, open_codec
 from wallwm_jax.models.convert.stream import import_weights
 from wallwm_jax.models.text import open_text_encoder
+from wallwm_jax.models.text.umt5 import CaptionEncoder
 from wallwm_jax.train import run
 
 WIDTH = 16  # of the text features
@@ -224,6 +228,27 @@ def test_a_model_that_does_not_fit_is_refused(frozen):
 def test_the_picture_of_sight_cones_asks_for_frames(frozen):
     with pytest.raises(UserError, match="holds latents, not pictures"):
         sight_cones.draw(open_store(frozen), 0, ("ur5e/wrist", "front_pixels"), 4, 0.1, 3.0)
+
+
+def test_a_recaption_encodes_only_what_is_new(frozen, tmp_path, monkeypatch):
+    copy = shutil.copytree(frozen, tmp_path / "store")
+    old, encoded = open_store(copy), []
+    encode = CaptionEncoder.encode
+    monkeypatch.setattr(CaptionEncoder, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    spans = [
+        with_captions(row, {("action", 0): Caption("reach", ("go there",), 1.0, "human")}) for row in stored_spans(copy)
+    ]
+    write_layer(copy, spans, "human")
+    store, config = open_store(copy), config_for(old)
+    with config.unlocked():
+        config.data.update(caption_drop=0.1, parent_caption_prob=0.5, duration_clause_prob=0.5)
+    assert encoded and not [text for text in encoded if old.text_tokens(text) is not None]
+    for index in range(len(store)):
+        for row in range(12):
+            text = draw_caption(store, store.read(index), config.data, random_stream(0, 3, row, index)).text
+            assert store.text_tokens(text) == len(store.text_features(text)), text
+    kept = old.caption(old.read(0).level_caption_ids[0])
+    np.testing.assert_array_equal(store.text_features(kept), old.text_features(kept))
 
 
 def test_damaged_features_are_named(frozen, tmp_path):

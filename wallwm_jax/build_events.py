@@ -24,6 +24,11 @@ build_report.html in the store tells what was found in which episode, with pictu
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
         --levels=task,subtask --clean --sync --out=runs/kitchen
 
+What a store holds, to look at: one page with timelines, captions and who wrote them, lengths and clusters. With the
+store of the same episodes whose events are known, boundaries are drawn and counted beside the true ones:
+
+    python -m wallwm_jax.build_events --inspect=runs/store --out=runs/store.html [--truth=runs/labelled]
+
 The same command and seed give the same store. It appears at --out only when it is complete; an existing one is kept
 unless --overwrite is given. Open it with `wallwm_jax.data.event_store.open_store`, or, where only the records matter,
 with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
@@ -131,13 +136,19 @@ def report(build: Build, out: str) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("source", None, f"Where episodes come from: {' or '.join(NAMES.values())}", required=True)
-    flags.DEFINE_integer("episodes", None, "To record of each family (default 40); the first so many of a set (all)")
+    flags.DEFINE_string("source", None, f"Where episodes come from: {' or '.join(NAMES.values())}")
+    flags.DEFINE_integer(
+        "episodes",
+        None,
+        "To record of each family (default 40); the first so many of a set (all); of --inspect, to show (4)",
+    )
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float(
         "video_fps", 0.0, "Frames per second, two commands each, that a set is brought to; 0 keeps its own"
     )
-    flags.DEFINE_string("out", None, "Directory of the new store", required=True)
+    flags.DEFINE_string("out", None, "Directory of the new store; of --inspect, the page", required=True)
+    flags.DEFINE_string("inspect", "", "Build nothing: make a page of this store")
+    flags.DEFINE_string("truth", "", "inspect: store of the same episodes with true events")
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
     flags.DEFINE_string("codec_weights", "", "Folder of the codec's converted weights (wan21, wan22)")
     flags.DEFINE_integer("codec_batch", 8, "Videos that the codec encodes together, over all local devices", 1)
@@ -165,10 +176,17 @@ def _define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Builds what the flags ask for and prints the summary."""
+    values = flags.FLAGS
+    if values.inspect:
+        from wallwm_jax.evaluation.inspection import inspect_store
+
+        print(inspect_store(values.inspect, values.out, truth=values.truth, episodes=values.episodes))
+        return
+    if not values.source:
+        raise UserError("say where episodes come from: --source=ocbench:FAMILY[,FAMILY...] for example, or --inspect=STORE")
     from wallwm_jax.data.store_writer import StoreOptions
     from wallwm_jax.events.preparing import PrepareOptions
 
-    values = flags.FLAGS
     start = time.monotonic()
     options = StoreOptions(
         codec=values.codec,

@@ -9,6 +9,7 @@ A store is a directory, made by `wallwm_jax.build_events`:
     text_features.npy    of stores with a frozen text encoder: its bfloat16 features of every caption, end to end
     stats.json           `wallwm_jax.data.normalization.Stats`
     episodes.json        per episode: source, seed, success, split, spans of all levels
+    captions/            of stores that were captioned again: see `wallwm_jax.data.caption_files`
 
 A record holds the window's frames as JPEG where the codec is cheap (haar), else bfloat16 latents and only keyframes.
 Reading needs neither JAX nor TensorFlow, is safe from several threads, and a store can be pickled into processes.
@@ -17,12 +18,11 @@ Reading needs neither JAX nor TensorFlow, is safe from several threads, and a st
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from wallwm_jax.console import UserError
+from wallwm_jax.data.caption_files import CAPTIONS, EPISODES, TEXT_FEATURES, SpanCaptions, load_captions
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
@@ -41,7 +42,6 @@ from wallwm_jax.models.codecs import Codec, get_codec, to_uint8
 SCHEMA_VERSION = 1
 GEOMETRY_DIM = 21  # fx/W fy/H cx/W cy/H, k1 k2 p1 p2 k3, world-from-camera 3x4 row-major
 RECORDS = Path("tfds", "events", "1.0.0")
-TEXT_FEATURES = "text_features.npy"
 UNFINISHED = "UNFINISHED"  # a file in the directory of a build that has not ended, holding the builder's process id
 
 INDEX_DTYPE = np.dtype(
@@ -206,7 +206,9 @@ class EventStore:
     def __init__(self, path: Path, split: str, meta: dict[str, Any], index: np.ndarray) -> None:
         self.path, self.split, self.meta, self.index = path, split, meta, index
         self.stats = Stats.load(path / "stats.json")
-        self.captions = load_captions(path / "captions.npz")
+        self._words = captions_folder(path, meta)
+        self._layer = SpanCaptions(self._words) if self._words != path else None
+        self.captions = load_captions(self._words / CAPTIONS)
         self.codec = get_codec(meta["codec"])
         self._layout = RecordLayout.of(meta)
         self._records = ArrayRecordDataSource(shard_instructions(path, meta["splits"][split]))
@@ -234,7 +236,8 @@ class EventStore:
             raise BadRecord(index, int(row["episode"]), f"unreadable ({' '.join(str(error).split())})") from None
         if zlib.crc32(serialized) != row["checksum"]:
             raise BadRecord(index, int(row["episode"]), "the checksum differs from the index")
-        return parse_record(serialized, index, self._layout)
+        record = parse_record(serialized, index, self._layout)
+        return record if self._layer is None else replace(record, **self._layer.ids(record))
 
     def latents(self, record: WindowRecord, views: Sequence[str]) -> np.ndarray:
         """Latents `[len(views), 1 + N, h, w, C]` of a record, not normalised: as stored, or of its frames.
@@ -284,12 +287,12 @@ class EventStore:
     @functools.cached_property
     def _text_places(self) -> np.ndarray:
         """`[captions, 3]`: first row, end and CRC-32 of each caption's features."""
-        with np.load(self.path / "captions.npz") as captions:
+        with np.load(self._words / CAPTIONS) as captions:
             return captions["features"]
 
     @functools.cached_property
     def _text_table(self) -> np.ndarray:
-        return np.load(self.path / TEXT_FEATURES, mmap_mode="r")
+        return np.load(self._words / TEXT_FEATURES, mmap_mode="r")
 
     def channel_weights(self) -> np.ndarray:
         """`[C]` float32: loss weight of each latent channel. Those of the Wan codecs count alike, as in their training;
@@ -311,9 +314,9 @@ class EventStore:
     def episodes(self) -> list[dict[str, Any]]:
         """All episodes of the store (both splits), by episode id: id, name, source, embodiment, seed, success, split,
         num_steps, num_frames, views, provenance, and `spans`: level → list of {start, end, caption, verb, parent,
-        success}.
+        success, paraphrases, confidence, provenance}; stores of earlier builds lack the last three.
         """
-        return json.loads((self.path / "episodes.json").read_text())
+        return json.loads((self._words / EPISODES).read_text())
 
     def span(self, index: int) -> dict[str, Any] | None:
         """The event of window `index` as in `episodes`: its caption, verb and true steps; None for other windows."""
@@ -349,8 +352,13 @@ def open_store(path: str | Path, split: str = "train") -> EventStore:
         if not (path / RECORDS / shard["file"]).is_file():
             raise UserError(f"event store {str(path)!r} lacks the records {shard['file']!r}; build it again")
     if "text_width" in meta:
-        _check_text_features(path, meta)
+        _check_text_features(captions_folder(path, meta), meta)
     return EventStore(path, split, meta, index)
+
+
+def captions_folder(path: Path, meta: Mapping[str, Any]) -> Path:
+    """Where the captions in use are: the store itself, or the layer of its last re-caption."""
+    return path / meta["captions"]["folder"] if "captions" in meta else path
 
 
 def write_clusters(path: str | Path, split: str, cluster_vl: np.ndarray, cluster_action: np.ndarray) -> None:
@@ -372,40 +380,6 @@ def write_index(path: Path, index: np.ndarray) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def save_captions(path: Path, captions: list[str], features: Sequence[np.ndarray] | None = None) -> None:
-    """Writes captions as their UTF-8 bytes end to end; the byte ids of the `bytes` text encoder are these plus 3.
-
-    `features`, `[n, Dt]` bfloat16 of each caption, go end to end into `TEXT_FEATURES` beside `path`.
-    """
-    encoded = [caption.encode() for caption in captions]
-    arrays: dict[str, Any] = {
-        "utf8": np.frombuffer(b"".join(encoded), np.uint8),
-        "offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-    }
-    if features is not None:
-        rows = [np.ascontiguousarray(part).view(np.uint16) for part in features]
-        ends = np.cumsum([len(part) for part in rows], dtype=np.int64)
-        checksums = [zlib.crc32(part.tobytes()) for part in rows]
-        arrays["features"] = np.stack([np.concatenate([[0], ends[:-1]]), ends, checksums], 1)
-        table = np.lib.format.open_memmap(
-            path.with_name(TEXT_FEATURES), "w+", np.uint16, (int(ends[-1]), rows[0].shape[1])
-        )
-        for part, end in zip(rows, ends):
-            table[end - len(part) : end] = part
-        table.flush()
-    np.savez(path, **arrays)
-
-
-def load_captions(path: Path) -> list[str]:
-    """Reads what `save_captions` wrote. Raises `UserError` where it is missing or damaged."""
-    try:
-        with np.load(path) as table:
-            data, offsets = table["utf8"].tobytes(), table["offsets"].tolist()
-        return [data[start:end].decode() for start, end in itertools.pairwise(offsets)]
-    except Exception as error:  # a damaged zip raises from several modules
-        raise UserError(f"captions {str(path)!r} are missing or damaged ({error}); build the store again") from None
 
 
 def shard_instructions(path: Path, split: Mapping[str, Any]) -> list[str]:
@@ -523,7 +497,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _check_text_features(path: Path, meta: Mapping[str, Any]) -> None:
     try:
         table = np.load(path / TEXT_FEATURES, mmap_mode="r")
-        with np.load(path / "captions.npz") as captions:
+        with np.load(path / CAPTIONS) as captions:
             rows, width = int(captions["features"][-1, 1]), int(meta["text_width"])
     except Exception as error:  # a damaged zip raises from several modules
         raise UserError(

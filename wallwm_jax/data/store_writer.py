@@ -32,11 +32,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from wallwm_jax.config import fingerprint
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.data import event_store
+from wallwm_jax.data.caption_files import CAPTIONS, EPISODES, Wordings, parent_of, places, save_captions, span_entry
 from wallwm_jax.data.normalization import Stats, StatsAccumulator, StreamingMoments, floor_deviation
 from wallwm_jax.data.record_files import RecordFiles, record_features
 from wallwm_jax.events.actions import ACTION_DIM, relative_actions, state_vector
-from wallwm_jax.events.caption import duration_clause, with_parent
-from wallwm_jax.events.schema import LEVELS, Episode, Span
+from wallwm_jax.events.schema import LEVELS, Episode
 from wallwm_jax.events.windows import GROUP, KINDS, Window, cut_windows
 from wallwm_jax.models.codecs import Codec, get_codec
 from wallwm_jax.models.codecs.wan_codec import WanCodec
@@ -227,7 +227,7 @@ class _Writer:
         self._frame_keys: dict[str, str] = {}
         self._records: RecordFiles | None = None
         self._index: dict[str, bytearray] = {}  # rows of INDEX_DTYPE end to end
-        self._captions: dict[str, int] = {}
+        self._captions = Wordings()
         self._embodiments: dict[str, int] = {}
         self._sources: dict[str, int] = {}
         self._episodes: list[dict[str, Any]] = []
@@ -381,39 +381,23 @@ class _Writer:
         self.summary.windows[window.kind, window.level] += 1
 
     def _caption_ids(self, episode: Episode, window: Window) -> dict[str, list[int]]:
-        own = LEVELS.index(window.level)
-        around, after, parent = [-1] * len(LEVELS), [-1] * len(LEVELS), ""
-        for depth, level in enumerate(LEVELS):
-            for span in episode.spans.get(level, ()):
-                if depth <= own and span.start <= window.span_start < span.end:
-                    around[depth] = self._caption(span.caption)
-                    parent = span.caption if depth < own else parent
-                if after[depth] < 0 and span.start >= window.span_end:
-                    after[depth] = self._caption(span.caption)
-        spans = episode.spans[window.level]
-        is_event = window.kind == "event"
-        paraphrases = spans[window.event_index if is_event else 0].paraphrases
+        spans = episode.spans
+        starts = {level: [span.start for span in row] for level, row in spans.items()}
+        around, after = places(starts, window.level, window.span_start, window.span_end)
+        named = [
+            [self._captions.add(spans[level][index].caption) if index >= 0 else -1 for level, index in zip(LEVELS, row)]
+            for row in (around, after)
+        ]
+        own = window.event_index if window.kind == "event" else 0
+        span = spans[window.level][own]
         if self._text:
-            self._add_wordings(spans[window.event_index if is_event else 0], parent, window.duration_s)
+            self._captions.add_variants(span.caption, span.paraphrases, parent_of(spans, around), window.duration_s)
         return {
-            "level_caption_ids": around,
-            "next_caption_ids": after,
-            "paraphrase_ids": [self._caption(text) for text in paraphrases],
-            "previous_caption_ids": [
-                self._caption(span.caption) for span in spans[: window.event_index if is_event else 0]
-            ],
+            "level_caption_ids": named[0],
+            "next_caption_ids": named[1],
+            "paraphrase_ids": [self._captions.add(text) for text in span.paraphrases],
+            "previous_caption_ids": [self._captions.add(past.caption) for past in spans[window.level][:own]],
         }
-
-    def _add_wordings(self, span: Span, parent: str, duration_s: float) -> None:
-        """Every wording that a loader may draw for a window besides the captions themselves: with its parent's
-        caption, with its duration, with both."""
-        for text in (span.caption, *span.paraphrases):
-            for wording in (text, duration_clause(text, duration_s)):
-                self._caption(wording)
-                self._caption(with_parent(parent, wording))
-
-    def _caption(self, text: str) -> int:
-        return self._captions.setdefault(text, len(self._captions))
 
     def finish(self) -> None:
         """Closes the records and writes everything beside them."""
@@ -432,10 +416,10 @@ class _Writer:
             }
         features = None
         if self._text:
-            self._caption("")
-            features = self._text.encode(list(self._captions))
-        event_store.save_captions(self._directory / "captions.npz", list(self._captions), features)
-        (self._directory / "episodes.json").write_text(json.dumps(self._episodes))
+            self._captions.add("")
+            features = self._text.encode(list(self._captions.ids))
+        save_captions(self._directory / CAPTIONS, list(self._captions.ids), features)
+        (self._directory / EPISODES).write_text(json.dumps(self._episodes))
         mean, std, sampled = self._latent_stats(splits["train"])
         counts = {f"{kind}_{level}": count for (kind, level), count in sorted(self.summary.windows.items())}
         Stats(self._actions.result(), self._states.result(), mean, std, {**counts, "latent_sample": sampled}).save(
@@ -569,19 +553,7 @@ def _episode_entry(episode: Episode, number: int, split: str) -> dict[str, Any]:
         "views": list(episode.frames),
         "provenance": list(episode.provenance),
         "spans": {
-            level: [
-                {
-                    "start": int(span.start),
-                    "end": int(span.end),
-                    "caption": span.caption,
-                    "verb": span.verb,
-                    "parent": span.parent,
-                    "success": span.success,
-                }
-                for span in episode.spans[level]
-            ]
-            for level in LEVELS
-            if level in episode.spans
+            level: [span_entry(span) for span in episode.spans[level]] for level in LEVELS if level in episode.spans
         },
     }
 

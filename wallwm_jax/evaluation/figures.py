@@ -82,6 +82,20 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         return to_png(figure)
 
 
+def shares(title: str, values: np.ndarray) -> bytes:
+    """Share of events per cluster, in percent, in the order given, beside what each would have if all had the same."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.7), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(np.arange(len(values)), 100 * np.asarray(values), 0.8, color=BLUE)
+        axes.axhline(100 / len(values), color=INK, linewidth=0.8, linestyle=":", label="uniform")
+        axes.set(title=title, xlabel="cluster, largest first", ylabel="% of events", xlim=(-0.7, len(values) - 0.3))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper right")
+        return to_png(figure)
+
+
 def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]], *, ours: Collection[str] = ("trained",)) -> bytes:
     """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}; `ours` in colour."""
     measures = list(dict.fromkeys(measure for row in rates.values() for measure in row))
@@ -130,6 +144,50 @@ def sweep(
             panel.set_ylim(len(arms) - 0.5, -0.5)
             panel.set_title(measure)
             panel.grid(axis="y", visible=False)
+        return to_png(figure)
+
+
+def motion(seconds: np.ndarray, curves: Mapping[str, np.ndarray], boundaries: Mapping[str, Sequence[float]]) -> bytes:
+    """Curves of one episode below each other, with the boundaries of each level as lines, the coarsest boldest.
+
+    Args:
+      seconds: `[T + 1]`.
+      curves: title of a panel → `[T + 1]`.
+      boundaries: level → seconds, coarse to fine.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.5 + 0.95 * len(curves)), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(len(curves), 1, sharex=True))
+        for panel, (name, curve) in zip(panels, curves.items()):
+            panel.plot(seconds, curve, color=BLUE, linewidth=1.4)
+            panel.set_title(name)
+            panel.grid(axis="x", visible=False)
+            for depth, (level, moments) in enumerate(boundaries.items()):
+                colour, width = (INK, 1.4) if depth == 0 else (ORANGE, 1.0) if depth == 1 else (MUTED, 0.6)
+                for number, moment in enumerate(moments):
+                    label = level if panel is panels[0] and number == 0 else None
+                    panel.axvline(moment, color=colour, linewidth=width, alpha=0.7, zorder=0, label=label)
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(boundaries))
+        panels[-1].set_xlabel("seconds")
+        panels[-1].set_xlim(seconds[0], seconds[-1])
+        return to_png(figure)
+
+
+def lengths(values: Mapping[str, Sequence[float]]) -> bytes:
+    """A histogram of the seconds of spans per level, on a logarithmic axis that all share."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.9), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(values)))
+        every = np.concatenate([np.asarray(row, float) for row in values.values()])
+        bins = np.geomspace(every.min(), max(every.max(), 1.1 * every.min()), 31)
+        for panel, (level, row) in zip(panels, values.items()):
+            panel.hist(row, bins=bins, color=BLUE)
+            panel.axvline(np.median(row), color=ORANGE, linewidth=1.4)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.set_title(f"{level}, median {np.median(row):.1f} s")
+            panel.set_xlabel("seconds")
+            panel.grid(axis="x", visible=False)
         return to_png(figure)
 
 

@@ -13,7 +13,6 @@ phase, {"data": 231.0, ...}, to be listed before those of the evaluation.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,11 +27,11 @@ from ml_collections import ConfigDict
 from wallwm_jax.config import require_directory
 from wallwm_jax.console import UserError, run_command, write_text
 from wallwm_jax.data.clusters import balance_report, sampling_weights
-from wallwm_jax.data.event_store import BadRecord, EventStore, open_store
+from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.evaluation import figures
 from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, PREDICTORS
-from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.evaluation.timelines import data_uri, frames_along, level_bars
 from wallwm_jax.events.windows import KINDS
 from wallwm_jax.training.telemetry import METRICS_FILE, read_metrics
 
@@ -44,19 +43,6 @@ _LABELS = {
     "hold_still": "hold still",
     "cluster_mean": "cluster mean",
 }
-_PASTELS = (
-    "#cfe2f3",
-    "#fce5cd",
-    "#d9ead3",
-    "#ead1dc",
-    "#fff2cc",
-    "#d0e0e3",
-    "#e6d7f2",
-    "#f4cccc",
-    "#dfe6c8",
-    "#d7dbe0",
-)
-_THUMBNAILS = 12
 _PACKING_BLOCKS = 16
 
 
@@ -306,26 +292,6 @@ def _timeline(store: EventStore) -> dict[str, Any] | None:
         return None
     number = int(index["episode"][events[0]])
     episode = store.episodes[number]
-    steps, clock = episode["num_steps"], store.meta["clock_hz"]
-    colours: dict[str, str] = {}
-    levels = []
-    for level in LEVELS:
-        bars = []
-        for span in episode["spans"].get(level, ()):
-            colour = colours.setdefault(span["verb"], _PASTELS[len(colours) % len(_PASTELS)])
-            width = 100 * (span["end"] - span["start"]) / steps
-            text = span["caption"] if level in ("task", "subtask") else span["verb"]
-            bars.append(
-                {
-                    "left": 100 * span["start"] / steps,
-                    "width": width,
-                    "text": text if width > 0.8 * len(span["verb"]) else "",
-                    "caption": span["caption"],
-                    "seconds": (span["end"] - span["start"]) / clock,
-                    "colour": colour,
-                }
-            )
-        levels.append({"name": level, "bars": bars})
     subtasks = episode["spans"].get("subtask", [])
     captions = [
         f"{span['caption']}: "
@@ -334,32 +300,11 @@ def _timeline(store: EventStore) -> dict[str, Any] | None:
     ]
     return {
         "title": f"“{episode['spans']['task'][0]['caption']}” ({episode['name']}), camera {store.meta['views'][0]}.",
-        "seconds": steps / clock,
-        "levels": levels,
+        "seconds": episode["num_steps"] / store.meta["clock_hz"],
+        "levels": level_bars(episode, store.meta["clock_hz"]),
         "captions": captions,
-        "thumbs": [_data_uri(figures.thumbnail(frame), "jpeg") for frame in _frames_along(store, number)],
+        "thumbs": [data_uri(figures.thumbnail(frame), "jpeg") for frame in frames_along(store, number)],
     }
-
-
-def _frames_along(store: EventStore, episode: int) -> list[np.ndarray]:
-    """Frames of the first view at equally spaced moments, read from the windows that hold them."""
-    index = store.index
-    windows = np.flatnonzero((index["episode"] == episode) & (index["kind"] == KINDS.index("event")))
-    view, stride = store.meta["views"][0], store.meta["video_stride"]
-    found: dict[int, np.ndarray] = {}
-    wanted = np.linspace(0, store.episodes[episode]["num_steps"], _THUMBNAILS)
-    for window in windows:
-        try:
-            record = store.read(int(window))
-        except BadRecord:
-            continue
-        if view not in record.frames or record.latents is not None:  # keyframes alone do not say when they were
-            continue
-        for moment, step in enumerate(wanted):
-            position = int(np.abs(record.frame_steps - step).argmin())
-            if moment not in found and abs(record.frame_steps[position] - step) <= stride / 2:
-                found[moment] = record.picture(view, position)
-    return [found[moment] for moment in sorted(found)]
 
 
 def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
@@ -447,17 +392,13 @@ def _read_json(path: Path, remedy: str) -> Any:
 
 def _picture(path: Path) -> str:
     try:
-        return _data_uri(path.read_bytes(), path.suffix.removeprefix("."))
+        return data_uri(path.read_bytes(), path.suffix.removeprefix("."))
     except OSError as error:
         raise UserError(f"picture {str(path)!r} is missing ({error}); run wallwm_jax.evaluate again") from None
 
 
 def _png(data: bytes) -> str:
-    return _data_uri(data, "png")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return data_uri(data, "png")
 
 
 def _define_flags() -> None:

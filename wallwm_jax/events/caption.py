@@ -7,7 +7,7 @@ moves) and gets the canonical wording first, paraphrases after it. A duration cl
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,9 +169,15 @@ def describe(level: str, verb: str, facts: Facts, *, phase: str = "") -> tuple[s
         origin=facts.origin,
         phase=phase,
     )
-    usable = [t for t in templates if all(words[field] for field in _FIELD.findall(t))]
-    if not usable:
+    wordings = fill(templates, words)
+    if not wordings:
         raise UserError(f"{level} {verb!r} of {facts.thing.full!r} lacks the facts that its captions need: {facts}")
+    return wordings
+
+
+def fill(templates: Sequence[str], words: Mapping[str, str]) -> tuple[str, ...]:
+    """The templates whose fields all have a word, filled in, in order and without repeats."""
+    usable = [t for t in templates if all(words[field] for field in _FIELD.findall(t))]
     return tuple(dict.fromkeys(template.format(**words) for template in usable))
 
 

@@ -33,6 +33,8 @@ class Span:
       parent: index of the containing span on the next coarser level; None on the task level.
       paraphrases: other wordings of the same caption, the caption itself excluded.
       success: whether the source says that the event achieved its goal; None where it does not say.
+      confidence: 0 to 1, how far the caption can be trusted; None where nobody said.
+      provenance: who wrote the caption, for example "templates", "vlm:<model>" or "human"; "" for the source itself.
     """
 
     start: int
@@ -42,6 +44,8 @@ class Span:
     parent: int | None = None
     paraphrases: tuple[str, ...] = ()
     success: bool | None = None
+    confidence: float | None = None
+    provenance: str = ""
 
     @property
     def length(self) -> int:
@@ -175,6 +179,8 @@ def _check_spans(episode: Episode) -> None:
                 raise EpisodeError(f"{where}: empty span at step {span.start}")
             if not span.caption.strip():
                 raise EpisodeError(f"{where}: empty caption at step {span.start}")
+            if span.confidence is not None and not 0 <= span.confidence <= 1:
+                raise EpisodeError(f"{where}: confidence {span.confidence} at step {span.start}, must be in 0..1")
             _check_parent(span, episode.spans[present[depth - 1]] if depth else None, where)
             cursor = span.end
         if cursor != episode.num_steps:
