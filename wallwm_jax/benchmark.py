@@ -35,8 +35,8 @@ into OCBench episodes, by how many are recovered and caught (pip install 'wallwm
     python -m wallwm_jax.benchmark segment --episodes=20 --tasks=push,drawer-open,assembly --json
     python -m wallwm_jax.benchmark sync --json
 
-All but muon, segment and sync take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes to
-standard error, the figures alone to standard output.
+All but muon, segment and sync take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes
+to standard error, the figures alone to standard output.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from wallwm_jax.console import phase, run_command
+from wallwm_jax.console import UserError, phase, run_command
 from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_source
 
 # Recording processes import this module again, so what is heavy is imported where it is used.
@@ -183,7 +183,9 @@ def main(_: Sequence[str]) -> None:
         print(inspect_store(values.inspect, values.out, truth=values.truth, episodes=values.episodes))
         return
     if not values.source:
-        raise UserError("say where episodes come from: --source=ocbench:FAMILY[,FAMILY...] for example, or --inspect=STORE")
+        raise UserError(
+            "say where episodes come from: --source=ocbench:FAMILY[,FAMILY...] for example, or --inspect=STORE"
+        )
     from wallwm_jax.data.store_writer import StoreOptions
     from wallwm_jax.events.preparing import PrepareOptions
 

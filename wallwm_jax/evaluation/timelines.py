@@ -94,8 +94,8 @@ def frames_along(store: EventStore, episode: int, count: int = _THUMBNAILS) -> l
         if view not in record.frames or record.latents is not None:  # keyframes alone do not say when they were
             continue
         for moment, step in enumerate(wanted):
-            position = round((step - record.start) / stride)
-            if moment not in found and 0 <= position < len(record.frames[view]):
+            position = int(np.abs(record.frame_steps - step).argmin())
+            if moment not in found and abs(record.frame_steps[position] - step) <= stride / 2:
                 found[moment] = record.picture(view, position)
     return [found[moment] for moment in sorted(found)]
 
