@@ -1,4 +1,4 @@
-"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (Qwen3.5's tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (a tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
