@@ -31,6 +31,7 @@ from absl import flags
 
 from wallwm_jax.console import UserError, phase, run_command
 from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.sources.opening import SourceOptions, open_source
 
 # Recording processes import this module again, so what is heavy is imported where it is used.
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("source", None, "Where episodes come from, as python -m wallwm_jax.build_events", required=True)
     flags.DEFINE_string("out", None, "Folder to make; it must not exist", required=True)
     flags.DEFINE_enum("to", "lerobot", ["lerobot"], "Layout of the set")
-    flags.DEFINE_integer("episodes", 40, "Successful episodes to record of each family", 1)
+    flags.DEFINE_integer("episodes", None, "To record of each family (default 40); the first so many of a set (all)", 1)
+    flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
+    flags.DEFINE_float("video_fps", 0.0, "Frames per second that a set is brought to; 0 keeps its own", 0.0)
     flags.DEFINE_enum("level", "subtask", LEVELS, "Events that subtask_index names")
     flags.DEFINE_string("captions", "", "Table of captions, .csv or .jsonl, made by python -m wallwm_jax.caption out")
     flags.DEFINE_integer("size", 128, "Height and width of the frames, pixels")
@@ -51,8 +54,6 @@ def _define_flags() -> None:
 
 def main(_argv: list[str]) -> None:
     """The command; see the module docstring."""
-    from wallwm_jax.build_events import _open_source
-
     try:
         from wallwm_jax.sources.lerobot_export import write_lerobot
     except ImportError as error:
@@ -60,7 +61,15 @@ def main(_argv: list[str]) -> None:
 
     values = flags.FLAGS
     episodes: Iterable[Episode]
-    episodes, _ = _open_source(values.source, values.episodes, values.seed, values.size, values.workers)
+    options = SourceOptions(
+        values.episodes,
+        values.seed,
+        values.size,
+        workers=values.workers,
+        embodiment=values.embodiment,
+        video_fps=values.video_fps,
+    )
+    episodes, _ = open_source(values.source, options)
     if values.captions:
         from wallwm_jax.events.captioners.human import HumanCaptioner, read_edits
 
