@@ -150,7 +150,7 @@ class UnifiedMode:
         Raises:
           UserError: they are more, or of another width, than a text's features.
         """
-        features, _ = jax.eval_shape(self._encode_text, self.engine.params, self.engine.captions.encode([""]))
+        features = self._text_features
         if latents.ndim != 2 or latents.shape[1] != features.shape[1] or len(latents) > len(features):
             raise UserError(
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
@@ -264,6 +264,14 @@ class UnifiedMode:
                 videos[v] = [fit_picture(frame, size, view) for frame in frames[view]]
         latents = self.engine.stats.normalize_latents(self.engine.codec.encode(videos))
         return np.where(present[:, None, None, None, None], latents, 0.0).astype(np.float32)
+
+    @functools.cached_property
+    def _text_features(self) -> jax.ShapeDtypeStruct:
+        """`[L, Dt]`: those of any text."""
+        found: tuple[jax.ShapeDtypeStruct, ...] = jax.eval_shape(
+            self._encode_text, self.engine.params, self.engine.captions.encode([""])
+        )
+        return found[0]
 
     def _null(self) -> tuple[jax.Array, jax.Array] | None:
         """The null text's features and length, where guidance needs them."""
