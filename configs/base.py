@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
             weight_clip=10.0,  # weights stay within [1/clip, clip] times their mean
             parent_caption_prob=0.3,  # prefix a caption by its parent's
             paraphrase_prob=0.5,  # draw one of the paraphrases instead of the caption
+            chunk_event_prob=0.0,  # of a window with history to be told the event of the levels above that is going on
             duration_clause_prob=0.3,  # append "takes 2.5 s"
             caption_drop=0.1,  # replace the caption by the null text, for guidance
             caption_drop_long=0.9,  # the same for events of caption_drop_lengths[1] steps and more

@@ -9,16 +9,22 @@ model, with the model's own sizes from configs/ocbench_quickstart.py:
 
     python -m wallwm_jax.train --config=configs/ocbench_vlm.py:vlm_text --config.data.store=runs/quickstart/store \
         --workdir=runs/vlm_text --config.train.init_from=runs/vlm --config.train.text_from=runs/quickstart/train
+
+Or a staircase of four latents beside it is tied to how a world action model's video tower reads captions, here to that
+of configs/ocbench_cpu.py (of the quickstart: add --config.model.patch="(4, 4)" --config.model.place_embedding):
+
+    python -m wallwm_jax.train --config=configs/ocbench_vlm.py:staircase --config.data.store=runs/cpu/store \
+        --workdir=runs/staircase --config.train.init_from=runs/vlm --config.train.text_from=runs/cpu/train
 """
 
 from ml_collections import ConfigDict
 
-from configs import ocbench_quickstart
+from configs import ocbench_cpu, ocbench_quickstart
 
 
 def get_config(stage: str = "vlm_sft") -> ConfigDict:
-    """Stage `vlm_sft` or `vlm_text`."""
-    config = ocbench_quickstart.get_config()
+    """Stage `vlm_sft`, `vlm_text` or `staircase`."""
+    config = (ocbench_cpu if stage == "staircase" else ocbench_quickstart).get_config()
     config.unlock()
     config.data.levels = ConfigDict({"subtask": 1.0})
     config.data.rows = 4
@@ -32,4 +38,5 @@ def get_config(stage: str = "vlm_sft") -> ConfigDict:
     config.train.steps = 1000
     config.train.ema_decay = 0.99
     config.train.save_every = 250
+    config.train.log_every = 25
     return config.lock()

@@ -237,8 +237,8 @@ def episode(monkeypatch):
     monkeypatch.setattr(environments, "ScriptedPlanner", GoalPlanner)
 
     def make(**rules):
-        film = rules.pop("film", False)
-        return environments.Episode(Goals(), Trial("goals", 0), Rules(**rules), video_stride=2, film=film)
+        shown = {name: rules.pop(name) for name in ("film", "recent") if name in rules}
+        return environments.Episode(Goals(), Trial("goals", 0), Rules(**rules), video_stride=2, **shown)
 
     return make
 
@@ -297,6 +297,8 @@ def test_pictures_are_rendered_where_the_policy_looks_and_where_a_film_is_made(e
     filmed = episode(film=True)
     assert len(act(filmed, 0, 0, 0, 0, 0).film["front"]) == 2  # steps 2 and 4
     assert len(act(filmed, 0, 0, 0).film["front"]) == 2  # steps 6 and 8
+    remembering = episode(recent=2)
+    assert len(act(remembering, *[0] * 8).film["front"]) == 2 == remembering._env.rendered - 3  # steps 6 and 8
 
 
 # ---------------------------------------------------------------- closed loop: groups, results, trials

@@ -9,8 +9,9 @@ from random_batch import tiny_config
 from synthetic import synthetic_episode
 from tiny_model import quick_compilation, random_params
 
+from configs import ocbench_chunk, ocbench_cpu
 from wallwm_jax.console import UserError
-from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec
+from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec, draw_caption
 from wallwm_jax.data.pipeline import make_loader
 from wallwm_jax.events.actions import relative_actions
 from wallwm_jax.events.windows import cut_windows
@@ -102,6 +103,33 @@ def test_history_is_clean_at_negative_positions(batch):
 def test_event_batches_have_no_window_number():
     config = tiny_config()
     assert "window_number" not in batch_spec(config, 1, num_views=2)
+
+
+def test_a_chunk_may_be_told_the_event_that_goes_on_where_it_begins(store):
+    """Half of the draws here; the level is the config's, and the rest is the instruction."""
+    config = configured(store)
+    with config.unlocked():
+        config.data.update(levels={"subtask": 1.0}, caption_drop=0.0, paraphrase_prob=0.0, duration_clause_prob=0.0)
+        config.data.update(chunk_event_prob=0.5, caption_drop_long=0.0)
+    window = int(np.flatnonzero((store.index["kind"] == 2) & (store.index["event_index"] == 1))[0])
+    record, rng = store.read(window), np.random.default_rng(0)
+    drawn = [draw_caption(store, record, config.data, rng) for _ in range(400)]
+    spans = store.episodes[record.episode_id]["spans"]["subtask"]
+    event = next(span["caption"] for span in spans if span["start"] <= STEPS < span["end"])
+    assert {caption.text for caption in drawn} == {event, store.caption(record.caption_id)}
+    assert sum(caption.text == event for caption in drawn) / 400 == pytest.approx(0.5, abs=0.08)
+    assert store.event_at(record.episode_id, "subtask", 10_000) is None
+
+
+def test_a_model_of_chunks_from_scratch_sees_as_many_tokens_as_the_adapted_one():
+    event, adapted, scratch = ocbench_cpu.get_config(), ocbench_chunk.get_config(), ocbench_chunk.get_config("scratch")
+    assert scratch.train.steps == event.train.steps + adapted.train.steps
+    for config in (adapted, scratch):
+        assert (config.data.rows, config.data.latents_per_row) == (event.data.rows, event.data.latents_per_row)
+    assert (adapted.train.stage, scratch.train.stage) == ("chunk", "joint")
+    assert adapted.optim.lr < scratch.optim.lr and adapted.model == scratch.model == event.model
+    with pytest.raises(UserError, match="the part is adapt or scratch"):
+        ocbench_chunk.get_config("more")
 
 
 # What is learned

@@ -14,7 +14,7 @@ from wallwm_jax.evaluation import sweeps
 from wallwm_jax.evaluation.statistics import mean_interval
 from wallwm_jax.sweep import shell_lines
 
-SHIPPED = ("muon_adamw.py:rates", "muon_adamw.py:seeds")
+SHIPPED = ("muon_adamw.py:rates", "muon_adamw.py:seeds", "view_attention.py")
 
 
 def small(**changes):

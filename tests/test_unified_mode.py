@@ -13,6 +13,7 @@ from tiny_model import quick_compilation, random_params
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import pack_row
+from wallwm_jax.evaluation.open_loop import recorded_chunk_request
 from wallwm_jax.inference import denoising, unified_mode
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.policy import Policy
@@ -35,7 +36,7 @@ def mode(store):
     config = configured(store)
     with config.unlocked():
         config.sampling.update(steps=2, video_steps=2, action_draws=2)
-    return UnifiedMode(EventMode(random_params(config.model, seed=3), config, store.meta, store.stats))
+    return UnifiedMode(EventMode(random_params(config.model, seed=3), config, store.meta, store.stats, batch_size=2))
 
 
 def recorded(store, number):
@@ -84,6 +85,14 @@ def test_the_model_sees_what_it_saw_in_training(mode, store, number):
         np.testing.assert_allclose(made[name][:1], row[name][:1], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_recorded_window_tells_the_model_what_living_through_it_does(mode, store, number):
+    _, record, episode = recorded(store, number)
+    asked = mode.inputs(recorded_chunk_request(record))
+    for name, array in mode.inputs(lived(mode, store, record, episode)).items():
+        np.testing.assert_allclose(asked[name], array, atol=1e-5, err_msg=name)
+
+
 def test_sources_of_text_are_swapped_in_one_program(mode, store):
     """A global instruction, one for each chunk, latents; latents that are a text's features give that text's chunk."""
     _, record, episode = recorded(store, 1)
@@ -100,6 +109,22 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
     np.testing.assert_allclose(chunks[1].actions, chunks[4].actions, atol=1e-6)
     for one, other in ((0, 1), (1, 3)):
         assert np.abs(chunks[one].actions - chunks[other].actions).max() > 1e-3
+
+
+def test_robots_are_planned_for_together_as_each_alone(mode, store):
+    """Three of them in batches of two, each with its own past, words and noise, in the same program."""
+    requests = [lived(mode, store, *recorded(store, number)[1:]) for number in (0, 1, 1)]
+    texts = [mode.encode_text(text) for text in ("reach", "put the red block on the left", "")]
+    alone = [mode.plan(*pair, seed=seed) for seed, pair in enumerate(zip(requests, texts))]
+    before = mode.compilations
+    together = mode.plan_all(requests, texts, seeds=[0, 1, 2])
+    assert mode.compilations == before and len(together) == 3
+    for one, other in zip(alone, together):
+        np.testing.assert_allclose(one.poses, other.poses, atol=1e-5)
+        np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
+    assert min(np.abs(together[i].actions - together[j].actions).max() for i, j in ((0, 1), (1, 2))) > 1e-3
+    shifted = mode.plan_all(requests[1:], texts[1:], seeds=[1, 2])  # another row of the batch
+    np.testing.assert_allclose(shifted[0].actions, together[1].actions, atol=1e-5)
 
 
 def test_a_text_is_encoded_once_for_each_set_of_parameters(mode, monkeypatch):

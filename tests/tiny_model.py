@@ -42,12 +42,19 @@ def save_run(
     """
     params, average = random_params(config.model, seed=1), random_params(config.model, seed=2)
     params, average = ({k: v for k, v in tree.items() if k not in without} for tree in (params, average))
+    save_params(workdir, store, config, params, average, step=step)
+    return average
+
+
+def save_params(
+    workdir: Path, store: EventStore, config: ConfigDict, params: dict[str, Any], average: dict[str, Any], step: int = 7
+) -> None:
+    """Makes `workdir` a run with one checkpoint of these parameters."""
     state = TrainState(np.int32(step), params, {"momentum": params}, average, {})
     checkpointer = Checkpointer(workdir, keep=1, save_every=1)
     assets = {"store": store.meta, "stats": store.stats.to_dict()}
     checkpointer.save(step, state, assets, json.loads(to_json(config)))
     checkpointer.close()
-    return average
 
 
 @contextlib.contextmanager

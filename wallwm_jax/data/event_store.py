@@ -318,6 +318,11 @@ class EventStore:
             return None
         return self.episodes[row["episode"]]["spans"][LEVELS[row["level"]]][row["event_index"]]
 
+    def event_at(self, episode: int, level: str, step: int) -> dict[str, Any] | None:
+        """The event of a level that goes on at a control step of an episode, as in `episodes`; None where none does."""
+        spans = self.episodes[episode]["spans"].get(level, ())
+        return next((span for span in spans if span["start"] <= step < span["end"]), None)
+
 
 def open_store(path: str | Path, split: str = "train") -> EventStore:
     """Opens one split of an event store, after checking everything but the records themselves.

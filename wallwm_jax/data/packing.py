@@ -205,12 +205,18 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     """Draws how an event is worded: null text, paraphrase, prefix by its parent's caption, duration clause.
 
     The probabilities are `config.data`'s; every draw takes the same five numbers from `rng`. A clause or prefix with
-    which the text would not fit into `data.text_length` tokens is left out, so that no caption loses its end.
+    which the text would not fit into `data.text_length` tokens is left out, so that no caption loses its end. A window
+    with history, whose own caption is the instruction, is at times told the event that goes on where it begins.
     """
     drop, reword, which, prefix, clause = rng.random(5)
     length = record.duration_s * float(store.meta["action_hz"])
     if drop < drop_probability(length, data.caption_drop, data.caption_drop_long, *data.caption_drop_lengths):
         return Caption("")
+    if record.kind == "history" and rng.random() < data.chunk_event_prob:
+        shares = {level: share for level, share in data.levels.items() if share}
+        level = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+        if event := store.event_at(record.episode_id, str(level), record.start):
+            return Caption(event["caption"])
     text = store.caption(record.caption_id)
     if record.paraphrase_ids and reword < data.paraphrase_prob:
         text = store.caption(record.paraphrase_ids[int(which * len(record.paraphrase_ids))])

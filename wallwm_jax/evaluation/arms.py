@@ -95,10 +95,10 @@ def parse_arm(text: str) -> Arm:
     name, colon, rest = text.partition(":")
     given = dict(entry.partition("=")[::2] for entry in rest.split(","))
     keys = ["run", *(field.name for field in fields(Acting))]
-    if unknown := set(given) - set(keys):
-        raise UserError(f"--arm={text}: unknown {min(unknown)!r}; write name:key=value,... with {', '.join(keys)}")
     if not colon or not re.search(r"\w", name) or not given.get("run"):
         raise UserError(f"--arm={text}: write name:run=DIR,key=value,... with {', '.join(keys)}")
+    if unknown := set(given) - set(keys):
+        raise UserError(f"--arm={text}: unknown {min(unknown)!r}; write name:key=value,... with {', '.join(keys)}")
     found: dict[str, Any] = {key: value for key, value in given.items() if key != "run"}
     try:
         if "execute" in found:
@@ -112,6 +112,39 @@ def parse_arm(text: str) -> Arm:
     except UserError as error:
         raise UserError(f"--arm={text}: {error}") from error
     return Arm(name, given["run"], acting)
+
+
+def compare_arms(
+    arms: Sequence[Arm], store_path: str | Path, out: str | Path, options: Options
+) -> tuple[dict[str, Any], bool]:
+    """Runs what is missing of the arms' trials, writes into `out`; returns `compare`'s result, and whether all is done.
+
+    Raises:
+      UserError: a path is missing, runs that do not fit the store or each other, or trials made with other settings.
+    """
+    begun = time.monotonic()
+    with phase("load"):
+        from wallwm_jax.data.event_store import open_store
+        from wallwm_jax.evaluation import figures
+        from wallwm_jax.evaluation.closed_loop import draw_trials, open_pool
+
+        store = open_store(store_path, "heldout")
+        trials = draw_trials(store, options.families, options.episodes, options.seed)
+        slots = min(options.batch, len(trials))
+        actors, made_with, views = _open(arms, store, options, slots)
+        directory = Path(out).expanduser()
+        records = Records(directory / "trials", made_with)
+    with (
+        phase("act"),
+        open_pool(store, slots, views=views, patience=options.patience, processes=options.processes) as pool,
+    ):
+        whole = run_arms(actors, pool, trials, records, deadline=begun + options.max_seconds)
+    found = compare(records.paired(trials))
+    write_text(directory / "arms.json", json.dumps(found, indent=1) + "\n")
+    write_text(directory / "arms.md", table(found) + "\n")
+    rates = {name: {kind: row[kind] for kind in ("subtask", "episode")} for name, row in found["arms"].items()}
+    (directory / "arms.png").write_bytes(figures.intervals(rates))
+    return found, whole
 
 
 def run_arms(
@@ -307,7 +340,7 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    values, begun = flags.FLAGS, time.monotonic()
+    values = flags.FLAGS
     arms = [parse_arm(text) for text in values.arm]
     if not arms or len({arm.name for arm in arms}) < len(arms):
         raise UserError("give each --arm a name of its own" if arms else "no --arm given; see --help")
@@ -315,30 +348,9 @@ def main(_: list[str]) -> int:
         if not values[name].value:
             raise UserError(f"no --{name} given; see --help")
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
-    options = Options(**chosen)
-    out = Path(values.out).expanduser()
-    with phase("load"):
-        from wallwm_jax.data.event_store import open_store
-        from wallwm_jax.evaluation import figures
-        from wallwm_jax.evaluation.closed_loop import draw_trials, open_pool
-
-        store = open_store(values.store, "heldout")
-        trials = draw_trials(store, options.families, options.episodes, options.seed)
-        slots = min(options.batch, len(trials))
-        actors, made_with, views = _open(arms, store, options, slots)
-        records = Records(out / "trials", made_with)
-    with (
-        phase("act"),
-        open_pool(store, slots, views=views, patience=options.patience, processes=options.processes) as pool,
-    ):
-        whole = run_arms(actors, pool, trials, records, deadline=begun + options.max_seconds)
-    found = compare(records.paired(trials))
-    write_text(out / "arms.json", json.dumps(found, indent=1) + "\n")
-    write_text(out / "arms.md", table(found) + "\n")
-    rates = {name: {kind: row[kind] for kind in ("subtask", "episode")} for name, row in found["arms"].items()}
-    (out / "arms.png").write_bytes(figures.intervals(rates))
+    found, whole = compare_arms(arms, values.store, values.out, Options(**chosen))
     print(table(found))
-    print(f"results: {out / 'arms.md'}" + ("" if whole else "; time is up, run it again to go on"))
+    print(f"results: {Path(values.out) / 'arms.md'}" + ("" if whole else "; time is up, run it again to go on"))
     return 0
 
 

@@ -1,0 +1,34 @@
+r"""What the paper changed at once, apart: event or chunk, with view attention or without, at matched tokens.
+
+    python -m wallwm_jax.sweep configs/sweeps/view_attention.py --store=runs/arms/store --out=runs/sweeps/views
+    S=runs/sweeps/views; python -m wallwm_jax.evaluation.arms --store=runs/arms/store --out=$S/acting --episodes=50 \
+        --sampling=action_draws=1 --sampling=action_temperature=0.0 \
+        --arm="event, views:run=$S/event-views/seed-0/train" --arm="event:run=$S/event/seed-0/train" \
+        --arm="event, views, own duration:run=$S/event-views/seed-0/train,own_duration" \
+        --arm="event, own duration:run=$S/event/seed-0/train,own_duration" \
+        --arm="chunk, views:run=$S/chunk-views/seed-0/train,mode=unified" \
+        --arm="chunk:run=$S/chunk/seed-0/train,mode=unified"
+
+Four models from scratch, with as many steps of rows with as many latents; the store has windows of both kinds
+(`--windows=event,history`). The sweep trains; the second command acts, on the same trials: events by the scripted
+planner's words, its durations (the oracle) or the model's own, chunks by the task's instruction.
+"""
+
+from wallwm_jax.evaluation.sweeps import Sweep
+
+CHUNKS = {  # as configs/ocbench_chunk.py, told the instruction alone
+    "data.window_kind": "history",
+    "data.actions_per_row": 240,
+    "data.events_per_row": 8,
+    "data.duration_clause_prob": 0.0,
+}
+
+
+def get_sweep() -> Sweep:
+    """The quickstart's model with twice its steps."""
+    alone = {"model.view_attention": False}
+    return Sweep(
+        config="configs/ocbench_quickstart.py",
+        arms={"event, views": {}, "event": alone, "chunk, views": CHUNKS, "chunk": CHUNKS | alone},
+        overrides={"train.steps": 2400, "train.save_every": 600},
+    )
