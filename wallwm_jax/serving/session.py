@@ -93,9 +93,9 @@ class Session:
 
     def _event(self, request: Request) -> tuple[Action, Frames, dict[str, Any]]:
         """The next event, the frames it begins with, and what the reply says of it."""
-        self._past = None
         mode = self._policy.event_mode
         action = self._policy.infer(request.observation, request.prompt, request.duration_s, seed=self._seed + 1)
+        self._past = None
         quantiles = [float(second) for second in action.duration_quantiles_s]
         about = {
             "steps": len(action.actions),
