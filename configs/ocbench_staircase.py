@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     config.unlock()
     config.data.vlm.inside_prob = 0.0
     config.data.vlm.done_prob = 0.1  # where no event follows, two of three ties have nothing to say
-    config.data.rows = 8
     config.data.latents_per_row = 17  # of one event, the longest
     config.data.actions_per_row = 128
     config.objective.latent_action_weight = 1.0

@@ -24,7 +24,7 @@ def get_config(stage: str = "vlm_sft") -> ConfigDict:
     config = ocbench_quickstart.get_config()
     config.unlock()
     config.data.levels = ConfigDict({"subtask": 1.0})
-    config.data.rows = 16
+    config.data.rows = 8
     config.data.vlm.length = 176  # about six subtasks of history
     config.data.vlm.answer_length = 32
     config.data.vlm.trace_length = 144
@@ -38,7 +38,7 @@ def get_config(stage: str = "vlm_sft") -> ConfigDict:
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
     config.train.stage = stage
-    config.train.steps = 800
+    config.train.steps = 1200
     config.train.ema_decay = 0.99
     config.train.save_every = 200
     return config.lock()

@@ -55,7 +55,6 @@ Batch = dict[str, Any]
 CONDITIONS = ("latents", "caption", "other_latents", "other_caption", "null")
 FLOORS = ("null", "other_caption")
 _RESAMPLES = 2000
-_TEXT = ("text_ids", "text_features", "text_length")
 
 
 def measure(
@@ -83,16 +82,15 @@ def measure(
     config, rows, windows = _prepared(config, store, events, draws)
     made = [rows.asked(window) for window in progress(windows, total=len(windows), unit="event", label="read")]
     made = [row for row in made if row["window_index"][0] >= 0]
-    batches = [{name: row[name][None] for name in row if name not in META_FIELDS} for row in made]
+    batches = [_alone(row) for row in made]
     texts = [store.caption(store.read(int(row["window_index"][0])).caption_id) for row in made]
     others = _others(texts, seed)
-    nothing = {name: value[None] for name, value in rows.asked(-1).items() if name in _TEXT}
 
     tell, judge, trace = (
         jax.jit(functools.partial(function, config=config)) for function in (_tell, _judge, trace_loss)
     )
     told = [tell(params, batch=batch) for batch in progress(batches, unit="event", label="latents")]
-    null = _caption(params, config, nothing)
+    _, _, null = tell(params, batch=_alone(rows.asked(-1)))  # the text of padding
     found: dict[str, dict[str, list[Any]]] = {name: {c: [] for c in CONDITIONS} for name in ("action", "video")}
     traces: dict[str, list[float]] = {"latents": [], "other_latents": [], "nothing": []}
     read: dict[str, list[Any]] = {condition: [] for condition in CONDITIONS}
@@ -180,14 +178,18 @@ def _prepared(config: ConfigDict, store: EventStore, events: int, draws: int) ->
     with config.unlocked():
         config.data.update(vl_power=0.0, action_power=0.0)  # the draw is not used
         config.objective.update(latent_action_weight=1.0, action_draws=draws)
-    levels = [LEVELS.index(level) for level, share in config.data.levels.items() if share]
-    index = store.index
-    windows = np.flatnonzero((index["kind"] == KINDS.index("event")) & np.isin(index["level"], levels))
+    levels = [level for level, share in config.data.levels.items() if share]
+    index, numbers = store.index, [LEVELS.index(level) for level in levels]
+    windows = np.flatnonzero((index["kind"] == KINDS.index("event")) & np.isin(index["level"], numbers))
     if not len(windows):
-        raise UserError(f"split {store.split!r} of {str(store.path)!r} has no events of the levels {levels}")
+        raise UserError(f"split {store.split!r} of {str(store.path)!r} has no {' or '.join(levels)} events")
     VlmRows.check(store, config)
     chosen = windows[np.unique(np.linspace(0, len(windows) - 1, min(events, len(windows))).round().astype(int))]
     return config.lock(), VlmRows(store, config), chosen.tolist()
+
+
+def _alone(row: Mapping[str, np.ndarray]) -> Batch:
+    return {name: value[None] for name, value in row.items() if name not in META_FIELDS}
 
 
 def _others(texts: Sequence[str], seed: int) -> list[int]:
@@ -205,15 +207,11 @@ def _others(texts: Sequence[str], seed: int) -> list[int]:
 def _tell(params: Params, config: ConfigDict, batch: Batch) -> tuple[TextContext, jax.Array, TextContext]:
     """Latents of an event in a caption's place and shape, as a soft prefix, and its caption."""
     latents, prefix = latents_of(params, config, batch)
-    caption = _caption(params, config, batch)
+    caption = world_action_model.encode_text(world_params(params, config), config.model, batch)
     room = caption.features.shape[2] - latents.features.shape[2]
     padded = jnp.pad(latents.features, ((0, 0), (0, 0), (0, max(room, 0)), (0, 0)))
-    return TextContext(padded.astype(caption.features.dtype), latents.length), prefix, caption
-
-
-def _caption(params: Params, config: ConfigDict, batch: Batch) -> TextContext:
-    text = world_action_model.encode_text(world_params(params, config), config.model, batch)
-    return TextContext(text.features.astype(jnp.float32), text.length)
+    caption = TextContext(caption.features.astype(jnp.float32), caption.length)
+    return TextContext(padded, latents.length), prefix, caption
 
 
 def _judge(

@@ -197,8 +197,7 @@ def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.A
     image_id = language_pathway.vlm_config(config).image_id
     is_prompt = jnp.arange(hidden.shape[1]) < batch["answer_start"][:, None]
     found = text_projector.text_features(params["vlm_text"], sizes, hidden, is_prompt & (batch["ids"] != image_id))
-    groups = {**detached(config.model), **{name: params[name] for name in ("text",) if name in params}}
-    target = world_action_model.encode_text(groups, config.model, batch)
+    target = world_action_model.encode_text(world_params(params, config), config.model, batch)
     features = answer_features(hidden, batch, config.data.vlm.answer_length)
     log_s = text_projector.remaining_time(params["vlm_text"], sizes, features[:, 0])
     return {
