@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "mujoco==3.3.0", "gymnasium>=1.0", "packaging"]
-DATA = ["pyarrow>=18", "av>=14", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
+DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]

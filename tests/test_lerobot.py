@@ -3,7 +3,9 @@
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import cv2
@@ -275,6 +277,20 @@ def test_rows_at_another_rate_than_described_are_an_error(good_sets, arm, tmp_pa
     path = lerobot_files.write_set(tmp_path / "fast", raws)
     with pytest.raises(UserError, match=r"timestamp: says 20 rows per second, control_hz says 10"):
         read(path, arm)
+
+
+class Dying(LeRobotSet):
+    """A set whose first episode is too large for the memory of a worker."""
+
+    def recording(self, number, embodiment):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.fault
+def test_a_killed_worker_ends_the_build_with_a_remedy(good_sets, arm):
+    stream = read_episodes(Dying(good_sets["v3.0"]), arm, choose_clock(arm, 0.0), workers=1)
+    with pytest.raises(UserError, match=r"a process that read .* was killed, .*; give fewer --workers"):
+        next(stream)
 
 
 def test_too_much_damage_ends_the_build(good_sets, arm, tmp_path):

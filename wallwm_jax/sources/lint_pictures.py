@@ -26,6 +26,7 @@ EPISODES, PICTURES = 8, 8  # how many episodes are seen, and pictures of each an
 _SIZE = 48
 _CHANGED = 20.0  # grey levels
 _SIGNIFICANT = 4.0  # standard errors
+_TILTED = 0.25  # sine of the angle below (or above) the horizon from which a camera looks down (or up)
 
 
 def picture_findings(sample: Sample) -> Iterator[Finding]:
@@ -149,20 +150,22 @@ def _flipped(sample: Sample, few: list[int], view: str, pictures: list[np.ndarra
     rises, strength = a_v[2], abs(a_v[2]) / max(deviation[2, 1], 1e-9)
     looks = np.cross(a_u, a_v) / max(float(np.linalg.norm(np.cross(a_u, a_v))), 1e-9)
     upright_known = strength > _SIGNIFICANT and abs(rises) > 0.5 * np.abs(a_v[:2]).max() and explained[1] > 0.3
-    looks_up = looks[2] > 0.25 and explained.min() > 0.3
+    looks_up = looks[2] > _TILTED and explained.min() > 0.3
     upside_down = upright_known and rises > 0
     if not upside_down and not looks_up:
         return
     flip = {(True, True): "vertical", (True, False): "both", (False, True): "horizontal"}[upside_down, looks_up]
     present = set(FLIPS[sample.embodiment.cameras[view].flip]) ^ set(FLIPS[flip])
-    remedy = next(name for name, axes in FLIPS.items() if set(axes) == present)
+    remedy = f'flip = "{next(name for name, axes in FLIPS.items() if set(axes) == present)}"'
+    if abs(looks[2]) < _TILTED:
+        remedy += " (or its mirror image: the pictures do not tell)"
     yield Finding(
         "camera flip",
         f"{view} ({sample.embodiment.cameras[view].column})",
         f"as the hand rises by 10 cm, what moves goes {rises * 0.1 / _SIZE:+.0%} of the picture's height down "
         f"({strength:.0f} standard errors); the linear fit (R2 {explained[0]:.2f}, {explained[1]:.2f}) has the camera "
         f"looking {'up' if looks[2] > 0 else 'down'} ({looks[2]:+.2f})",
-        f'look at a picture; flip = "{remedy}" makes it an upright view from above',
+        f"look at a picture; {remedy} makes it an upright view from above",
     )
 
 
