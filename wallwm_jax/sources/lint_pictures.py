@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import FLIPS, Camera
+from wallwm_jax.sources.findings import Finding, Sample
 from wallwm_jax.sources.recorded import fit_picture
-
-if TYPE_CHECKING:
-    from wallwm_jax.sources.lint import Finding, Sample
 
 EPISODES, PICTURES = 8, 8  # how many episodes are seen, and pictures of each and of each camera
 _SIZE = 48
@@ -31,8 +28,6 @@ _TILTED = 0.25  # sine of the angle below (or above) the horizon from which a ca
 
 def picture_findings(sample: Sample) -> Iterator[Finding]:
     """Findings about the cameras of a sample of episodes."""
-    from wallwm_jax.sources.lint import Finding
-
     few = np.unique(np.linspace(0, len(sample.recordings) - 1, EPISODES).astype(int)).tolist()
     seen: dict[str, list[np.ndarray]] = {}
     for view, camera in sample.embodiment.cameras.items():
@@ -76,8 +71,6 @@ def _changed(pictures: list[np.ndarray]) -> float:
 
 
 def _frozen_or_same(sample: Sample, seen: dict[str, list[np.ndarray]]) -> Iterator[Finding]:
-    from wallwm_jax.sources.lint import Finding
-
     for view, pictures in seen.items():
         still = [len(p) > 1 and float(np.abs(np.diff(p, axis=0)).mean()) < 0.5 for p in pictures]
         if sum(still) > len(still) / 2:
@@ -100,8 +93,6 @@ def _frozen_or_same(sample: Sample, seen: dict[str, list[np.ndarray]]) -> Iterat
 
 def _swapped(sample: Sample, changed: dict[str, float]) -> Iterator[Finding]:
     """A camera on the wrist sees everything move, a fixed one only the arm."""
-    from wallwm_jax.sources.lint import Finding
-
     cameras = sample.embodiment.cameras
     fixed = [view for view in cameras if cameras[view].mount == "fixed"]
     wrist = [view for view in cameras if cameras[view].mount == "wrist"]
@@ -119,8 +110,6 @@ def _swapped(sample: Sample, changed: dict[str, float]) -> Iterator[Finding]:
 
 
 def _flipped(sample: Sample, few: list[int], view: str, pictures: list[np.ndarray]) -> Iterator[Finding]:
-    from wallwm_jax.sources.lint import Finding
-
     where, at = [], []
     for number, episode in zip(few, pictures):
         if len(episode) < 4:
@@ -171,8 +160,6 @@ def _flipped(sample: Sample, few: list[int], view: str, pictures: list[np.ndarra
 
 def _mixed(sample: Sample, few: list[int], view: str, pictures: list[np.ndarray]) -> Iterator[Finding]:
     """Are some episodes flipped that others are not?"""
-    from wallwm_jax.sources.lint import Finding
-
     scenes = np.stack([np.median(p, axis=0) if len(p) else np.full((_SIZE, _SIZE), np.nan) for p in pictures])
     if np.isfinite(scenes[:, 0, 0]).sum() < 3:
         return
