@@ -1,10 +1,10 @@
-"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (a tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
 
 from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gymnasium>=1.1", "packaging"]
-DATA = ["pyarrow>=18", "av>=14", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
+DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]

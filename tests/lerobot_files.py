@@ -47,8 +47,13 @@ def write_set(
     per_file: int = 2,
     fps: float = FPS,
     as_images: bool = False,
+    videos_of: Path | None = None,
 ) -> Path:
-    """Writes a set; `labels`: "", "rows", "language" or "episodes"; version 3 puts `per_file` episodes into a file."""
+    """Writes a set; `labels`: "", "rows", "language" or "episodes"; version 3 puts `per_file` episodes into a file.
+
+    Its videos are those of another set, where `videos_of` is given.
+    """
+    write = (lambda path, pictures, fps: None) if videos_of else write_video
     tasks = sorted({raw.task for raw in raws})
     tables = [_rows(raw, number, tasks, labels, as_images) for number, raw in enumerate(raws)]
     offsets = np.cumsum([0, *(len(raw.times) for raw in raws)]).tolist()
@@ -67,14 +72,14 @@ def write_set(
             _write_table(root / _PATHS[version][0].format(episode_chunk=0, episode_index=number), table)
             for key, pictures in raw.pictures.items() if not as_images else ():
                 path = _PATHS[version][1].format(episode_chunk=0, episode_index=number, video_key=key)
-                write_video(root / path, pictures, fps)
+                write(root / path, pictures, fps)
     for file in range(0, len(raws), per_file) if version == "v3.0" else ():
         members = range(file, min(file + per_file, len(raws)))
         place = {"chunk_index": 0, "file_index": file // per_file}
         _write_table(root / _PATHS[version][0].format(**place), pa.concat_tables([tables[n] for n in members]))
         for key in raws[0].pictures if not as_images else ():
             path = root / _PATHS[version][1].format(**place, video_key=key)
-            write_video(path, np.concatenate([raws[n].pictures[key] for n in members]), fps)
+            write(path, np.concatenate([raws[n].pictures[key] for n in members]), fps)
         for n in members:
             entries[n] |= {f"data/{name}": value for name, value in place.items()}
             entries[n] |= {"dataset_from_index": offsets[n], "dataset_to_index": offsets[n + 1]}
@@ -83,6 +88,8 @@ def write_set(
                 entries[n][f"videos/{key}/from_timestamp"] = (offsets[n] - offsets[file]) / fps
                 entries[n][f"videos/{key}/to_timestamp"] = (offsets[n + 1] - offsets[file]) / fps
             entries[n]["stats/action/mean"] = raws[n].action.mean(0).tolist()
+    if videos_of:
+        (root / "videos").symlink_to(videos_of / "videos")
     _write_meta(root / "meta", version, tasks, entries, labels)
     _write_info(root, version, raws, tables[0], fps, as_images)
     return root

@@ -3,7 +3,12 @@
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -17,6 +22,7 @@ from hypothesis import strategies as st
 from recorded_motion import DESCRIPTION, FRONT, SUBTASKS, WRIST, recording, recordings, row_of
 
 from wallwm_jax.console import UserError
+from wallwm_jax.data.event_store import open_store
 from wallwm_jax.events.windows import cut_windows
 from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
@@ -275,6 +281,40 @@ def test_rows_at_another_rate_than_described_are_an_error(good_sets, arm, tmp_pa
     path = lerobot_files.write_set(tmp_path / "fast", raws)
     with pytest.raises(UserError, match=r"timestamp: says 20 rows per second, control_hz says 10"):
         read(path, arm)
+
+
+class Dying(LeRobotSet):
+    """A set whose first episode is too large for the memory of a worker."""
+
+    def recording(self, number, embodiment):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.fault
+def test_a_killed_worker_ends_the_build_with_a_remedy(good_sets, arm):
+    stream = read_episodes(Dying(good_sets["v3.0"]), arm, choose_clock(arm, 0.0), workers=1)
+    with pytest.raises(UserError, match=r"a process that read .* was killed, .*; give fewer --workers"):
+        next(stream)
+
+
+@pytest.mark.fault
+def test_a_killed_build_leaves_no_process_and_starts_again_cleanly(good_sets, description, tmp_path):
+    command = [sys.executable, "-m", "wallwm_jax.build_events", f"--source=lerobot:{good_sets['v3.0']}", "--size=16"]
+    command += [f"--embodiment={description}", "--levels=task,subtask", "--workers=1", f"--out={tmp_path / 'store'}"]
+    build = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{build.pid}/task/{build.pid}/children")
+    while not any(tmp_path.glob(".store.partial-*/*")) or not children.read_text().strip():
+        assert build.poll() is None
+        time.sleep(0.01)
+    workers = [int(number) for number in children.read_text().split()]
+    build.kill()
+    build.wait()
+    assert [path.name.startswith(".store.partial-") for path in tmp_path.iterdir()] == [True]
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ["episodes", "lerobot/v3.0", "3", "kept", "0", "dropped"] in map(str.split, again.stdout.splitlines())
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert len(open_store(tmp_path / "store")) > 10
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
 
 
 def test_too_much_damage_ends_the_build(good_sets, arm, tmp_path):

@@ -1,5 +1,6 @@
 """The linter finds the field's classic faults where they are planted, and nothing in a good set."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from wallwm_jax.sources.lerobot.dataset import LeRobotSet
 from wallwm_jax.sources.lint import lint
 
 EPISODES = 4
+VIEWS = (FRONT, WRIST)
+GOOD = recordings(EPISODES, numbered=False)
 
 
 def as_shifts(raw, rows=1, frame="base"):
@@ -152,7 +155,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def good_set(tmp_path_factory):
-    return lerobot_files.write_set(tmp_path_factory.mktemp("lint") / "good", recordings(EPISODES, numbered=False))
+    return lerobot_files.write_set(tmp_path_factory.mktemp("lint") / "good", GOOD)
 
 
 def described(tmp_path: Path, changes) -> Path:
@@ -170,15 +173,15 @@ def test_nothing_is_found_in_a_good_set(good_set, tmp_path):
 
 
 @pytest.mark.parametrize("frame", ["base", "tool"])
-def test_nothing_is_found_in_a_good_set_of_shifts(tmp_path, frame):
-    raws = recordings(EPISODES, numbered=False)
+def test_nothing_is_found_in_a_good_set_of_shifts(good_set, tmp_path, frame):
+    raws = copy.deepcopy(GOOD)
     for raw in raws:
         as_shifts(raw, frame=frame)
         if frame == "tool":
             raw.action[:, 3:6] = 0.0
             turn = Rotation.from_euler("xyz", raw.state[:, 3:6])
             raw.action[:-1, 3:6] = (turn[:-1].inv() * turn[1:]).as_euler("xyz")
-    path = lerobot_files.write_set(tmp_path / "set", raws)
+    path = lerobot_files.write_set(tmp_path / "set", raws, videos_of=good_set)
     changes = [DELTA, ('position = "action[0:3]"', f'frame = "{frame}"\nposition = "action[0:3]"')]
     findings = lint(LeRobotSet(path), load_embodiment(str(described(tmp_path, changes))))
     assert [str(finding) for finding in findings] == []
@@ -187,16 +190,13 @@ def test_nothing_is_found_in_a_good_set_of_shifts(tmp_path, frame):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_with_evidence_and_remedy(good_set, tmp_path, fault):
     plant, changes, check, words = FAULTS[fault]
-    raws = recordings(EPISODES, numbered=False)
-    before = [raw.state.copy() for raw in raws], [raw.action.copy() for raw in raws]
-    pictures = [dict(raw.pictures) for raw in raws]
+    raws = copy.deepcopy(GOOD)
     for raw in raws:
         plant(raw)
-    untouched = all(np.array_equal(a, raw.state) for a, raw in zip(before[0], raws)) and all(
-        np.array_equal(a, raw.action) for a, raw in zip(before[1], raws)
+    seen = all(
+        np.array_equal(raw.pictures[view], good.pictures[view]) for raw, good in zip(raws, GOOD) for view in VIEWS
     )
-    same = untouched and all(p[view] is raw.pictures[view] for p, raw in zip(pictures, raws) for view in p)
-    path = good_set if same else lerobot_files.write_set(tmp_path / "set", raws)
+    path = lerobot_files.write_set(tmp_path / "set", raws, videos_of=good_set if seen else None)
     findings = lint(LeRobotSet(path), load_embodiment(str(described(tmp_path, changes))))
     found = [finding for finding in findings if finding.check == check and words in finding.evidence + finding.remedy]
     assert found, "\n".join(map(str, findings))
@@ -226,13 +226,7 @@ def test_damaged_episodes_are_findings_too(tmp_path):
 
 
 def test_the_command_prints_findings_and_says_so_by_its_exit_code(good_set, tmp_path):
-    def run(changes):
-        command = [sys.executable, "-m", "wallwm_jax.sources.lint", f"--source=lerobot:{good_set}"]
-        command.append(f"--embodiment={described(tmp_path, changes)}")
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    good, bad = run([]), run([DELTA])
-    assert good.returncode == 0 and good.stdout.strip().endswith(
-        "4 episodes, read as 'test_arm': nothing found that does not fit"
-    )
-    assert bad.returncode == 1 and 'remedy:   these are poses already: mode = "absolute"' in bad.stdout
+    command = [sys.executable, "-m", "wallwm_jax.sources.lint", f"--source=lerobot:{good_set}"]
+    command.append(f"--embodiment={described(tmp_path, [DELTA])}")
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and 'remedy:   these are poses already: mode = "absolute"' in run.stdout

@@ -36,8 +36,8 @@ def row_rate(times: np.ndarray) -> float:
     return float(1.0 / np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
-def check_times(times: np.ndarray, hz: float) -> None:
-    """Raises `BadRecording` where timestamps `[N]` are not finite, go backwards, pause, or are not `hz` per second."""
+def check_times(times: np.ndarray, hz: float | None = None) -> None:
+    """Raises `BadRecording` where timestamps `[N]` are not finite, go backwards or pause, or are not `hz` a second."""
     if len(times) < 2:
         raise BadRecording("timestamp", f"{len(times)} rows; two are needed for one command and what came of it")
     if not np.isfinite(times).all():
@@ -48,6 +48,7 @@ def check_times(times: np.ndarray, hz: float) -> None:
         row = int(np.argmin(steps)) + 1
         raise BadRecording("timestamp", f"goes from {times[row - 1]:.3f} to {times[row]:.3f} s at row {row}")
     rate = row_rate(times)
+    hz = hz or rate
     if abs(rate / hz - 1) > RATE_TOLERANCE:
         raise BadRecording("timestamp", f"says {rate:.4g} rows per second, control_hz says {hz:g}")
     if steps.max() > _MAX_GAP / hz:

@@ -14,46 +14,24 @@ Thresholds are meant for arms on tables; a finding is a reason to look, and its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from absl import flags
 from scipy.spatial.transform import Rotation
 
 from wallwm_jax.console import progress, run_command
-from wallwm_jax.sources.clock import RATE_TOLERANCE, row_rate
+from wallwm_jax.sources.clock import RATE_TOLERANCE, check_times, row_rate
 from wallwm_jax.sources.columns import BadRecording, Column
-from wallwm_jax.sources.embodiment import Arm, Embodiment, Motion, PoseColumns, as_matrices, load_embodiment
-from wallwm_jax.sources.recorded import RecordedSet, Recording
+from wallwm_jax.sources.embodiment import Arm, Embodiment, PoseColumns, as_matrices, load_embodiment, rotation_width
+from wallwm_jax.sources.findings import Finding, Sample
+from wallwm_jax.sources.labels import spans
+from wallwm_jax.sources.lint_pictures import picture_findings
+from wallwm_jax.sources.recorded import RecordedSet
 
 TINY_RANGE = 1e-3  # metres, or share of the gripper's way, between the 1 % and 99 % quantiles
 _REACH_M = 3.0  # no arm on a table moves further
 _ALIGNED = 0.7  # cosine from which two motions go the same way
 _RIVALS = ("euler_xyz", "euler_XYZ", "euler_zyx", "euler_ZYX", "rotvec", "quat_xyzw", "quat_wxyz")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that does not fit: which check, where, the numbers that say so, and what to change."""
-
-    check: str
-    where: str
-    evidence: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.where}\n    evidence: {self.evidence}\n    remedy:   {self.remedy}"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Episodes that are looked at: their numbers in the set, their rows, and what the description makes of them."""
-
-    dataset: RecordedSet
-    embodiment: Embodiment
-    numbers: list[int]
-    recordings: list[Recording]
-    motions: list[Motion]
 
 
 def lint(dataset: RecordedSet, embodiment: Embodiment, *, episodes: int = 32) -> list[Finding]:
@@ -62,8 +40,6 @@ def lint(dataset: RecordedSet, embodiment: Embodiment, *, episodes: int = 32) ->
     Raises:
       UserError: the set lacks columns or pictures that the description names.
     """
-    from wallwm_jax.sources.lint_pictures import picture_findings
-
     dataset.check(embodiment)
     sample, findings = _read(dataset, embodiment, episodes)
     if sample.recordings:
@@ -75,14 +51,14 @@ def lint(dataset: RecordedSet, embodiment: Embodiment, *, episodes: int = 32) ->
 
 
 def _read(dataset: RecordedSet, embodiment: Embodiment, episodes: int) -> tuple[Sample, list[Finding]]:
-    sample, findings = Sample(dataset, embodiment, [], [], []), []
+    sample, findings = Sample(dataset, embodiment), []
     chosen = np.unique(np.linspace(0, max(len(dataset) - 1, 0), min(episodes, len(dataset))).astype(int)).tolist()
     for number in progress(chosen, total=len(chosen), unit="episode", label="rows"):
         try:
             recording = dataset.recording(number, embodiment)
             motion = embodiment.motion(recording.columns)
-            if len(recording.times) < 3:
-                raise BadRecording("length", f"only {len(recording.times)} rows")
+            check_times(recording.times)
+            spans(recording.labels, len(recording.times) - 1, row_rate(recording.times))
         except BadRecording as error:
             findings.append(Finding("damage", f"episode {number}", str(error), "repair it; a build leaves it out"))
             continue
@@ -171,9 +147,7 @@ def _units_of_turns(sample: Sample, arm: Arm) -> Iterator[Finding]:
     for name, pose in (("state", arm.state), ("action", arm.action)):
         if pose.rotation is None:
             continue
-        width = {"quat_xyzw": 4, "quat_wxyz": 4, "matrix": 9, "columns6d": 6}.get(pose.rotation_as, 3)
-        if pose.rotation_as.startswith("euler_"):
-            width = len(pose.rotation_as) - len("euler_")
+        width = rotation_width(pose.rotation_as)
         raw = np.concatenate([pose.rotation.of(recording.columns, width) for recording in sample.recordings])
         if width == 4:
             norms = np.linalg.norm(raw, axis=1)
@@ -341,13 +315,13 @@ def _gripper(sample: Sample, number: int) -> Iterator[Finding]:
     measured = [motion.grippers[:, number] for motion in sample.motions]
     commanded = [motion.command_grippers[:, number] for motion in sample.motions]
     if arm.action.gripper is not None:
-        lags = [np.concatenate([m[lag:] for m in measured if len(m) > 8]) for lag in range(1, 6)]
-        pairs = [
-            (np.concatenate([c[: len(c) - lag] for c in commanded if len(c) > 8]), after)
-            for lag, after in zip(range(1, 6), lags)
-        ]
-        together = [float(np.corrcoef(c, m)[0, 1]) for c, m in pairs if c.std() > 0.05 and m.std() > 0.05]
-        if together and max(together, key=abs) < -0.3:
+        together = [0.0]
+        for lag in range(1, 6):  # rows until the gripper follows
+            asked = np.concatenate([values[:-lag] for values in commanded])
+            done = np.concatenate([values[lag:] for values in measured])
+            if asked.std() > 0.05 and done.std() > 0.05:
+                together.append(float(np.corrcoef(asked, done)[0, 1]))
+        if max(together, key=abs) < -0.3:
             yield Finding(
                 "gripper sign",
                 f"{arm.state.gripper} and {arm.action.gripper}",

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import FLIPS, Camera
+from wallwm_jax.sources.findings import Finding, Sample
 from wallwm_jax.sources.recorded import fit_picture
-
-if TYPE_CHECKING:
-    from wallwm_jax.sources.lint import Finding, Sample
 
 EPISODES, PICTURES = 8, 8  # how many episodes are seen, and pictures of each and of each camera
 _SIZE = 48
 _CHANGED = 20.0  # grey levels
 _SIGNIFICANT = 4.0  # standard errors
+_TILTED = 0.25  # sine of the angle below (or above) the horizon from which a camera looks down (or up)
 
 
 def picture_findings(sample: Sample) -> Iterator[Finding]:
     """Findings about the cameras of a sample of episodes."""
-    from wallwm_jax.sources.lint import Finding
-
     few = np.unique(np.linspace(0, len(sample.recordings) - 1, EPISODES).astype(int)).tolist()
     seen: dict[str, list[np.ndarray]] = {}
     for view, camera in sample.embodiment.cameras.items():
@@ -75,8 +71,6 @@ def _changed(pictures: list[np.ndarray]) -> float:
 
 
 def _frozen_or_same(sample: Sample, seen: dict[str, list[np.ndarray]]) -> Iterator[Finding]:
-    from wallwm_jax.sources.lint import Finding
-
     for view, pictures in seen.items():
         still = [len(p) > 1 and float(np.abs(np.diff(p, axis=0)).mean()) < 0.5 for p in pictures]
         if sum(still) > len(still) / 2:
@@ -99,8 +93,6 @@ def _frozen_or_same(sample: Sample, seen: dict[str, list[np.ndarray]]) -> Iterat
 
 def _swapped(sample: Sample, changed: dict[str, float]) -> Iterator[Finding]:
     """A camera on the wrist sees everything move, a fixed one only the arm."""
-    from wallwm_jax.sources.lint import Finding
-
     cameras = sample.embodiment.cameras
     fixed = [view for view in cameras if cameras[view].mount == "fixed"]
     wrist = [view for view in cameras if cameras[view].mount == "wrist"]
@@ -118,8 +110,6 @@ def _swapped(sample: Sample, changed: dict[str, float]) -> Iterator[Finding]:
 
 
 def _flipped(sample: Sample, few: list[int], view: str, pictures: list[np.ndarray]) -> Iterator[Finding]:
-    from wallwm_jax.sources.lint import Finding
-
     where, at = [], []
     for number, episode in zip(few, pictures):
         if len(episode) < 4:
@@ -149,27 +139,27 @@ def _flipped(sample: Sample, few: list[int], view: str, pictures: list[np.ndarra
     rises, strength = a_v[2], abs(a_v[2]) / max(deviation[2, 1], 1e-9)
     looks = np.cross(a_u, a_v) / max(float(np.linalg.norm(np.cross(a_u, a_v))), 1e-9)
     upright_known = strength > _SIGNIFICANT and abs(rises) > 0.5 * np.abs(a_v[:2]).max() and explained[1] > 0.3
-    looks_up = looks[2] > 0.25 and explained.min() > 0.3
+    looks_up = looks[2] > _TILTED and explained.min() > 0.3
     upside_down = upright_known and rises > 0
     if not upside_down and not looks_up:
         return
     flip = {(True, True): "vertical", (True, False): "both", (False, True): "horizontal"}[upside_down, looks_up]
     present = set(FLIPS[sample.embodiment.cameras[view].flip]) ^ set(FLIPS[flip])
-    remedy = next(name for name, axes in FLIPS.items() if set(axes) == present)
+    remedy = f'flip = "{next(name for name, axes in FLIPS.items() if set(axes) == present)}"'
+    if abs(looks[2]) < _TILTED:
+        remedy += " (or its mirror image: the pictures do not tell)"
     yield Finding(
         "camera flip",
         f"{view} ({sample.embodiment.cameras[view].column})",
         f"as the hand rises by 10 cm, what moves goes {rises * 0.1 / _SIZE:+.0%} of the picture's height down "
         f"({strength:.0f} standard errors); the linear fit (R2 {explained[0]:.2f}, {explained[1]:.2f}) has the camera "
         f"looking {'up' if looks[2] > 0 else 'down'} ({looks[2]:+.2f})",
-        f'look at a picture; flip = "{remedy}" makes it an upright view from above',
+        f"look at a picture; {remedy} makes it an upright view from above",
     )
 
 
 def _mixed(sample: Sample, few: list[int], view: str, pictures: list[np.ndarray]) -> Iterator[Finding]:
     """Are some episodes flipped that others are not?"""
-    from wallwm_jax.sources.lint import Finding
-
     scenes = np.stack([np.median(p, axis=0) if len(p) else np.full((_SIZE, _SIZE), np.nan) for p in pictures])
     if np.isfinite(scenes[:, 0, 0]).sum() < 3:
         return

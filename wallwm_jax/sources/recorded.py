@@ -13,6 +13,8 @@ import collections
 import concurrent.futures
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -265,6 +267,15 @@ def _begin(job: _Job) -> None:
     global _job
     _job = job
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed build leaves no worker behind: executors tell theirs only of an orderly end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _read(number: int) -> Episode | str:
