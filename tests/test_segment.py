@@ -250,7 +250,7 @@ def test_a_score_counts_over_episodes_and_baselines_see_no_more_than_they_may():
     assert found["action"]["windows"]["f1"] < 0.6
     assert found["action"]["gripper"]["recall"] == pytest.approx(0.4)  # of grasp and release, four of ten
     assert found["action"]["found"]["over_segmentation"] == 0.0
-    assert sum(found["action"]["lengths_true"]) == sum(found["action"]["lengths_found"]) == 22
+    assert sum(found["action"]["lengths_true"]) == sum(found["action"]["found"]["lengths"]) == 22
 
 
 def test_a_timeline_draws_both():
