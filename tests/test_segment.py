@@ -196,6 +196,11 @@ def test_options_that_make_no_sense_are_refused(wrong, message):
         Options(**wrong)
 
 
+def test_a_lookahead_shorter_than_five_steps_is_refused():
+    with pytest.raises(UserError, match=r"at 10 Hz give at least 0\.5"):
+        segment(acted(PRESS)[0], Options(lookahead_s=0.4))
+
+
 def test_joints_of_cubics_are_found_exactly_and_a_straight_line_has_none():
     time = np.linspace(0, 1, 21)[:, None]
     ease = time**2 * (3 - 2 * time)
