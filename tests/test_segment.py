@@ -196,6 +196,11 @@ def test_options_that_make_no_sense_are_refused(wrong, message):
         Options(**wrong)
 
 
+def test_a_lookahead_shorter_than_five_steps_is_refused():
+    with pytest.raises(UserError, match=r"at 10 Hz give at least 0\.5"):
+        segment(acted(PRESS)[0], Options(lookahead_s=0.4))
+
+
 def test_joints_of_cubics_are_found_exactly_and_a_straight_line_has_none():
     time = np.linspace(0, 1, 21)[:, None]
     ease = time**2 * (3 - 2 * time)
@@ -250,7 +255,7 @@ def test_a_score_counts_over_episodes_and_baselines_see_no_more_than_they_may():
     assert found["action"]["windows"]["f1"] < 0.6
     assert found["action"]["gripper"]["recall"] == pytest.approx(0.4)  # of grasp and release, four of ten
     assert found["action"]["found"]["over_segmentation"] == 0.0
-    assert sum(found["action"]["lengths_true"]) == sum(found["action"]["lengths_found"]) == 22
+    assert sum(found["action"]["lengths_true"]) == sum(found["action"]["found"]["lengths"]) == 22
 
 
 def test_a_timeline_draws_both():

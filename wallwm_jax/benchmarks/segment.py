@@ -3,8 +3,8 @@
 The recording goes in without its labels. The rules of `events.segment` and the numbers of its `Options` were chosen on
 the `TUNED` families of OCBench; the headline is the mean over the `HELD_OUT` ones. Boundaries are the starts of spans,
 the first of an episode excepted, matched one to one within min(0.3 s, a quarter of the median true span of that level
-and family). The baselines are windows of the mean true length, which no recording tells, and the gripper command alone:
-where it begins and ends to change for actions, where it has opened for subtasks.
+and family). The baselines are equal parts of about the mean true length, which no recording tells, and the gripper
+command alone: where it begins and ends to change for actions, where it has opened for subtasks.
 
 MetaWorld tasks are reported without a bar, those whose experts go through the same stages in most episodes.
 """
@@ -33,8 +33,8 @@ _METAWORLD_EPISODES = 10
 _SEED = 20_000
 _VIEW, _SIZE = "front_pixels", 32
 
-# A method gives the steps of boundaries of an episode, told its level and the mean true length in steps.
-Method = Callable[[Episode, str, float], Sequence[int]]
+# A method gives an episode's boundaries per level, in steps, told the mean true length per level, in seconds.
+Method = Callable[[Episode, Mapping[str, float]], Mapping[str, Sequence[int]]]
 
 
 def measure(
@@ -71,6 +71,11 @@ def measure(
         "baselines": {name: _headline(scored, held, name) for name in ("windows", "gripper")},
         "families": scored,
     }
+    found = {"found": _segmented(Options())}
+    result["worse_recordings"] = {
+        name: _headline({family: score([change(e) for e in recorded[family]], found) for family in held}, held, "found")
+        for name, change in _WORSE.items()
+    }
     if streamed and held:
         with phase(f"segment as a stream, {LOOKAHEAD_S:g} s ahead"):
             late = {"found": _segmented(Options(lookahead_s=LOOKAHEAD_S))}
@@ -85,28 +90,31 @@ def table(result: Result) -> str:
     """The figures as lines for people."""
     lines = [
         machine_line(result["machine"]),
-        f"{'':<22}{'':<9}{'spans':>6}{'tolerance':>11}{'F1':>7}{'precision':>11}{'recall':>8}{'false/span':>12}"
+        f"{'':<31}{'':<9}{'spans':>6}{'tolerance':>11}{'F1':>7}{'precision':>11}{'recall':>8}{'false/span':>12}"
         f"{'F1 windows':>12}{'F1 gripper':>12}",
     ]
     for family, entry in {**result["families"], **result.get("metaworld", {}).get("tasks", {})}.items():
         role = (
             "held out" if family in result["held_out"] else "tuned on" if family in result["tuned_on"] else "metaworld"
         )
+        label = f"{family}, {role}"
         for level in (level for level in LEVELS if level in entry):
             row = entry[level]
             found = row["found"]
             lines.append(
-                f"{f'{family}, {role}':<22}{level:<9}{row['spans']:>6}{row['tolerance_s']:>9.2f} s{found['f1']:>7.3f}"
+                f"{label:<31}{level:<9}{row['spans']:>6}{row['tolerance_s']:>9.2f} s{found['f1']:>7.3f}"
                 f"{found['precision']:>11.3f}{found['recall']:>8.3f}{found['over_segmentation']:>12.3f}"
                 f"{row['windows']['f1']:>12.3f}{row['gripper']['f1']:>12.3f}"
             )
-            family = role = ""
-    for name, row in [("held out, mean", result), *((f"  {n}", r) for n, r in result["baselines"].items())]:
-        lines.append(f"{name:<22}action {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}")
+            label = ""
+    means = {"held out, mean": result}
+    means |= {f"  {name}": row for part in ("baselines", "worse_recordings") for name, row in result[part].items()}
+    for name, row in means.items() if result["held_out"] else ():
+        lines.append(f"{name:<31}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}")
     if "streaming" in result:
         row = result["streaming"]
         lines.append(
-            f"{'  as a stream':<22}action {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}, "
+            f"{'  as a stream':<31}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}, "
             f"{row['lookahead_s']:g} s ahead, {row['episodes']} episodes per family"
         )
     for task, share in result.get("metaworld", {}).get("inconsistent", {}).items():
@@ -122,28 +130,30 @@ def score(episodes: Sequence[Episode], methods: Mapping[str, Method] | None = No
       methods: by name; by default the segmentation and both baselines.
 
     Returns:
-      Level → spans, tolerance_s, length histograms of true and found spans, and per method precision, recall, f1,
-      over_segmentation (false boundaries per true span).
+      Level → spans, tolerance_s, lengths_true (a histogram), and per method precision, recall, f1, over_segmentation
+      (false boundaries per true span) and lengths.
     """
     methods = methods or {"found": _segmented(Options()), "windows": _windows, "gripper": _gripper}
+    seconds = {
+        level: [span.length / episode.clock_hz for episode in episodes for span in episode.spans[level]]
+        for level in LEVELS
+        if all(level in episode.spans for episode in episodes)
+    }
+    means = {level: float(np.mean(lengths)) for level, lengths in seconds.items()}
+    cuts = {name: [method(episode, means) for episode in episodes] for name, method in methods.items()}
     result: Result = {"episodes": len(episodes)}
-    for level in (level for level in LEVELS if all(level in episode.spans for episode in episodes)):
-        seconds = [span.length / episode.clock_hz for episode in episodes for span in episode.spans[level]]
-        tolerance = min(0.3, float(np.median(seconds)) / 4)
-        row: Result = {"spans": len(seconds), "tolerance_s": tolerance, "lengths_true": histogram(seconds)}
-        for name, method in methods.items():
-            matched = found_in_all = 0
-            found_lengths: list[float] = []
-            for episode in episodes:
-                mean = np.mean(seconds) * episode.clock_hz
-                found = list(method(episode, level, float(mean)))
-                matched += matches(boundaries(episode, level), found, tolerance * episode.clock_hz)
-                found_in_all += len(found)
-                found_lengths += (np.diff([0, *found, episode.num_steps]) / episode.clock_hz).tolist()
-            row[name] = rates(matched, len(seconds) - len(episodes), found_in_all)
-            row[name]["over_segmentation"] = (found_in_all - matched) / len(seconds)
-            if name == "found":
-                row["lengths_found"] = histogram(found_lengths)
+    for level, lengths in seconds.items():
+        tolerance = min(0.3, float(np.median(lengths)) / 4)
+        row: Result = {"spans": len(lengths), "tolerance_s": tolerance, "lengths_true": histogram(lengths)}
+        for name, found in cuts.items():
+            pairs = [(episode, cut[level]) for episode, cut in zip(episodes, found)]
+            matched = sum(matches(boundaries(e, level), cut, tolerance * e.clock_hz) for e, cut in pairs)
+            count = sum(len(cut) for _, cut in pairs)
+            row[name] = rates(matched, len(lengths) - len(episodes), count)
+            row[name]["over_segmentation"] = (count - matched) / len(lengths)
+            row[name]["lengths"] = histogram(
+                [length / e.clock_hz for e, cut in pairs for length in np.diff([0, *cut, e.num_steps])]
+            )
         result[level] = row
     return result
 
@@ -174,12 +184,9 @@ def histogram(seconds: Sequence[float]) -> list[int]:
 
 
 def _segmented(options: Options) -> Method:
-    cut: dict[int, Episode] = {}  # both levels of an episode come from one call
-
-    def method(episode: Episode, level: str, _: float) -> Sequence[int]:
-        if id(episode) not in cut:
-            cut[id(episode)] = segment(_unlabelled(episode), options)
-        return boundaries(cut[id(episode)], level)
+    def method(episode: Episode, _: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
+        found = segment(_unlabelled(episode), options)
+        return {level: boundaries(found, level) for level in LEVELS}
 
     return method
 
@@ -190,20 +197,40 @@ def _unlabelled(episode: Episode) -> Episode:
     return dataclasses.replace(episode, spans={"task": task}, seed=None)
 
 
-def _windows(episode: Episode, level: str, mean: float) -> Sequence[int]:
-    count = max(1, round(episode.num_steps / mean))
-    return [round(episode.num_steps * part / count) for part in range(1, count)]
+def _windows(episode: Episode, means: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
+    counts = {level: max(1, round(episode.num_steps / episode.clock_hz / mean)) for level, mean in means.items()}
+    return {
+        level: [round(episode.num_steps * part / count) for part in range(1, count)] for level, count in counts.items()
+    }
 
 
-def _gripper(episode: Episode, level: str, _: float) -> Sequence[int]:
+def _gripper(episode: Episode, _: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
     changes = [
         change
         for arm in range(episode.command_grippers.shape[1])
         for change in gripper_changes(episode.command_grippers[:, arm], Options().gripper_change)
     ]
-    if level == "subtask":
-        return sorted({change.end for change in changes if not change.closes})
-    return sorted({edge for change in changes for edge in (change.onset, change.end)})
+    return {
+        "subtask": sorted({change.end for change in changes if not change.closes}),
+        "action": sorted({edge for change in changes for edge in (change.onset, change.end)}),
+    }
+
+
+def _without_commands(episode: Episode) -> Episode:
+    """As sources have it that know no command: the next measured pose stands for it."""
+    return dataclasses.replace(episode, command_poses=episode.poses[1:], command_grippers=episode.grippers[1:])
+
+
+def _noisy(episode: Episode) -> Episode:
+    """With white noise of a millimetre per axis on commanded and measured positions."""
+    rng = np.random.default_rng(_SEED)
+    poses, commands = episode.poses.copy(), episode.command_poses.copy()
+    for positions in (poses[..., :3, 3], commands[..., :3, 3]):
+        positions += 1e-3 * rng.normal(size=positions.shape)
+    return dataclasses.replace(episode, poses=poses, command_poses=commands)
+
+
+_WORSE = {"without commands": _without_commands, "with 1 mm of noise": _noisy}
 
 
 def _headline(scored: Mapping[str, Result], families: Sequence[str], method: str) -> dict[str, float | None]:

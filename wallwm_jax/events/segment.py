@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from wallwm_jax.console import UserError
 from wallwm_jax.events.phases import Arm, Options, thinned
 from wallwm_jax.events.schema import Episode, EpisodeError, Span
 
@@ -36,10 +37,12 @@ def segment(episode: Episode, options: Options | None = None) -> Episode:
     """The episode with its subtask, action and segment spans replaced by those found in the recording.
 
     The task span and its captions stay. Spans are half-open, gap-free, nested, at least `min_steps` long where the
-    episode is. Captions say what the hand does, plainly, since nothing is known of objects.
+    episode is. Captions say what the hand does, plainly, since nothing is known of objects. With a lookahead boundaries
+    are those of a stream; verbs and captions then still speak of whole spans.
 
     Raises:
       EpisodeError: a picture that is needed cannot be decoded.
+      UserError: a lookahead of too few steps.
     """
     options = options or Options()
     arms, bounds = _analyse(episode, options)
@@ -72,9 +75,12 @@ def _analyse(episode: Episode, options: Options) -> tuple[list[Arm], dict[str, l
 def _causal_boundaries(episode: Episode, options: Options) -> dict[str, list[int]]:
     """A boundary is decided once, from the recording up to a fixed time after it; a later view cannot change it.
 
-    The last `min_steps` of the lookahead are for `thinned`, which prefers a coarser boundary that follows closely.
+    The end of the lookahead is for `thinned`, which prefers a coarser boundary that follows closely, on either level.
     """
-    ahead = round((options.lookahead_s or 0) * episode.clock_hz) - options.min_steps
+    ahead = round((options.lookahead_s or 0) * episode.clock_hz) - 2 * options.min_steps
+    if ahead < 1:
+        least = (2 * options.min_steps + 1) / episode.clock_hz
+        raise UserError(f"lookahead_s is {options.lookahead_s}; at {episode.clock_hz:g} Hz give at least {least:g}")
     found: dict[str, list[int]] = {"subtask": [], "action": [], "segment": []}
     for seen in range(ahead + 1, episode.num_steps + 1):
         _, bounds = _analyse(_until(episode, seen), options)
