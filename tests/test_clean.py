@@ -108,7 +108,8 @@ def test_failures_are_kept_unless_success_is_asked_for(episodes):
 
 def test_every_rule_explains_itself_in_a_sentence():
     assert all(explanation(rule).endswith(".") and EXPLANATIONS[rule.__name__] for rule in RULES)
-    assert {rule for rules, _ in FAULTS.values() for rule in rules} <= EXPLANATIONS.keys()
+    tripped = {rule for rules, _ in FAULTS.values() for rule in rules}
+    assert tripped == EXPLANATIONS.keys() - {"failed", "lag_corrected"}  # each has a fault that trips it
 
 
 def several(episodes):

@@ -146,7 +146,7 @@ def cut_windows(
         raise UserError(f"unknown window kind or level {unknown[0]!r}; kinds are {KINDS}, levels are {LEVELS}")
     windows = []
     still = Motion(episode).still() if longest_pause_s and "event" in kinds else None
-    pause = int(longest_pause_s * episode.clock_hz / episode.video_stride)
+    pause = int(longest_pause_s * episode.clock_hz / episode.video_stride + 1e-6)
     if "event" in kinds:
         for level in (level for level in LEVELS if level in levels and level in episode.spans):
             cut = (
