@@ -159,14 +159,18 @@ def test_captions_survive_the_way_out_and_in(tmp_path, ending):
     assert {(s.confidence, s.provenance) for s in back.spans["action"]} == {(1.0, "human:ada")}
 
 
-def test_a_spreadsheet_may_sort_and_drop_rows_and_columns(tmp_path):
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_spreadsheet_may_sort_and_drop_rows_and_columns(tmp_path, delimiter):
     file = tmp_path / "captions.csv"
     write_edits(file, events(EPISODE))
     rows = list(csv.DictReader(file.read_text("utf-8-sig").splitlines()))
     row = next(row for row in rows if (row["level"], row["index"]) == ("subtask", "1")) | {"caption": "tidy up"}
     with open(file, "w", newline="", encoding="utf-8") as out:
         table = csv.DictWriter(
-            out, ["caption", "end", "start", "index", "level", "episode", "source"], extrasaction="ignore"
+            out,
+            ["caption", "end", "start", "index", "level", "episode", "source"],
+            extrasaction="ignore",
+            delimiter=delimiter,
         )
         table.writeheader()
         table.writerow(row)

@@ -94,6 +94,8 @@ def test_a_captioner_that_moves_a_span_is_refused(store_copy):
     moved = (dataclasses.replace(task[0], end=task[0].end - 1), *task[1:])
     with pytest.raises(UserError, match=r"episode 'synthetic-0002' .* moved, added or left out spans"):
         write_layer(store_copy, [*spans[:2], {**spans[2], "subtask": moved}, *spans[3:]], "test")
+    with pytest.raises(UserError, match=r"5 episodes were captioned, .* has 6"):
+        write_layer(store_copy, spans[1:], "test")
     assert "captions" not in open_store(store_copy).meta
 
 

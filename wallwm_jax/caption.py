@@ -21,15 +21,15 @@ Answers are kept in a journal (--journal), so a run that was stopped, or reached
 where it was, and asks nothing twice; until all events are answered the store keeps its captions (--partial uses what
 there is). An event without a valid answer keeps its caption with confidence 0.1.
 
---dry_run shows what would change. The new captions are a layer beside the old ones and in use from one moment to the
-next; delete the layer's folder and "captions" in store.json to go back. Runs that have the store open see the old ones;
-a run that is resumed notices that the store changed. Text features are computed again where the store has them, and
-the store is clustered again, since what is said is part of what is clustered (--nocluster leaves the clusters).
+--dry_run shows what would change (vlm asks all the same, and keeps the answers). The new captions are a layer beside
+the old ones, in use from one moment to the next; to go back, delete "captions" in store.json. Runs that have the store
+open see the old ones, and a run that is resumed notices that the store changed. Text features are computed again where
+the store has them, and the store is clustered again, since what is said is part of what is clustered (--nocluster
+leaves the clusters).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
         return _put_back(values)
     from wallwm_jax.events.captioners.templates import TemplateCaptioner
 
-    return _apply(values, _captioned(values.store, TemplateCaptioner(values.levels)), "templates")
+    said = _captioned(values.store, TemplateCaptioner(values.levels))
+    return _apply(values, _events(values.store), said, "templates")
 
 
 def _write_out(store: str, file: str) -> int:
@@ -128,12 +129,13 @@ def _put_back(values: flags.FlagValues) -> int:
     if not values.file:
         raise UserError("say which table was edited: --file=captions.csv or --file=captions.jsonl")
     captioner = HumanCaptioner(read_edits(values.file), values.author)
-    spans = [captioner.revise(source, name, spans) for source, name, spans in _events(values.store)]
+    before = list(_events(values.store))
+    spans = [captioner.revise(source, name, spans) for source, name, spans in before]
     captioner.finish()
     if not captioner.changes:
         print("nothing changed")
         return 0
-    return _apply(values, spans, f"human:{values.author}" if values.author else "human")
+    return _apply(values, before, spans, f"human:{values.author}" if values.author else "human")
 
 
 def _events(store: str) -> Iterator[tuple[str, str, Spans]]:
@@ -151,13 +153,15 @@ def _captioned(store: str, captioner: Captioner) -> list[Spans]:
         return [episode.spans for episode in captioner.caption(read_episodes(store))]
 
 
-def _apply(values: flags.FlagValues, spans: list[Spans], captioner: str) -> int:
+def _apply(
+    values: flags.FlagValues, before: Iterable[tuple[str, str, Spans]], spans: list[Spans], captioner: str
+) -> int:
     """Shows the changes, and writes them unless it is a dry run."""
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.recaption import write_layer
 
-    for line in _changes(_events(values.store), spans):
+    for line in _changes(before, spans):
         print(f"  {line}")
     if values.dry_run:
         return 0
@@ -189,12 +193,14 @@ def _changes(before: Iterable[tuple[str, str, Spans]], after: list[Spans]) -> It
 
 
 def _draw_sheets(store: str, levels: list[str], episodes: int, out: Path) -> int:
+    from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.recaption import read_episodes
     from wallwm_jax.events.captioners.contact_sheet import contact_sheet
 
+    chosen = range(min(episodes, len(open_store(store).episodes)))
     out.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for number, episode in enumerate(itertools.islice(read_episodes(store), episodes)):
+    for number, episode in zip(chosen, read_episodes(store, chosen)):
         for level in (level for level in levels if level in episode.spans):
             for index, span in enumerate(episode.spans[level]):
                 (out / f"{number:04d}-{level}-{index:03d}.jpg").write_bytes(contact_sheet(episode, span))
@@ -205,7 +211,11 @@ def _draw_sheets(store: str, levels: list[str], episodes: int, out: Path) -> int
 
 def _ask(values: flags.FlagValues) -> int:
     from wallwm_jax.data.event_store import open_store
-    from wallwm_jax.events.captioners.vlm import VlmCaptioner, VlmOptions
+
+    try:
+        from wallwm_jax.events.captioners.vlm import VlmCaptioner, VlmOptions
+    except ImportError as error:
+        raise UserError(f"{error}; asking a model needs pip install 'wallwm_jax[captions]'") from None
 
     open_store(values.store)  # before anything is asked or written
     try:
@@ -237,7 +247,7 @@ def _ask(values: flags.FlagValues) -> int:
     if done.left and not values.partial:
         print("the limit is reached and the store as it was: raise the limit and run again, or give --partial")
         return TRY_AGAIN
-    return _apply(values, spans, f"vlm:{values.model}")
+    return _apply(values, _events(values.store), spans, f"vlm:{values.model}")
 
 
 if __name__ == "__main__":

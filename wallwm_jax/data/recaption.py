@@ -99,7 +99,10 @@ def write_layer(path: str | Path, spans: Iterable[Spans], captioner: str, *, tex
     store = open_store(path)
     summary = LayerSummary(path, 0)
     revised, entries = [], []
-    for entry, new in zip(store.episodes, spans, strict=True):
+    said = list(spans)
+    if len(said) != len(store.episodes):
+        raise UserError(f"{len(said)} episodes were captioned, event store {str(path)!r} has {len(store.episodes)}")
+    for entry, new in zip(store.episodes, said):
         _check_same(entry, new)
         rows = {level: [span_entry(span) for span in new[level]] for level in LEVELS if level in new}
         for level, row in rows.items():

@@ -174,7 +174,7 @@ def motion(seconds: np.ndarray, curves: Mapping[str, np.ndarray], boundaries: Ma
 
 
 def lengths(values: Mapping[str, Sequence[float]]) -> bytes:
-    """A histogram of the seconds of spans per level, on a logarithmic axis that all share."""
+    """A histogram of the seconds of spans per level, its title the median, on a logarithmic axis that all share."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1.9), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(values)))
@@ -185,7 +185,7 @@ def lengths(values: Mapping[str, Sequence[float]]) -> bytes:
             panel.axvline(np.median(row), color=ORANGE, linewidth=1.4)
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter("{x:g}")
-            panel.set_title(f"{level}, median {np.median(row):.1f} s")
+            panel.set_title(f"{level}: {np.median(row):.1f} s")
             panel.set_xlabel("seconds")
             panel.grid(axis="x", visible=False)
         return to_png(figure)

@@ -173,7 +173,9 @@ def _name(source: str, episode: str, level: str, index: int) -> str:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    table = csv.DictReader(io.StringIO(text, newline=""))
+    header = text.partition("\n")[0]
+    delimiter = ";" if header.count(";") > header.count(",") else ","  # as spreadsheets write in half of Europe
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     for row in table:
         yield table.line_num, row
 

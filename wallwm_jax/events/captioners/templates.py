@@ -151,7 +151,7 @@ def verb_of(motion: Motion) -> tuple[str, float]:
         return verb, max(across, abs(up)) / (across + abs(up)) * min(1.0, far / max(motion.path, far))
     if motion.turned >= _TURN:
         return "turn", min(1.0, motion.turned / (3 * _TURN))
-    return "wait", 1.0 - far / _STILL
+    return "wait", 1.0 - far / (2 * _STILL)
 
 
 def describe_motions(motions: Sequence[Motion]) -> Caption:
