@@ -28,6 +28,7 @@ from wallwm_jax.events.actions import relative_actions, state_vector
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import cut_windows
 from wallwm_jax.models.codecs import get_codec
+from wallwm_jax.sources.opening import SourceOptions
 
 EPISODES = [synthetic_episode(seed, steps=64 + 7 * seed) for seed in range(6)]  # as the fixture has them
 
@@ -479,7 +480,7 @@ def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(build_events, "open_source", four_episodes)
     target = str(tmp_path / "store")
     start = time.monotonic()
-    built = build_events.build("ocbench:chamber", target, StoreOptions(latent_sample=8), episodes=4, size=16)
+    built = build_events.build("ocbench:chamber", target, StoreOptions(latent_sample=8), SourceOptions(4, size=16))
     store = open_store(target)
     assert store.index["cluster_vl"].min() >= 0 and store.index["cluster_action"].min() >= 0
     assert sum(built.seconds.values()) < time.monotonic() - start

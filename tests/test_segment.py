@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from wallwm_jax.benchmarks import segment as benchmark
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluation import figures
+from wallwm_jax.events.labelling import Labelled
 from wallwm_jax.events.phases import Options, gripper_changes, knots_of
 from wallwm_jax.events.schema import Episode, Span
 from wallwm_jax.events.segment import boundaries, segment
@@ -274,3 +275,15 @@ def test_held_out_families_are_cut_far_better_than_by_either_baseline():
         assert found["action_f1"] > baseline["action_f1"] + 0.2
         assert found["subtask_f1"] > baseline["subtask_f1"] + 0.2
     assert "held out, mean" in benchmark.table(found)
+
+
+def test_events_are_found_where_the_source_names_none():
+    bare = acted(PICK_AND_PLACE)
+    told = segment(bare)
+    for which, cut in {"auto": 1, "always": 2, "never": 0}.items():
+        labelled = Labelled([bare, told], which)
+        first, second = labelled
+        assert labelled.count == cut
+        assert ("action" in first.spans) == (cut > 0)
+        assert (second.spans["action"][0].provenance == "templates") == (which == "always")
+    assert boundaries(next(Labelled([bare], "auto")), "action") == boundaries(told, "action")

@@ -16,13 +16,14 @@ its text encoder, computed here once, in batches on the local devices (weights: 
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
 A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns (wallwm_jax/sources/embodiment.py) and
-brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Recordings of
-real robots have late pictures, frozen cameras, jumps and pauses: --clean drops or repairs what breaks a rule, --sync
-moves pictures and actions together, --prune_static=SECONDS shortens pauses inside event windows. The page
-build_report.html in the store tells what was found in which episode, with pictures:
+brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Where it has
+no events, they are found in its motion (--segment). Recordings of real robots have late pictures, frozen cameras, jumps
+and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
+--prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in the store tells what was
+found in which episode, with pictures:
 
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
-        --levels=task,subtask --clean --sync --out=runs/kitchen
+        --clean --sync --out=runs/kitchen
 
 What a store holds, to look at: one page with timelines, captions and who wrote them, lengths and clusters. With the
 store of the same episodes whose events are known, boundaries are drawn and counted beside the true ones:
@@ -55,29 +56,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Build:
-    """What `build` did: the writer's own summary, episodes per family, bytes of the store, seconds per phase, and what
-    cleaning and synchronising found where they were asked for."""
+    """What `build` did.
+
+    Attributes:
+      summary: of the writer.
+      families: episodes per family or set of the source.
+      size_on_disk: bytes of the store.
+      seconds: per phase.
+      prepared: what cleaning and synchronising found, where they were asked for.
+      labelled: episodes whose events were found here.
+    """
 
     summary: StoreSummary
     families: dict[str, FamilyCount]
     size_on_disk: int
     seconds: dict[str, float] = field(default_factory=dict)
     prepared: Summary | None = None
+    labelled: int = 0
 
 
 def build(
     source: str,
     out: str,
     options: StoreOptions,
+    recording: SourceOptions | None = None,
     *,
-    episodes: int | None = None,
-    size: int = 64,
-    views: Sequence[str] = (),
-    workers: int = 2,
-    embodiment: str = "",
-    video_fps: float = 0.0,
-    overwrite: bool = False,
     preparation: PrepareOptions | None = None,
+    segment: str = "auto",
+    overwrite: bool = False,
 ) -> Build:
     """Builds and clusters a store; see the flags of the command for the arguments.
 
@@ -87,19 +93,19 @@ def build(
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
+    from wallwm_jax.events.labelling import Labelled
     from wallwm_jax.events.preparing import prepare
 
     seconds: dict[str, float] = {}
     found = None
     with atomic_directory(out, overwrite=overwrite) as directory:
-        stream, families = open_source(
-            source, SourceOptions(episodes, options.seed, size, tuple(views), workers, embodiment, video_fps)
-        )
+        stream, families = open_source(source, recording or SourceOptions(seed=options.seed))
         if preparation:
             stream = prepare(stream, preparation)
             found = stream.summary
+        labelled = Labelled(stream, segment)
         with phase(f"record {source} into windows", seconds):
-            summary = write_store(directory, stream, options)
+            summary = write_store(directory, labelled, options)
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
         if found:
@@ -107,7 +113,7 @@ def build(
 
             write_build_report(directory, found, f"Event store of {source}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return Build(summary, families(), size_on_disk, seconds, found)
+    return Build(summary, families(), size_on_disk, seconds, found, labelled.count)
 
 
 def report(build: Build, out: str) -> str:
@@ -126,6 +132,8 @@ def report(build: Build, out: str) -> str:
     if build.prepared:
         for action in ("dropped", "repaired", "noted"):
             lines += [f"  {action:<9} {rule:<16} {count:>6}" for rule, count in build.prepared.counts(action).items()]
+    if build.labelled:
+        lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} whose events were found in their motion")
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
     if summary.too_short:
         lines.append(f"  episodes  {'too short':<16} {summary.too_short:>6} left out: not one video stride long")
@@ -169,6 +177,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
+    flags.DEFINE_enum(
+        "segment", "auto", ["auto", "always", "never"], "Find events: where the source names none, in all, or in none"
+    )
     flags.DEFINE_bool("clean", False, "Drop or repair episodes that break a rule of wallwm_jax.events.clean")
     flags.DEFINE_bool("sync", False, "Estimate how late the pictures are, and correct it where that is clear")
     flags.DEFINE_float("prune_static", 0.0, "Seconds of the longest pause inside an event window; 0 keeps all", 0.0)
@@ -205,18 +216,23 @@ def main(_: Sequence[str]) -> None:
         heldout_fraction=values.heldout_fraction,
         seed=values.seed,
     )
-    built = build(
-        values.source,
-        values.out,
-        options,
+    recording = SourceOptions(
         episodes=values.episodes,
+        seed=values.seed,
         size=values.size,
         views=tuple(values.views),
         workers=values.workers,
         embodiment=values.embodiment,
         video_fps=values.video_fps,
-        overwrite=values.overwrite,
+    )
+    built = build(
+        values.source,
+        values.out,
+        options,
+        recording,
         preparation=PrepareOptions(values.clean, values.sync) if values.clean or values.sync else None,
+        segment=values.segment,
+        overwrite=values.overwrite,
     )
     print(report(built, values.out))
     print(f"  seconds   {'total':<48} {time.monotonic() - start:>7.1f}")
