@@ -500,7 +500,7 @@ def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
             ["--source=ocbench:block", "--out=.", "--overwrite"],
             "already exists; it is no event store: give another path",
         ),
-        (["--out=new"], "error: flag --source=None"),
+        (["--out=new"], "error: say where episodes come from"),
     ],
 )
 def test_the_command_explains_bad_flags_in_one_line(tmp_path, flags, message):

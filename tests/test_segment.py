@@ -278,7 +278,7 @@ def test_held_out_families_are_cut_far_better_than_by_either_baseline():
 
 
 def test_events_are_found_where_the_source_names_none():
-    bare = acted(PICK_AND_PLACE)
+    bare, _ = acted(PICK_AND_PLACE)
     told = segment(bare)
     for which, cut in {"auto": 1, "always": 2, "never": 0}.items():
         labelled = Labelled([bare, told], which)
