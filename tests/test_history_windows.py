@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from history_windows import HISTORY, PAST, STEPS, configured
+from ml_collections import ConfigDict
 from random_batch import tiny_config
 from synthetic import synthetic_episode
 from tiny_model import quick_compilation, random_params
@@ -109,8 +110,9 @@ def test_a_chunk_may_be_told_the_event_that_goes_on_where_it_begins(store):
     """Half of the draws here; the level is the config's, and the rest is the instruction."""
     config = configured(store)
     with config.unlocked():
-        config.data.update(levels={"subtask": 1.0}, caption_drop=0.0, paraphrase_prob=0.0, duration_clause_prob=0.0)
-        config.data.update(chunk_event_prob=0.5, caption_drop_long=0.0)
+        config.data.levels = ConfigDict({"subtask": 1.0})
+        config.data.update(caption_drop=0.0, caption_drop_long=0.0, paraphrase_prob=0.0, duration_clause_prob=0.0)
+        config.data.chunk_event_prob = 0.5
     window = int(np.flatnonzero((store.index["kind"] == 2) & (store.index["event_index"] == 1))[0])
     record, rng = store.read(window), np.random.default_rng(0)
     drawn = [draw_caption(store, record, config.data, rng) for _ in range(400)]

@@ -8,6 +8,7 @@ import json
 import jax
 import pytest
 from history_windows import STEPS, configured
+from ml_collections import ConfigDict
 from tiny_model import quick_compilation, random_like, save_params, save_run
 from vlm_setup import vlm_training_config
 
@@ -29,7 +30,8 @@ def runs(history_store, tmp_path_factory):
     language = vlm_training_config(history_store.path, "staircase").copy_and_resolve_references()
     with language.unlocked():
         language.model = config.model
-        language.data.update(levels={"subtask": 1.0}, text_length=config.data.text_length)
+        language.data.levels = ConfigDict({"subtask": 1.0})
+        language.data.text_length = config.data.text_length
     groups = ("vlm", "staircase")
     shapes = jax.eval_shape(lambda: language_pathway.init(language, jax.random.key(0), groups))
     params = {**random_like(shapes, 5, 0.1), "text": average["text"]}
