@@ -151,7 +151,7 @@ def test_inside_an_event_the_question_is_how_long_it_still_takes(store, config):
         assert prompt.endswith(f"now: {span['caption']}\nhow long?\nassistant\n")
         elapsed = round(record.duration_s - float(row["remaining_s"]), 3)
         shares = [int(share * (record.num_actions // 2)) * 2 / 10 for share in (0.25, 0.5, 0.75)]
-        assert min(abs(elapsed + (record.start - record.span_start) / 10 * -1 - share) for share in shares) < 0.01
+        assert min(abs(elapsed - (record.start - record.span_start) / 10 - share) for share in shares) < 0.01
         assert planning_text.parse_time_left(said) == max(round(2 * float(row["remaining_s"])) / 2, 0.5)
         assert not row["is_next"] and row["trace_length"] == 0 and row["text_length"].tolist() == [1]
         moments.add(elapsed)
