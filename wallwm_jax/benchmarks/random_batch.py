@@ -105,9 +105,8 @@ def random_questions(config: ConfigDict, seed: int = 0, *, views: int = 2, full:
       UserError: sizes that do not fit together, or no tokenizer.
     """
     rng, vlm, rows = np.random.default_rng(seed), config.data.vlm, config.data.rows
-    batch = {
-        name: np.zeros(shape, dtype) for name, (shape, dtype) in VlmRows.spec(config, rows, num_views=views).items()
-    }
+    spec = VlmRows.spec(config, rows, num_views=views)
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
     prompts, images = Prompts(config), batch["images"].shape[1]
     if "latents" in batch:
         alone = config.copy_and_resolve_references().unlock()
@@ -117,7 +116,7 @@ def random_questions(config: ConfigDict, seed: int = 0, *, views: int = 2, full:
     batch["images"] = rng.integers(0, 256, batch["images"].shape, np.uint8)
     for row in range(rows):
         start = prompts.ids("", "", (), images)
-        words = prompts.room - len(start) if full else int(rng.integers(prompts.room - len(start)))
+        words = prompts.room - len(start) if full else int(rng.integers(prompts.room - len(start) + 1))
         answer = vlm.answer_length if full else int(rng.integers(1, vlm.answer_length))
         trace = vlm.trace_length if full else int(rng.integers(2, vlm.trace_length))
         ids = [*start, *rng.integers(0, 256, words + answer)]
@@ -126,9 +125,8 @@ def random_questions(config: ConfigDict, seed: int = 0, *, views: int = 2, full:
         batch["trace_ids"][row, :trace], batch["trace_length"][row] = rng.integers(0, 256, trace), trace
         caption = " ".join(rng.choice(_WORDS, config.data.text_length if full else 3))
         _place_text(batch, row, 0, caption, rng)
-    batch["positions"] = np.moveaxis(
-        prompts.positions(batch["ids"], np.arange(vlm.length) < batch["length"][:, None]), 0, 1
-    )
+    mask = np.arange(vlm.length) < batch["length"][:, None]
+    batch["positions"] = np.moveaxis(prompts.positions(batch["ids"], mask), 0, 1)
     batch["is_next"][:], batch["remaining_s"][:] = True, rng.uniform(0.5, 9.0, rows)
     batch["window_index"][:, 0] = rng.integers(1 << 20, size=rows)
     return batch
