@@ -232,7 +232,7 @@ class _Job:
             return to_episode(recording, self.dataset.name, self.embodiment, self.clock, self.size)
         except BadRecording as error:
             return f"{name}: {BadRecording(error.field, error.what, error.file or file)}"
-        except (ArithmeticError, ValueError, OSError) as error:  # an invalid `Episode` is a ValueError
+        except (ArithmeticError, LookupError, ValueError, OSError, cv2.error) as error:  # an invalid `Episode` too
             return f"{name}: {file}: rows: {error}"
 
 
