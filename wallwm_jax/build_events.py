@@ -64,6 +64,7 @@ def build(
     workers: int = 2,
     embodiment: str = "",
     video_fps: float = 0.0,
+    damage_limit: float = 0.1,
     overwrite: bool = False,
 ) -> Build:
     """Builds and clusters a store; see the flags of the command for the arguments.
@@ -78,7 +79,7 @@ def build(
     seconds: dict[str, float] = {}
     with atomic_directory(out, overwrite=overwrite) as directory:
         stream, families = open_source(
-            source, SourceOptions(episodes, options.seed, size, workers, embodiment, video_fps)
+            source, SourceOptions(episodes, options.seed, size, workers, embodiment, video_fps, damage_limit)
         )
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, stream, options)
@@ -116,6 +117,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float(
         "video_fps", 0.0, "Frames per second, two commands each, that a set is brought to; 0 keeps its own"
+    )
+    flags.DEFINE_float(
+        "damage_limit", 0.1, "Share of a set's episodes that may be damaged, counted and named", 0.0, 1.0
     )
     flags.DEFINE_string("out", None, "Directory of the new store", required=True)
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
@@ -168,6 +172,7 @@ def main(_: Sequence[str]) -> None:
         workers=values.workers,
         embodiment=values.embodiment,
         video_fps=values.video_fps,
+        damage_limit=values.damage_limit,
         overwrite=values.overwrite,
     )
     print(report(built, values.out))
