@@ -10,7 +10,7 @@ from random_batch import tiny_config
 from synthetic import synthetic_episode
 from tiny_model import quick_compilation, random_params
 
-from configs import ocbench_chunk, ocbench_cpu
+from configs import ocbench_chunk
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import CLEAN, DENOISE, batch_spec, draw_caption
 from wallwm_jax.data.pipeline import make_loader
@@ -124,13 +124,13 @@ def test_a_chunk_may_be_told_the_event_that_goes_on_where_it_begins(store):
 
 
 def test_a_model_of_chunks_from_scratch_sees_as_many_tokens_as_the_adapted_one():
-    event, adapted, scratch = ocbench_cpu.get_config(), ocbench_chunk.get_config(), ocbench_chunk.get_config("scratch")
+    event, adapted, scratch = (ocbench_chunk.get_config(part) for part in ("event", "adapt", "scratch"))
     assert scratch.train.steps == event.train.steps + adapted.train.steps
     for config in (adapted, scratch):
         assert (config.data.rows, config.data.latents_per_row) == (event.data.rows, event.data.latents_per_row)
     assert (adapted.train.stage, scratch.train.stage) == ("chunk", "joint")
     assert adapted.optim.lr < scratch.optim.lr and adapted.model == scratch.model == event.model
-    with pytest.raises(UserError, match="the part is adapt or scratch"):
+    with pytest.raises(UserError, match="the part is event, adapt or scratch"):
         ocbench_chunk.get_config("more")
 
 

@@ -48,6 +48,7 @@ class SourceOptions:
       workers: processes; 0 does the work in this one.
       embodiment: what the columns of a set mean: a name or the path of a TOML file.
       video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
+      damage_limit: share of a set's episodes that may be damaged before the build ends.
     """
 
     episodes: int | None = None
@@ -57,6 +58,7 @@ class SourceOptions:
     workers: int = 2
     embodiment: str = ""
     video_fps: float = 0.0
+    damage_limit: float = 0.1
 
 
 Opened = tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]
@@ -128,6 +130,7 @@ def _open_set(source: str, options: SourceOptions) -> Opened:
         size=options.size,
         episodes=options.episodes,
         workers=options.workers,
+        damage_limit=options.damage_limit,
     )
 
     def counts() -> dict[str, FamilyCount]:

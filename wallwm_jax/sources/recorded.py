@@ -29,7 +29,6 @@ from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import FLIPS, Camera, Embodiment, Motion
 from wallwm_jax.sources.labels import Label, spans
 
-DAMAGE_LIMIT = 0.1  # share of a set's episodes that may be damaged
 JPEG_QUALITY = 92
 _AHEAD = 2  # episodes per worker that are read before they are asked for
 
@@ -102,7 +101,7 @@ def read_episodes(
     size: int = 64,
     episodes: int | None = None,
     workers: int = 2,
-    damage_limit: float = DAMAGE_LIMIT,
+    damage_limit: float = 0.1,
 ) -> RecordedEpisodes:
     """Episodes of a set in its own order, whatever the number of worker processes.
 
@@ -140,7 +139,8 @@ def read_episodes(
             if len(count.damaged) > limit:
                 raise UserError(
                     f"{len(count.damaged)} of the first {count.kept + len(count.damaged)} episodes of {dataset.path} "
-                    f"are damaged, more than {damage_limit:.0%} of {total}: {'; '.join(count.damaged[:3])}"
+                    f"are damaged, more than {damage_limit:.0%} of {total}: {'; '.join(count.damaged[:3])} "
+                    "(repair them, or allow more by --damage_limit)"
                 )
 
     return RecordedEpisodes(generate(), count)
@@ -232,7 +232,7 @@ class _Job:
             return to_episode(recording, self.dataset.name, self.embodiment, self.clock, self.size)
         except BadRecording as error:
             return f"{name}: {BadRecording(error.field, error.what, error.file or file)}"
-        except (ArithmeticError, ValueError, OSError) as error:  # an invalid `Episode` is a ValueError
+        except (ArithmeticError, LookupError, ValueError, OSError, cv2.error) as error:  # an invalid `Episode` too
             return f"{name}: {file}: rows: {error}"
 
 

@@ -27,6 +27,7 @@ from wallwm_jax.sources.embodiment import Embodiment
 from wallwm_jax.sources.lerobot import event_labels, video
 from wallwm_jax.sources.recorded import Recording
 
+_LANGUAGE = "language_persistent"
 _TABLES = ("tasks", "subtasks")  # index → text
 
 
@@ -61,7 +62,6 @@ class LeRobotSet:
         self._videos = {key for key, kind in kinds.items() if kind == "video"}
         self._texts = {name: _texts(self._root / "meta", name) for name in _TABLES}
         self._episodes = _episodes(self._root / "meta", self.version)
-        self._labelled = sorted(event_labels.COLUMNS & set(self.features))
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -84,7 +84,15 @@ class LeRobotSet:
         """Rows of one episode, no picture decoded; raises `BadRecording`."""
         try:
             return self._recording(number, embodiment)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            OSError,
+            TypeError,
+            ValueError,
+            pa.ArrowException,
+        ) as error:
             raise BadRecording("rows", f"of episode {number} cannot be read: {error!r}", self.path) from None
 
     def picture_rate(self, number: int, key: str) -> float | None:
@@ -100,15 +108,16 @@ class LeRobotSet:
         entry = self._entry(number)
         index = int(entry["episode_index"])
         file = self._root / self._fill(self._data_path, entry, "data")
-        numbers = sorted(embodiment.columns)
-        table = self._rows(file, index, ["timestamp", "task_index", *self._labelled, *numbers])
+        numbers, subtasks = sorted(embodiment.columns), {"subtask_index"} & set(self.features)
+        table = self._rows(file, index, ["timestamp", "task_index", *subtasks, *numbers])
         if table.num_rows != entry["length"]:
             raise BadRecording("length", f"meta says {entry['length']} rows, there are {table.num_rows}", str(file))
         if not table.num_rows:
             raise BadRecording("length", "no rows", str(file))
         columns = {key: _numbers(table[key], key, str(file)) for key in numbers}
         times = _numbers(table["timestamp"], "timestamp", str(file)).reshape(-1).astype(np.float64)
-        labels = event_labels.labels(table, entry, self._texts, times, str(file))
+        said = _said(file, index) if _LANGUAGE in self.features else []
+        labels = event_labels.labels(table, said, entry, self._texts, times, str(file))
         return Recording(
             name=f"{self.name.partition('/')[2]}/episode_{index:06d}",
             file=str(file),
@@ -226,6 +235,13 @@ def _table(file: Path, columns: tuple[str, ...]) -> pa.Table:
         return pq.read_table(file, columns=[name for name in columns if name in present], use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise BadRecording("rows", f"cannot be read: {' '.join(str(error).split())}", str(file)) from None
+
+
+def _said(file: Path, index: int) -> list[dict[str, Any]]:
+    """The language rows of an episode. Every frame repeats them, so the column is not kept as `_table` keeps others."""
+    first = [("episode_index", "=", index), ("frame_index", "=", 0)]
+    found = pq.read_table(file, columns=[_LANGUAGE], use_threads=False, filters=first)[_LANGUAGE].to_pylist()
+    return (found[0] if found else None) or []
 
 
 def _numbers(column: pa.ChunkedArray, key: str, file: str) -> np.ndarray:

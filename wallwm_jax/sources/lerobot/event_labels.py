@@ -10,7 +10,7 @@ Subtasks become level "subtask"; motions, and dense subtasks beside sparse ones,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,22 @@ import pyarrow as pa
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.labels import Label, runs
 
-COLUMNS = {"subtask_index", "language_persistent"}
 _STYLES = {"subtask": "subtask", "motion": "action"}
 
 
 def labels(
-    table: pa.Table, entry: Mapping[str, Any], texts: Mapping[str, Mapping[int, str]], times: np.ndarray, file: str
+    table: pa.Table,
+    said: Sequence[Mapping[str, Any]],
+    entry: Mapping[str, Any],
+    texts: Mapping[str, Mapping[int, str]],
+    times: np.ndarray,
+    file: str,
 ) -> dict[str, list[Label]]:
     """Labels of one episode by level, "task" always among them.
 
     Args:
-      table: its rows; `task_index`, and those of `COLUMNS` that the set has.
+      table: its rows: `task_index`, and `subtask_index` where the set has it.
+      said: what its `language_persistent` holds.
       entry: its row of `meta/episodes`.
       texts: "tasks" and "subtasks": index → text.
       times: `[N]` seconds of the rows.
@@ -46,8 +51,7 @@ def labels(
         indices = table["subtask_index"].to_pylist()
         named = [None if i in (None, -1) else _text(i, texts["subtasks"], "subtask_index", file) for i in indices]
         found["subtask"] = runs(named, seconds)
-    if "language_persistent" in table.column_names:
-        said = table["language_persistent"][0].as_py() or []
+    if said:
         for style, level in _STYLES.items():
             found[level] = [_said(row, times[0], file) for row in said if row.get("style") == style] or found.get(
                 level, []
