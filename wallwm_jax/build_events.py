@@ -81,17 +81,8 @@ def build(
     options: StoreOptions,
     recording: SourceOptions | None = None,
     *,
-<<<<<<< HEAD
     preparation: PrepareOptions | None = None,
     segment: str = "auto",
-=======
-    episodes: int | None = None,
-    size: int = 64,
-    workers: int = 2,
-    embodiment: str = "",
-    video_fps: float = 0.0,
-    damage_limit: float = 0.1,
->>>>>>> sources
     overwrite: bool = False,
 ) -> Build:
     """Builds and clusters a store; see the flags of the command for the arguments.
@@ -108,17 +99,11 @@ def build(
     seconds: dict[str, float] = {}
     found = None
     with atomic_directory(out, overwrite=overwrite) as directory:
-<<<<<<< HEAD
         stream, families = open_source(source, recording or SourceOptions(seed=options.seed))
         if preparation:
             stream = prepare(stream, preparation)
             found = stream.summary
         labelled = Labelled(stream, segment)
-=======
-        stream, families = open_source(
-            source, SourceOptions(episodes, options.seed, size, workers, embodiment, video_fps, damage_limit)
-        )
->>>>>>> sources
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, labelled, options)
         with phase("cluster windows", seconds):
@@ -169,16 +154,12 @@ def _define_flags() -> None:
     flags.DEFINE_float(
         "video_fps", 0.0, "Frames per second, two commands each, that a set is brought to; 0 keeps its own"
     )
-<<<<<<< HEAD
-    flags.DEFINE_string("out", None, "Directory of the new store; of --inspect, the page", required=True)
-    flags.DEFINE_string("inspect", "", "Build nothing: make a page of this store")
-    flags.DEFINE_string("truth", "", "inspect: store of the same episodes with true events")
-=======
     flags.DEFINE_float(
         "damage_limit", 0.1, "Share of a set's episodes that may be damaged, counted and named", 0.0, 1.0
     )
-    flags.DEFINE_string("out", None, "Directory of the new store", required=True)
->>>>>>> sources
+    flags.DEFINE_string("out", None, "Directory of the new store; of --inspect, the page", required=True)
+    flags.DEFINE_string("inspect", "", "Build nothing: make a page of this store")
+    flags.DEFINE_string("truth", "", "inspect: store of the same episodes with true events")
     flags.DEFINE_string("codec", "haar8", "Video codec of the latents: haar4, haar8, haar16, wan21, wan22")
     flags.DEFINE_string("codec_weights", "", "Folder of the codec's converted weights (wan21, wan22)")
     flags.DEFINE_integer("codec_batch", 8, "Videos that the codec encodes together, over all local devices", 1)
@@ -246,23 +227,15 @@ def main(_: Sequence[str]) -> None:
         workers=values.workers,
         embodiment=values.embodiment,
         video_fps=values.video_fps,
+        damage_limit=values.damage_limit,
     )
     built = build(
         values.source,
         values.out,
         options,
-<<<<<<< HEAD
         recording,
         preparation=PrepareOptions(values.clean, values.sync) if values.clean or values.sync else None,
         segment=values.segment,
-=======
-        episodes=values.episodes,
-        size=values.size,
-        workers=values.workers,
-        embodiment=values.embodiment,
-        video_fps=values.video_fps,
-        damage_limit=values.damage_limit,
->>>>>>> sources
         overwrite=values.overwrite,
     )
     print(report(built, values.out))
