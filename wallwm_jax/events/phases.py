@@ -14,7 +14,7 @@ from wallwm_jax.events.schema import Episode
 _BLOCKED = 0.1  # closing fraction by which fingers that hold something stay behind their command
 _EDGE = 0.1  # share of a gripper's range at either end that counts as open or closed
 _IDLE = 0.1  # share of the greatest speed below which a step tells nothing of how fast the hand usually is
-_CLOCK_HZ = 20.0  # fast enough to place a movement's joint
+_SAMPLES = 128  # of the longest movement; more would take time and tell no more
 _TIE = 0.5  # squared tolerances that two covers may differ by
 
 
@@ -374,12 +374,12 @@ def thinned(kept: Sequence[int], steps: Sequence[int], end: int, gap: int) -> li
 def knots_of(path: np.ndarray, clock_hz: float, options: Options) -> list[int]:
     """Steps at which a new movement of `path` `[T, 3]` begins: the cheapest cover by cubics, costs as in `Options`.
 
-    Recordings that are faster than `_CLOCK_HZ` are looked at on a slower clock, which their steps divide.
+    Where the longest movement has more than `_SAMPLES` steps, only every second, third ... step is looked at.
     """
-    every = max(1, round(clock_hz / _CLOCK_HZ))
-    path, clock_hz = path[::every], clock_hz / every
+    longest = min(len(path), max(5, round(options.longest_s * clock_hz)))
+    every = -(-longest // _SAMPLES)
+    path, longest = path[::every], -(-longest // every)
     steps = len(path)
-    longest = min(steps, max(5, round(options.longest_s * clock_hz)))
     cost = np.full((steps + 1, longest + 1), np.inf)  # by end and length of a piece
     for length in range(min(options.min_steps, steps), longest + 1):
         windows = np.lib.stride_tricks.sliding_window_view(path, length, axis=0)
