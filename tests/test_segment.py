@@ -123,6 +123,13 @@ def test_a_gripper_that_closes_on_the_way_to_a_button_grasps_nothing():
     assert verbs(found) == ["reach", "press", "retract"] and verbs(found, "subtask") == ["press"]
 
 
+def test_a_minute_of_idling_changes_nothing_of_what_was_done_before():
+    episode, starts = acted([*PICK_AND_PLACE, (60.0, (0.4, -0.1, 0.30), 0.0)])
+    found = segment(episode)
+    assert verbs(found)[:8] == ["reach", "descend", "grasp", "lift", "carry", "lower", "release", "retract"]
+    assert np.abs(np.subtract(boundaries(found, "action")[:7], starts[:7])).max() <= 1
+
+
 def test_motion_without_contact_is_cut_at_stops_and_turns():
     square = [(1.0, (x, y, 0.3), 0.0) for x, y in ((0.6, 0.0), (0.6, 0.2), (0.4, 0.2))]
     episode, starts = acted(square)
@@ -160,7 +167,7 @@ def test_a_streamed_boundary_depends_on_nothing_after_its_lookahead():
     options, (episode, _) = Options(lookahead_s=0.8), acted([*PRESS, *PICK_AND_PLACE])
     whole = segment(episode, options)
     assert len(boundaries(whole, "action")) >= 8
-    for seen in (31, 47, 80):
+    for seen in (47, 80):
         cut = recording(episode.poses[: seen + 1, 0, :3, 3], episode.grippers[: seen + 1, 0])
         cut = segment(cut, options)
         for level in ("subtask", "action", "segment"):
@@ -168,7 +175,7 @@ def test_a_streamed_boundary_depends_on_nothing_after_its_lookahead():
             assert [step for step in boundaries(cut, level) if step <= seen - 8] == sure
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_spans_are_valid_whatever_the_hand_does(data):
     steps = data.draw(st.integers(1, 60))

@@ -13,7 +13,8 @@ from wallwm_jax.events.schema import Episode
 
 _BLOCKED = 0.1  # closing fraction by which fingers that hold something stay behind their command
 _EDGE = 0.1  # share of a gripper's range at either end that counts as open or closed
-_CLOCK_HZ = 20.0  # fast enough to place a movement's joint
+_IDLE = 0.1  # share of the greatest speed below which a step tells nothing of how fast the hand usually is
+_SAMPLES = 128  # of the longest movement; more would take time and tell no more
 _TIE = 0.5  # squared tolerances that two covers may differ by
 
 
@@ -27,7 +28,7 @@ class Options:
       piece_cost: what another movement costs, in squared tolerances.
       longest_s: longest movement, seconds.
       rest_m: farthest that a hand at rest may drift, metres.
-      rest_share: fastest that it may do so, as a share of the speed of the recording's faster steps.
+      rest_share: fastest that it may do so, as a share of the speed of the faster steps of its motion.
       stop_share: a joint is a stop where the speed falls below this share of that on either side.
       reversal_cosine: the ways in and out of a touch have a smaller cosine than this.
       axis_cosine: a way is along the hand's axis, in or out, where its cosine with it is greater than this.
@@ -95,7 +96,7 @@ class Arm:
         self.measured_gripper = episode.grippers[:, arm]
         self.steps = len(self.gripper)
         self.speed = np.linalg.norm(np.diff(self.path, axis=0), axis=1)
-        self.fast = float(np.quantile(self.speed, 0.9)) if self.steps else 0.0
+        self.fast = float(np.quantile(self.speed[self.speed >= _IDLE * self.speed.max()], 0.9))
         self.changes = gripper_changes(self.gripper, options.gripper_change)
         self.stations = self._stations(knots_of(self.path[1:], episode.clock_hz, options))
         self.plan = self._phases()
@@ -373,12 +374,12 @@ def thinned(kept: Sequence[int], steps: Sequence[int], end: int, gap: int) -> li
 def knots_of(path: np.ndarray, clock_hz: float, options: Options) -> list[int]:
     """Steps at which a new movement of `path` `[T, 3]` begins: the cheapest cover by cubics, costs as in `Options`.
 
-    Recordings that are faster than `_CLOCK_HZ` are looked at on a slower clock, which their steps divide.
+    Where the longest movement has more than `_SAMPLES` steps, only every second, third ... step is looked at.
     """
-    every = max(1, round(clock_hz / _CLOCK_HZ))
-    path, clock_hz = path[::every], clock_hz / every
+    longest = min(len(path), max(5, round(options.longest_s * clock_hz)))
+    every = -(-longest // _SAMPLES)
+    path, longest = path[::every], -(-longest // every)
     steps = len(path)
-    longest = min(steps, max(5, round(options.longest_s * clock_hz)))
     cost = np.full((steps + 1, longest + 1), np.inf)  # by end and length of a piece
     for length in range(min(options.min_steps, steps), longest + 1):
         windows = np.lib.stride_tricks.sliding_window_view(path, length, axis=0)
