@@ -52,7 +52,7 @@ def test_a_limit_leaves_the_store_alone_until_the_answers_are_all_there(clustere
     with StandIn(answering) as server:
         arguments = ("caption", "vlm", f"--store={store}", f"--endpoint={server.endpoint}", "--model=tiny")
         arguments += ("--levels=subtask", "--prices=1,1", "--nocluster")
-        some = run(*arguments, "--max_tokens=20000")
+        some = run(*arguments, "--max_tokens=6000")
         assert some.returncode == TRY_AGAIN, some.stderr
         assert "left" in some.stdout and (store / "store.json").read_bytes() == before
         asked = len(server.bodies)
