@@ -17,8 +17,8 @@ latents, the video. The captions of a store that was captioned again go along as
     python -m wallwm_jax.caption out --store=runs/store --file=captions.csv
     python -m wallwm_jax.export --source=ocbench:chamber --episodes=10 --captions=captions.csv --out=sets/chamber
 
-Rows are control steps, 10 per second in OCBench; wallwm_jax/sources/lerobot_export.py says what is in them. Everything
-about LeRobot itself is in its documentation; neither it nor torch is needed here (pip install 'wallwm_jax[data]').
+Rows are control steps, 10 per second in OCBench; wallwm_jax/sources/lerobot_export.py says what is in them. Neither
+LeRobot nor torch is needed (pip install 'wallwm_jax[data]').
 """
 
 from __future__ import annotations
