@@ -1,10 +1,11 @@
-"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), vlm (tokenizer), serve, notebooks, parity, tpu, gpu, dev."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), captions (of a VLM), vlm (tokenizer), serve, and for work here."""
 
 from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gymnasium>=1.1", "packaging"]
 DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
+CAPTIONS = ["httpx>=0.27"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
@@ -47,6 +48,7 @@ setup(
     extras_require={
         "sim": SIMULATOR,
         "data": DATA,
+        "captions": CAPTIONS,
         "vlm": VLM,
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
@@ -59,6 +61,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.11",
             "hypothesis>=6.100",
+            *CAPTIONS,
             *DATA,
             *SERVE,
             *NOTEBOOKS,

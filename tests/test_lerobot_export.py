@@ -14,7 +14,7 @@ from synthetic import synthetic_episode
 
 from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import Span
-from wallwm_jax.sources.lerobot_export import ExportSizes, write_lerobot
+from wallwm_jax.sources.lerobot.export import ExportSizes, write_lerobot
 
 EPISODES = [synthetic_episode(seed, steps=32 + 7 * seed, size=48) for seed in range(3)]
 CAMERAS = {"observation.images.front_pixels": "front_pixels", "observation.images.ur5e_wrist": "ur5e/wrist"}

@@ -17,7 +17,7 @@ latents, the video. The captions of a store that was captioned again go along as
     python -m wallwm_jax.caption out --store=runs/store --file=captions.csv
     python -m wallwm_jax.export --source=ocbench:chamber --episodes=10 --captions=captions.csv --out=sets/chamber
 
-Rows are control steps, 10 per second in OCBench; wallwm_jax/sources/lerobot_export.py says what is in them. Neither
+Rows are control steps, 10 per second in OCBench; wallwm_jax/sources/lerobot/export.py says what is in them. Neither
 LeRobot nor torch is needed (pip install 'wallwm_jax[data]').
 """
 
@@ -55,7 +55,7 @@ def _define_flags() -> None:
 def main(_argv: list[str]) -> None:
     """The command; see the module docstring."""
     try:
-        from wallwm_jax.sources.lerobot_export import write_lerobot
+        from wallwm_jax.sources.lerobot.export import write_lerobot
     except ImportError as error:
         raise UserError(f"{error}; writing LeRobot sets needs pip install 'wallwm_jax[data]'") from None
 
