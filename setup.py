@@ -1,4 +1,4 @@
-"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), captions (a VLM), vlm (tokenizer), serve, and for work here."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), captions, vlm (tokenizer), serve, and those for work here."""
 
 from setuptools import find_packages, setup
 
