@@ -87,7 +87,7 @@ def write_set(
                 entries[n] |= {f"videos/{key}/{name}": value for name, value in place.items()}
                 entries[n][f"videos/{key}/from_timestamp"] = (offsets[n] - offsets[file]) / fps
                 entries[n][f"videos/{key}/to_timestamp"] = (offsets[n + 1] - offsets[file]) / fps
-            entries[n]["stats/action/mean"] = raws[n].action.mean(0).tolist()
+            entries[n]["stats/action/count"] = [len(raws[n].times)]
     if videos_of:
         (root / "videos").symlink_to(videos_of / "videos")
     _write_meta(root / "meta", version, tasks, entries, labels)
