@@ -144,8 +144,9 @@ class Questions:
         store, level = self._store, LEVELS.index(record.level)
         if record.latents is not None or record.next_caption_ids[level] >= 0:
             return False
+        covered = int(record.frame_steps[-1] - record.frame_steps[0])
         success = store.episodes[record.episode_id]["success"]
-        return bool(success) and record.frame_steps[-1] > record.span_end - int(store.meta["video_stride"])
+        return bool(success) and covered > record.span_end - record.span_start - int(store.meta["video_stride"])
 
     def _pictures(self, record: WindowRecord, position: int) -> np.ndarray:
         """`[V, H, W, 3]`: all views of one frame; black where the episode lacks the view."""
