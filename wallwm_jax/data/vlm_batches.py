@@ -157,8 +157,9 @@ class Questions:
         store, level = self._store, LEVELS.index(record.level)
         if record.latents is not None or record.next_caption_ids[level] >= 0:
             return False
+        covered = int(record.frame_steps[-1] - record.frame_steps[0])
         success = store.episodes[record.episode_id]["success"]
-        return bool(success) and record.frame_steps[-1] > record.span_end - int(store.meta["video_stride"])
+        return bool(success) and covered > record.span_end - record.span_start - int(store.meta["video_stride"])
 
     def _seconds_left(self, record: WindowRecord, moment: int) -> float:
         """From a keyframe to the event's true end, which may lie beyond the window's."""
