@@ -377,7 +377,7 @@ def test_the_planner_asks_as_training_did(store, config):
     rows, questions = VlmRows(store, changed(config, vlm__done_prob=0.0)), Questions(store, config)
     for number in range(4):
         row, (window,) = rows(number), rows.sampler.row(number)
-        ids, pictures = planner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
+        ids, pictures = planner._questioner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
         np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
         np.testing.assert_array_equal(pictures, row["images"])
 
@@ -389,7 +389,7 @@ def test_the_time_left_is_asked_as_training_did(store, config):
     (window,) = rows.sampler.row(0)
     row, question = rows.asked(window, moment=2), questions.ask(window, moment=2)
     request = planner_accuracy.request_of(question, inside.data.views)
-    ids, pictures = planner._prompt(request)
+    ids, pictures = planner._questioner._prompt(request)
     np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
     np.testing.assert_array_equal(pictures, row["images"])
     with pytest.raises(UserError, match="with its caption in `now` only"):

@@ -162,10 +162,10 @@ class Questions:
         return bool(success) and covered > record.span_end - record.span_start - int(store.meta["video_stride"])
 
     def _seconds_left(self, record: WindowRecord, moment: int) -> float:
-        """From a keyframe to the event's true end, which may lie beyond the window's."""
-        stride = int(self._store.meta["video_stride"])
-        steps = int(KEYFRAME_SHARES[moment] * (record.num_actions // stride)) * stride
-        return (record.span_end - record.start - steps) / float(self._store.meta["action_hz"])
+        """From a keyframe to the event's true end, which may lie beyond the window's; at least one control step, where
+        the event ends before the stored frame that is nearest to its end."""
+        shown = record.frame_steps[int(KEYFRAME_SHARES[moment] * (len(record.frame_steps) - 1))]
+        return max(1, record.span_end - int(shown)) / float(self._store.meta["action_hz"])
 
     def _pictures(self, record: WindowRecord, position: int) -> np.ndarray:
         """`[V, H, W, 3]`: all views of one frame; black where the episode lacks the view."""
