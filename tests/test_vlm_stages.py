@@ -149,12 +149,12 @@ def test_inside_an_event_the_question_is_how_long_it_still_takes(store, config):
         start, end = int(row["answer_start"]), int(row["length"])
         prompt, said = tokenizer.decode(row["ids"][:start]), tokenizer.decode(row["ids"][start:end])
         assert prompt.endswith(f"now: {span['caption']}\nhow long?\nassistant\n")
-        elapsed = round(record.duration_s - float(row["remaining_s"]), 3)
-        shares = [int(share * (record.num_actions // 2)) * 2 / 10 for share in (0.25, 0.5, 0.75)]
-        assert min(abs(elapsed - (record.start - record.span_start) / 10 - share) for share in shares) < 0.01
+        shown = [record.start + int(share * (record.num_actions // 2)) * 2 for share in (0.25, 0.5, 0.75)]
+        left = [max(1, record.span_end - step) / 10 for step in shown]
+        assert min(abs(row["remaining_s"] - seconds) for seconds in left) < 1e-6
         assert planning_text.parse_time_left(said) == max(round(2 * float(row["remaining_s"])) / 2, 0.5)
         assert not row["is_next"] and row["trace_length"] == 0 and row["text_length"].tolist() == [1]
-        moments.add(elapsed)
+        moments.add(round(record.duration_s - float(row["remaining_s"]), 3))
     assert len(moments) > 3
 
 
@@ -377,7 +377,8 @@ def test_the_planner_asks_as_training_did(store, config):
     rows, questions = VlmRows(store, changed(config, vlm__done_prob=0.0)), Questions(store, config)
     for number in range(4):
         row, (window,) = rows(number), rows.sampler.row(number)
-        ids, pictures = planner._questioner._prompt(planner_accuracy.request_of(questions.ask(window), config.data.views))
+        request = planner_accuracy.request_of(questions.ask(window), config.data.views)
+        ids, pictures = planner._questioner._prompt(request)
         np.testing.assert_array_equal(ids, row["ids"][: row["answer_start"]])
         np.testing.assert_array_equal(pictures, row["images"])
 
