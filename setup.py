@@ -34,7 +34,7 @@ setup(
         "chex>=0.1.92",
         "absl-py>=2.1",
         "numpy>=2.0",
-        "scipy>=1.13",
+        "scipy>=1.15",
         "scikit-learn>=1.5",
         "opencv-python-headless>=4.10",
         "matplotlib>=3.9",

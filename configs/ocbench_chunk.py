@@ -1,8 +1,8 @@
 r"""Unified mode on OCBench beside event mode: the runs of one comparison, on two CPU cores, from store to table.
 
 One store with both kinds of windows, one event-grounded model of the quickstart's size with twice its steps (`:event`),
-its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from scratch at as
-many steps of as many tokens (`:scratch`), a VLM that names events and a staircase of latents beside it:
+its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from scratch that
+sees as many latents as both (`:scratch`), a VLM that names events and a staircase of latents beside it:
 
     python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=144 --seed=1 --size=48 \
         --views=front_pixels,ur5e/wrist --windows=event,history --out=runs/arms/store
@@ -32,19 +32,22 @@ from configs import ocbench_quickstart
 from wallwm_jax.console import UserError
 
 EVENTS, ADAPTATION = 2400, 600  # steps
+CHUNKS = 36  # latents of a row: six chunks fill it whole; rows of events hold 33.3 of their 34
+MATCHED = round(EVENTS * 33.3 / CHUNKS)  # steps that see as many latents as those of the events
 
 
 def get_config(part: str = "adapt") -> ConfigDict:
-    """`event` learns events; `adapt` goes on from it with chunks; `scratch` takes as many steps as both together."""
+    """`event` learns events; `adapt` goes on from it with chunks; `scratch` sees as many latents as both."""
     if part not in ("event", "adapt", "scratch"):
         raise UserError(f"configs/ocbench_chunk.py:{part}: the part is event, adapt or scratch")
     config = ocbench_quickstart.get_config()
     config.unlock()
-    config.train.steps = {"event": EVENTS, "adapt": ADAPTATION, "scratch": EVENTS + ADAPTATION}[part]
+    config.train.steps = {"event": EVENTS, "adapt": ADAPTATION, "scratch": MATCHED + ADAPTATION}[part]
     config.optim.warmup_steps = 50
     if part == "event":
         return config.lock()
     config.data.window_kind = "history"
+    config.data.latents_per_row = CHUNKS
     config.data.actions_per_row = 240  # 40 in a window, where an event has 8 per latent
     config.data.events_per_row = 8
     config.data.chunk_event_prob = 0.5

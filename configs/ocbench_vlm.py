@@ -20,7 +20,7 @@ from configs import ocbench_quickstart
 
 
 def get_config(stage: str = "vlm_sft") -> ConfigDict:
-    """Stage `vlm_sft` or `vlm_text`."""
+    """Stage `vlm_sft` or `vlm_text`; configs/ocbench_staircase.py starts from it, too."""
     config = ocbench_quickstart.get_config()
     config.unlock()
     config.data.levels = ConfigDict({"subtask": 1.0})

@@ -103,7 +103,7 @@ def seen(request):
 def test_a_chunk_sees_the_frames_and_commands_that_led_to_it(films):
     """Chunks of 6 steps, of which 4 are played; frames of every second step, the first one held before it."""
     pool, mode = Pool(), Mode()
-    results, reels = closed_loop.run_chunks(pool, mode, trials(3), label="test", execute=4, films=films)
+    results, reels = closed_loop.run_actor(pool, ChunkActor(mode, execute=4), trials(3), label="test", films=films)
     assert pool.recent == 1 + PAST and pool.level == "subtask" and [result.steps for result in results] == [20] * 3
     first, second, third, fourth, fifth = (requests[0] for requests in mode.requests[:5])
     assert seen(first) == ([0] * 5, [], 0.0, 1)
@@ -119,16 +119,16 @@ def test_a_chunk_sees_the_frames_and_commands_that_led_to_it(films):
 
 def test_a_whole_chunk_is_played_where_nothing_else_is_said_and_no_late_group_is_begun():
     mode = Mode()
-    results, _ = closed_loop.run_chunks(Pool(), mode, trials(6), label="test", deadline=0.0)
+    results, _ = closed_loop.run_actor(Pool(), ChunkActor(mode), trials(6), label="test", deadline=0.0)
     assert [seen(requests[0])[2] for requests in mode.requests] == [0.0, 6.0, 12.0, 18.0] and len(results) == 2
 
 
-def test_an_instruction_is_encoded_once_and_an_events_words_for_each_chunk():
+def test_an_instruction_lasts_and_an_events_words_are_told_for_each_chunk():
     mode = Mode()
-    closed_loop.run_chunks(Pool(), mode, trials(2), label="test")
-    assert sorted(mode.encoded) == ["task 0", "task 1"] and mode.told == [["task 0", "task 1"]] * 4
+    closed_loop.run_actor(Pool(), ChunkActor(mode), trials(2), label="test")
+    assert set(mode.encoded) == {"task 0", "task 1"} and mode.told == [["task 0", "task 1"]] * 4
     mode = Mode()
-    closed_loop.run_chunks(Pool(), mode, trials(1), label="test", text="event")
+    closed_loop.run_actor(Pool(), ChunkActor(mode, "event"), trials(1), label="test")
     assert mode.told == [["event 0"], ["event 0"], ["event 1"], ["event 2"]]
     assert mode.encoded == ["event 0", "event 1", "event 2"]
 
@@ -146,7 +146,7 @@ class Conditioner:
 
 def test_latents_are_asked_for_with_what_has_been_achieved_and_what_was_seen_where_the_last_subtask_began():
     mode, conditioner = Mode(), Conditioner()
-    closed_loop.run_chunks(Pool(1), mode, trials(1), label="test", text=conditioner)
+    closed_loop.run_actor(Pool(1), ChunkActor(mode, conditioner), trials(1), label="test")
     assert [told[0][0] for told in mode.told] == ["latents"] * 4
     asked = conditioner.asked
     assert [request.done for request in asked] == [(), (), ("event 0",), ("event 0", "event 1")]

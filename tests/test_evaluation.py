@@ -14,6 +14,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data.clusters import cluster_store, load_clusters
 from wallwm_jax.data.event_store import BadRecord, open_store
 from wallwm_jax.evaluation import closed_loop, environments, expert_spread, statistics
+from wallwm_jax.evaluation.actors import EventActor
 from wallwm_jax.evaluation.closed_loop import EpisodeResult, Film
 from wallwm_jax.evaluation.environments import Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.open_loop import evaluate_open_loop
@@ -351,12 +352,12 @@ def trials(count):
 
 def test_groups_move_in_lock_step_and_every_trial_is_run():
     pool, mode = FakePool(2), FakeMode()
-    results, films = closed_loop.run_model(pool, mode, trials(5), label="test", films=1)
+    results, films = closed_loop.run_actor(pool, EventActor(mode), trials(5), label="test", films=1)
     assert pool.started == [[0, 1], [2, 3], [4]]
     assert [len(call) for call in mode.calls] == [2, 2, 2, 2, 1, 1] and mode.calls[0][0] == ("next", 0.3)
     assert [result.success for result in results] == [True, False, True, False, True]
     assert len(films) == 1 and films[0].captions == ["next"] * 3 and films[0].result is results[0]
-    closed_loop.run_model(pool, mode, trials(1), label="test", own_duration=True)
+    closed_loop.run_actor(pool, EventActor(mode, own_duration=True), trials(1), label="test")
     assert mode.calls[-1] == [("next", None)]
 
 
@@ -375,7 +376,7 @@ class FakePlanner:
 def test_a_planner_names_the_events_and_ends_the_episode():
     """What it is told of the past is what it named itself, an event that it tries again once."""
     pool, mode, planner = FakePool(2, length=5), FakeMode(), FakePlanner()
-    results, films = closed_loop.run_model(pool, mode, trials(2), label="test", planner=planner, films=1)
+    results, films = closed_loop.run_actor(pool, EventActor(mode, planner=planner), trials(2), label="test", films=1)
     assert planner.told == [[((), "subtask", True)] * 2] + [[(("first",), "subtask", False)] * 2] * 2
     assert mode.calls == [[("first", 0.5)] * 2] * 2
     assert [result.steps for result in results] == [6, 6] and not any(result.success for result in results)
@@ -384,7 +385,7 @@ def test_a_planner_names_the_events_and_ends_the_episode():
 
 def test_no_group_is_started_that_would_not_be_finished_in_time():
     pool = FakePool(2)
-    results, _ = closed_loop.run_model(pool, FakeMode(), trials(6), label="test", deadline=0.0)
+    results, _ = closed_loop.run_actor(pool, EventActor(FakeMode()), trials(6), label="test", deadline=0.0)
     assert len(results) == 2 and pool.started == [[0, 1]]
 
 

@@ -10,8 +10,9 @@ from synthetic import synthetic_episode
 from wallwm_jax.console import UserError
 from wallwm_jax.data.recaption import stored_spans, write_layer
 from wallwm_jax.evaluation.inspection import inspect_store
-from wallwm_jax.evaluation.timelines import FOUND, MISSED, level_bars, match_boundaries, tolerance
+from wallwm_jax.evaluation.timelines import FOUND, MISSED, level_bars
 from wallwm_jax.events.captioners import Caption, with_captions
+from wallwm_jax.events.segment import match_boundaries, tolerance_s
 
 EPISODES = [synthetic_episode(seed, steps=64 + 7 * seed) for seed in range(6)]  # as the fixture has them
 
@@ -32,9 +33,8 @@ def test_boundaries_are_matched_one_to_one(found, true, within, pairs):
 
 
 def test_short_true_spans_are_matched_more_strictly():
-    spans = [{"start": start, "end": start + 8} for start in range(0, 40, 8)]
-    assert tolerance(spans, clock_hz=10.0) == 2.0  # a quarter of 0.8 s
-    assert tolerance([{"start": 0, "end": 100}], clock_hz=10.0) == 3.0
+    assert tolerance_s([0.8] * 5) == pytest.approx(0.2)
+    assert tolerance_s([10.0]) == 0.3
 
 
 def shifted(store_path, target):

@@ -399,7 +399,7 @@ def check_damage_is_named(good_set, arm, tmp_path_factory, data):
     except UserError as error:
         assert str(path) in str(error)
         return
-    assert len(episodes) + len(count.damaged) == count.kept + len(count.damaged)
+    assert len(episodes) == count.kept and len(episodes) + len(count.damaged) == len(LeRobotSet(path))
     for line in count.damaged:
         assert str(path) in line and len(line.split(": ")) >= 3
     for one, other in itertools.pairwise(episodes):

@@ -272,7 +272,7 @@ def test_commands_that_were_told_replace_those_sent_and_part_of_a_chunk_may_do()
     past.tell(Executed(seen(40).frames, 4, (np.tile(10 * np.eye(4), (2, 1, 1, 1)), np.ones((2, 1)))))
     past.begin(seen(60), 6)
     found = past.history.request()
-    assert greys(past) == [1, 1, 20, 40, 60][-5:] and len(found.command_poses) == 6
+    assert greys(past) == [1, 1, 20, 40, 60] and len(found.command_poses) == 6
     np.testing.assert_array_equal(found.command_grippers[:, 0], [0, 0, 1, 1, 0, 0])
     assert action.grippers.sum() == 0  # the reply stays as it was
     assert past.begin(seen(99), None).frames["front"][0, 0, 0] == 60  # nothing was sent since: the same observation

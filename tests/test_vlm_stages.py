@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,14 @@ from vlm_setup import (
     vlm_training_config,
 )
 
-from wallwm_jax import evaluate
 from wallwm_jax.benchmarks import train_step
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import pack_row
 from wallwm_jax.data.pipeline import make_loader
 from wallwm_jax.data.vlm_batches import Questions, VlmRows
-from wallwm_jax.evaluation import planner_accuracy
+from wallwm_jax.evaluation import actors, planner_accuracy
+from wallwm_jax.evaluation.actors import Acting
 from wallwm_jax.events import planning_text
 from wallwm_jax.events.planning_text import DONE, Plan
 from wallwm_jax.inference import planner as planner_module
@@ -428,13 +429,14 @@ def test_a_planner_that_does_not_fit_the_evaluation_is_refused(store, config, mo
     params = random_vlm_state(built_vlm_step(store.path, "vlm_sft")).trainable
     assets = {"store": {"views": list(config.data.views)}}
     monkeypatch.setattr(planner_module, "load_params", lambda *_: Loaded(params, assets, config.to_dict(), 7))
-    planner = evaluate._planner(evaluate.Options(planner="run"), config.data.views)
+    engine = SimpleNamespace(batch_size=2, views=config.data.views)
+    planner = actors._planner(Acting(planner="run"), engine)
     assert (planner.step, planner.levels) == (7, ("action", "subtask"))
-    assert evaluate._planner(evaluate.Options(), ()) is None  # the scripted one
+    assert actors._planner(Acting(), engine) is None  # the scripted one
     with pytest.raises(UserError, match="looks at ur5e/wrist, but the policy was trained on front_pixels"):
-        evaluate._planner(evaluate.Options(planner="run"), ["front_pixels"])
+        actors._planner(Acting(planner="run"), SimpleNamespace(batch_size=2, views=["front_pixels"]))
     with pytest.raises(UserError, match="--level=segment is none of them"):
-        evaluate._planner(evaluate.Options(planner="run", level="segment"), config.data.views)
+        actors._planner(Acting(planner="run", level="segment"), engine)
     del params["vlm"]
     with pytest.raises(UserError, match="has no vision-language model; a planner needs a run of stage 'vlm_sft'"):
         VlmPlanner.from_checkpoint("run")

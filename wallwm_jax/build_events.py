@@ -19,8 +19,8 @@ A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns
 brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Where it has
 no events, they are found in its motion (--segment). Recordings of real robots have late pictures, frozen cameras, jumps
 and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
---prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in the store tells what was
-found in which episode, with pictures:
+--prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in the store counts what was
+found by which rule and shows examples, build_report.json has every finding:
 
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
         --clean --sync --out=runs/kitchen
@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.events.labelling import WHICH, Labelled
 from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_source
 
 # Recording processes import this module again, so what is heavy is imported where it is used.
@@ -93,7 +94,6 @@ def build(
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
-    from wallwm_jax.events.labelling import Labelled
     from wallwm_jax.events.preparing import prepare
 
     seconds: dict[str, float] = {}
@@ -110,6 +110,9 @@ def build(
             cluster_store(directory, seed=options.seed)
         if found:
             from wallwm_jax.data.build_report import write_build_report
+
+            for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
+                found.add_unreadable(name, count.reasons)
 
             write_build_report(directory, found, f"Event store of {source}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -135,8 +138,9 @@ def report(build: Build, out: str) -> str:
     if build.labelled:
         lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} whose events were found in their motion")
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
-    if summary.too_short:
-        lines.append(f"  episodes  {'too short':<16} {summary.too_short:>6} left out: not one video stride long")
+    if summary.without_window:
+        why = "shorter than a video stride, or no event on --levels"
+        lines.append(f"  episodes  {'no window':<16} {summary.without_window:>6} left out: {why}")
     lines += [f"  windows   {f'{kind}/{level}':<16} {count:>6}" for (kind, level), count in summary.windows.items()]
     lines.append(f"  bytes     {build.size_on_disk:>23,} ({build.size_on_disk / windows:,.0f} per window)")
     lines += [f"  seconds   {name:<48} {spent:>7.1f}" for name, spent in build.seconds.items()]
@@ -180,11 +184,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
-    flags.DEFINE_enum(
-        "segment", "auto", ["auto", "always", "never"], "Find events: where the source names none, in all, or in none"
-    )
+    flags.DEFINE_enum("segment", "auto", WHICH, "Find events: where the source names none, in all, or in none")
     flags.DEFINE_bool("clean", False, "Drop or repair episodes that break a rule of wallwm_jax.events.clean")
     flags.DEFINE_bool("sync", False, "Estimate how late the pictures are, and correct it where that is clear")
+    flags.DEFINE_enum(
+        "labels_follow", "actions", ["actions", "frames"], "What --sync moves labels with: frames if seen in the video"
+    )
     flags.DEFINE_float("prune_static", 0.0, "Seconds of the longest pause inside an event window; 0 keeps all", 0.0)
 
 
@@ -202,6 +207,7 @@ def main(_: Sequence[str]) -> None:
         )
     from wallwm_jax.data.store_writer import StoreOptions
     from wallwm_jax.events.preparing import PrepareOptions
+    from wallwm_jax.events.sync import SyncLimits
 
     start = time.monotonic()
     options = StoreOptions(
@@ -229,12 +235,13 @@ def main(_: Sequence[str]) -> None:
         video_fps=values.video_fps,
         damage_limit=values.damage_limit,
     )
+    preparation = PrepareOptions(values.clean, values.sync, sync_limits=SyncLimits(spans_follow=values.labels_follow))
     built = build(
         values.source,
         values.out,
         options,
         recording,
-        preparation=PrepareOptions(values.clean, values.sync) if values.clean or values.sync else None,
+        preparation=preparation if values.clean or values.sync else None,
         segment=values.segment,
         overwrite=values.overwrite,
     )

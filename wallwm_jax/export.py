@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.events.labelling import WHICH, Labelled
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.sources.opening import SourceOptions, open_source
 
@@ -43,6 +44,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to make; it must not exist", required=True)
     flags.DEFINE_enum("to", "lerobot", ["lerobot"], "Layout of the set")
     flags.DEFINE_integer("episodes", None, "To record of each family (default 40); the first so many of a set (all)", 1)
+    flags.DEFINE_enum("segment", "auto", WHICH, "Find events: where the source names none, in all, or in none")
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float("video_fps", 0.0, "Frames per second that a set is brought to; 0 keeps its own", 0.0)
     flags.DEFINE_enum("level", "subtask", LEVELS, "Events that subtask_index names")
@@ -69,7 +71,8 @@ def main(_argv: list[str]) -> None:
         embodiment=values.embodiment,
         video_fps=values.video_fps,
     )
-    episodes, _ = open_source(values.source, options)
+    episodes, families = open_source(values.source, options)
+    episodes = Labelled(episodes, values.segment)
     if values.captions:
         from wallwm_jax.events.captioners.human import HumanCaptioner, read_edits
 
@@ -83,6 +86,11 @@ def main(_argv: list[str]) -> None:
         f"{values.out}: {done.episodes} episodes, {done.rows:,} rows, {done.tasks} tasks, {done.subtasks} "
         f"{values.level}s, {done.bytes / 1e6:.1f} MB"
     )
+    for family, count in families().items():
+        if count.dropped:
+            print(f"{family}: {count.dropped} episodes left out")
+        for reason in count.reasons:
+            print(f"  dropped   {reason}")
 
 
 if __name__ == "__main__":

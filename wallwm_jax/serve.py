@@ -25,7 +25,7 @@ Request:
     watch        true: also predict the video, after the reply is out, so that the watchdog can compare
     reset        true: an episode begins, sampling noise and past start anew, as on a new connection
     duration_s   event: how long it takes; or frames, the same in video frames; without both the model decides
-    steps        unified: control steps since the request before, in units of feedback_every; its whole chunk by default
+    steps        unified: control steps since the request before, a multiple of feedback_every; or the whole chunk
     done         unified with latents: captions of the events that are over, in time order
 
 Reply:
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", "", "Run of wallwm_jax.train of stage joint or action.")
+    flags.DEFINE_string("workdir", "", "Run of wallwm_jax.train of stage joint, action or chunk.")
     flags.DEFINE_integer("step", None, "Which of its checkpoints; the newest by default.", 0)
     flags.DEFINE_enum(
         "mode", "", ["", "event", "unified"], "The only mode to serve; without it all that the model has."
@@ -166,6 +166,11 @@ def _latents(run: str, policy: Policy) -> LatentConditioner:
         raise UserError("--latents is for unified mode, which this model does not have: it knows no history")
     with phase("load latents"):
         conditioner = LatentConditioner.from_checkpoint(run, batch_size=1)
+    if missing := set(conditioner.views) - set(policy.event_mode.views):
+        raise UserError(
+            f"the latents of {run!r} look at {' and '.join(sorted(missing))}; robots of this policy send "
+            f"{' and '.join(policy.event_mode.views)}"
+        )
     check_alignment(conditioner, policy.unified_mode, run)
     return conditioner
 

@@ -9,15 +9,18 @@ r"""What the paper changed at once, apart: event or chunk, with view attention o
         --arm="chunk, views:run=$S/chunk-views/seed-0/train,mode=unified" \
         --arm="chunk:run=$S/chunk/seed-0/train,mode=unified"
 
-Four models from scratch, with as many steps of rows with as many latents; the store has windows of both kinds
+Four models from scratch, which see as many latents; the store has windows of both kinds
 (`--windows=event,history`). The sweep trains; the second command acts, on the same trials: events by the scripted
 planner's words, its durations (the oracle) or the model's own, chunks by the task's instruction.
 """
 
+from configs import ocbench_chunk
 from wallwm_jax.evaluation.sweeps import Sweep
 
 CHUNKS = {  # as configs/ocbench_chunk.py, told the instruction alone
     "data.window_kind": "history",
+    "data.latents_per_row": ocbench_chunk.CHUNKS,
+    "train.steps": ocbench_chunk.MATCHED,
     "data.actions_per_row": 240,
     "data.events_per_row": 8,
     "data.duration_clause_prob": 0.0,
@@ -26,9 +29,9 @@ CHUNKS = {  # as configs/ocbench_chunk.py, told the instruction alone
 
 def get_sweep() -> Sweep:
     """The quickstart's model with twice its steps."""
-    alone = {"model.view_attention": False}
+    events, alone = {"train.steps": ocbench_chunk.EVENTS}, {"model.view_attention": False}
     return Sweep(
         config="configs/ocbench_quickstart.py",
-        arms={"event, views": {}, "event": alone, "chunk, views": CHUNKS, "chunk": CHUNKS | alone},
-        overrides={"train.steps": 2400, "train.save_every": 600},
+        arms={"event, views": events, "event": events | alone, "chunk, views": CHUNKS, "chunk": CHUNKS | alone},
+        overrides={"train.save_every": 600},
     )

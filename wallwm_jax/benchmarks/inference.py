@@ -43,7 +43,7 @@ def measure(
       steps: warm calls per bucket.
       store: event store that the config fits; "" times the programs alone.
       views: of a config alone, where `config.data.views` leaves them to the store.
-      workdir: a run of stage joint or action; excludes the others.
+      workdir: a run of stage joint, action or chunk; excludes the others.
 
     Raises:
       UserError: neither or both of config and run are given, or they do not fit together.

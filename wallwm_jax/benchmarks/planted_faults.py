@@ -1,6 +1,7 @@
 """Faults of real recordings, planted into good episodes: each a function that damages one, and the rule it should trip.
 
-    damaged = FAULTS["frozen_camera"](episode, np.random.default_rng(0))
+    _, plant = FAULTS["frozen camera"]
+    damaged = plant(episode, np.random.default_rng(0))
 
 What a fault needs (a stretch in which the hands move, for example) it looks for in the episode; sizes are drawn.
 """

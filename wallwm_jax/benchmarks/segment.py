@@ -15,13 +15,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from wallwm_jax.benchmarks.timing import Result, host, machine_line
 from wallwm_jax.console import phase
 from wallwm_jax.events.phases import Options, gripper_changes
 from wallwm_jax.events.schema import Episode
-from wallwm_jax.events.segment import boundaries, segment
+from wallwm_jax.events.segment import boundaries, match_boundaries, segment, tolerance_s
 
 TUNED = ("chamber", "block")
 HELD_OUT = ("switch", "hanoi")
@@ -143,11 +142,11 @@ def score(episodes: Sequence[Episode], methods: Mapping[str, Method] | None = No
     cuts = {name: [method(episode, means) for episode in episodes] for name, method in methods.items()}
     result: Result = {"episodes": len(episodes)}
     for level, lengths in seconds.items():
-        tolerance = min(0.3, float(np.median(lengths)) / 4)
+        tolerance = tolerance_s(lengths)
         row: Result = {"spans": len(lengths), "tolerance_s": tolerance, "lengths_true": histogram(lengths)}
         for name, found in cuts.items():
             pairs = [(episode, cut[level]) for episode, cut in zip(episodes, found)]
-            matched = sum(matches(boundaries(e, level), cut, tolerance * e.clock_hz) for e, cut in pairs)
+            matched = sum(len(match_boundaries(cut, boundaries(e, level), tolerance * e.clock_hz)) for e, cut in pairs)
             count = sum(len(cut) for _, cut in pairs)
             row[name] = rates(matched, len(lengths) - len(episodes), count)
             row[name]["over_segmentation"] = (count - matched) / len(lengths)
@@ -156,15 +155,6 @@ def score(episodes: Sequence[Episode], methods: Mapping[str, Method] | None = No
             )
         result[level] = row
     return result
-
-
-def matches(true: Sequence[int], found: Sequence[int], tolerance: float) -> int:
-    """How many boundaries can be paired one to one so that no pair is farther apart than the tolerance."""
-    if not len(true) or not len(found):
-        return 0
-    near = np.abs(np.subtract.outer(np.asarray(true, float), np.asarray(found, float))) <= tolerance + 1e-9
-    rows, columns = linear_sum_assignment(near, maximize=True)
-    return int(near[rows, columns].sum())
 
 
 def rates(matched: int, true: int, found: int) -> dict[str, float]:

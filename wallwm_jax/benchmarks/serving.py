@@ -28,13 +28,13 @@ def measure(steps: int = 20, workdir: str = "") -> Result:
 
     Args:
       steps: warm requests per program and kind.
-      workdir: a run of stage joint or action.
+      workdir: a run of stage joint, action or chunk.
 
     Raises:
       UserError: no run given, or the extra `serve` is not installed.
     """
     if not workdir:
-        raise UserError("serving needs --workdir=RUN, a run of stage joint or action")
+        raise UserError("serving needs --workdir=RUN, a run of stage joint, action or chunk")
     try:
         from wallwm_jax.serving.client import Client
         from wallwm_jax.serving.server import PolicyServer, running

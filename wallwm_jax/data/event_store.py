@@ -31,6 +31,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from wallwm_jax.config import fingerprint
 from wallwm_jax.console import UserError
 from wallwm_jax.data.caption_files import CAPTIONS, EPISODES, TEXT_FEATURES, SpanCaptions, load_captions
 from wallwm_jax.data.normalization import Stats
@@ -306,9 +307,10 @@ class EventStore:
     @property
     def fingerprint(self) -> str:
         """Changes with any record, statistic of the build, or cluster of this split: what a resumed run must match."""
+        described = {name: value for name, value in self.meta.items() if name != "fingerprint"}
         with open(self.path / f"index-{self.split}.npy", "rb") as file:
             file.seek(-4, os.SEEK_END)
-            return f"{self.meta['fingerprint']}-{file.read().hex()}"
+            return f"{fingerprint(described)}-{file.read().hex()}"
 
     @functools.cached_property
     def episodes(self) -> list[dict[str, Any]]:

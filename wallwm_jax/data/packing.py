@@ -215,7 +215,8 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     if record.kind == "history" and rng.random() < data.chunk_event_prob:
         shares = {level: share for level, share in data.levels.items() if share}
         level = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
-        if event := store.event_at(record.episode_id, str(level), record.start):
+        event = store.event_at(record.episode_id, str(level), record.start)
+        if event and _fits(store, event["caption"], data.text_length):
             return Caption(event["caption"])
     text = store.caption(record.caption_id)
     if record.paraphrase_ids and reword < data.paraphrase_prob:

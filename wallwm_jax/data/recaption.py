@@ -217,8 +217,8 @@ def _rebuild(store: EventStore, entry: Mapping[str, Any], spans: Spans, windows:
         arms = int(record.state_valid.sum()) // ARM_DIM
         pose, gripper = absolute_commands(record.state[None], np.tile(np.eye(4), (arms, 1, 1)))
         measured[record.start] = pose[0], gripper[0]
-        first = record.start - record.past_actions
-        commands |= {first + k: pair for k, pair in enumerate(zip(*absolute_commands(record.actions, pose[0])))}
+        told = zip(*absolute_commands(record.actions, pose[0]))
+        commands |= dict(zip(window.action_steps.tolist(), told, strict=True))
         geometry.append(record.geometry)
     if not measured:
         raise UserError(f"no record of episode {entry['name']!r} of event store {str(store.path)!r} can be read")
@@ -264,10 +264,11 @@ def _window_of(record: WindowRecord, stride: int) -> Window:
         span_start=record.span_start,
         span_end=record.span_end,
         start=record.start,
-        num_frames=(record.num_actions - record.past_actions) // stride + 1,
+        num_frames=len(record.frame_steps),
         stride=stride,
         duration_s=record.duration_s,
         history=record.history,
+        kept=None if record.history else tuple((record.frame_steps // stride).tolist()),
     )
 
 

@@ -126,12 +126,12 @@ class StoreSummary:
     Attributes:
       episodes: (source, split) → episodes.
       windows: (kind, level) → windows of both splits.
-      too_short: episodes without a single window, which were left out.
+      without_window: episodes that were left out: shorter than a video stride, or no event on the levels asked for.
     """
 
     episodes: Counter[tuple[str, str]] = field(default_factory=Counter)
     windows: Counter[tuple[str, str]] = field(default_factory=Counter)
-    too_short: int = 0
+    without_window: int = 0
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ class _Writer:
             longest_pause_s=options.prune_static,
         )
         if not windows:
-            self.summary.too_short += 1
+            self.summary.without_window += 1
             return
         split = self._choice.split_of(episode.source)
         self._waiting.append(_Waiting(episode, len(self._episodes), windows, split))
@@ -403,7 +403,10 @@ class _Writer:
         """Closes the records and writes everything beside them."""
         self._write_waiting()
         if self._records is None or "train" not in self._index or self._first is None:
-            raise UserError("no episode gave a window for the train split; nothing to build a store from")
+            raise UserError(
+                "no episode gave a window for the train split: they are shorter than a video stride, or have no events "
+                "on the chosen levels (--levels, --segment)"
+            )
         splits: dict[str, Any] = {}
         for split, shards in self._records.close().items():
             index = np.frombuffer(self._index[split], event_store.INDEX_DTYPE)

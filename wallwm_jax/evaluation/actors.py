@@ -45,10 +45,12 @@ class Actor(Protocol):
     Attributes:
       level: of the events that the scripted planner is to name.
       recent: frames before each observation that the actor needs, at the video rate.
+      told_by_step: training step of the VLM that tells it what to do; None where none does.
     """
 
     level: str
     recent: int
+    told_by_step: int | None
 
     @property
     def mode(self) -> EventMode | UnifiedMode:
@@ -78,6 +80,7 @@ class EventActor:
         """`planner` names the events (None: the scripted one); `own_duration` asks the model how long they take."""
         self.level = level
         self.mode, self._planner, self._own_duration = mode, planner, own_duration
+        self.told_by_step: int | None = getattr(planner, "step", None)
 
     def untrained(self, params: Any) -> EventActor:
         """See `Actor`."""
@@ -94,10 +97,8 @@ class EventActor:
         plans = dict(zip(situations, self._plans(situations)))
         moves: dict[int, Move | None] = {slot: None for slot, plan in plans.items() if plan.done}
         acting = [slot for slot in plans if slot not in moves]
-        requests = [
-            request(situations[slot], plans[slot].caption, None if self._own_duration else plans[slot].duration_s)
-            for slot in acting
-        ]
+        lasting = {slot: None if self._own_duration else plans[slot].duration_s or None for slot in acting}
+        requests = [request(situations[slot], plans[slot].caption, lasting[slot]) for slot in acting]
         noise = [_noise(situations[slot], seeds[slot]) for slot in acting]
         events = self.mode.plan(requests, seeds=noise) if acting else []
         for slot, event in zip(acting, events):
@@ -162,12 +163,12 @@ class ChunkActor:
             )
         self.level, self.recent = level, 1 + mode.past_frames
         self.mode, self._text, self._execute = mode, text, execute or mode.chunk
-        self._encoded: dict[str, Conditioning] = {}
+        self.told_by_step: int | None = None if isinstance(text, str) else getattr(text, "step", None)
 
     def untrained(self, params: Any) -> ChunkActor:
         """See `Actor`."""
         twin = copy.copy(self)
-        twin.mode, twin._encoded = self.mode.with_params(params), {}
+        twin.mode = self.mode.with_params(params)
         return twin
 
     def begin(self, situations: Mapping[int, Situation]) -> None:
@@ -198,9 +199,7 @@ class ChunkActor:
 
     def _conditionings(self, situations: Mapping[int, Situation], told: Sequence[str]) -> list[Conditioning]:
         if isinstance(self._text, str):
-            for text in set(told) - set(self._encoded):
-                self._encoded[text] = self.mode.encode_text(text)
-            return [self._encoded[text] for text in told]
+            return [self.mode.encode_text(text) for text in told]
         questions = []
         for slot, now in situations.items():
             done = tuple(subtask.caption for subtask in now.subtasks if subtask.success)

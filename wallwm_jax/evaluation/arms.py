@@ -11,13 +11,15 @@ unified mode under three texts:
         --arm="unified, next event:run=runs/arms/chunk,mode=unified,text=event" \
         --arm="unified, staircase:run=runs/arms/chunk,mode=unified,text=runs/arms/staircase"
 
-`configs/ocbench_chunk.py` says how these runs are made. All arms run one group of trials before any runs the next, and
+`configs/ocbench_chunk.py` says how these runs are made. A VLM in event mode is told what it named before; latents are
+told which subtasks the simulator counts as achieved. All arms run one group of trials before any runs the next, and
 the table counts the trials that all of them have finished, so a time budget cuts no arm short. Finished groups are
 written: the same command goes on after a stop or when --max_seconds is over, and with more --episodes or arms.
 
---out then holds arms.md, arms.json and arms.png: subtasks and episodes achieved with Wilson 95 % intervals; of each two
-arms the difference in subtasks with the interval of a paired bootstrap over episodes, and McNemar's exact test of the
-episodes; trials/ARM.json, every trial.
+--out then holds arms.md, arms.json and arms.png: subtasks and episodes achieved with Wilson 95 % intervals (subtasks of
+one episode are not independent, so theirs are somewhat too narrow); of each two arms the difference in subtasks with
+the interval of a paired bootstrap over episodes, and McNemar's exact test of the episodes, not corrected for how many
+pairs there are; trials/ARM.json, every trial. A move that has begun is finished: patience is looked at between moves.
 """
 
 from __future__ import annotations
@@ -221,7 +223,8 @@ class Records:
             return {}
         content = json.loads(self._files[name].read_text())
         if content["settings"] != self._settings[name]:
-            changed = [key for key, value in self._settings[name].items() if content["settings"].get(key) != value]
+            old, new = content["settings"], self._settings[name]
+            changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             raise UserError(
                 f"the trials in {str(self._files[name])!r} were made with another {' and '.join(changed)}; give "
                 "another --out, or delete them"
@@ -314,7 +317,12 @@ def _open(
                     f"{store.meta[key]}"
                 )
         actors[arm.name] = open_actor(policy, arm.acting)
-        common = {"patience": options.patience, "sampling": list(options.sampling)}
+        common = {
+            "store": store.meta["fingerprint"],
+            "told_by_step": actors[arm.name].told_by_step,
+            "patience": options.patience,
+            "sampling": list(options.sampling),
+        }
         made_with[arm.name] = {
             "file": arm.file,
             "settings": {"run": arm.run, "step": policy.step, **asdict(arm.acting), **common},

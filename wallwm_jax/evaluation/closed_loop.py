@@ -19,13 +19,9 @@ import numpy as np
 
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.data.event_store import EventStore
-from wallwm_jax.evaluation.actors import Actor, ChunkActor, EventActor
+from wallwm_jax.evaluation.actors import Actor
 from wallwm_jax.evaluation.environments import EnvironmentPool, Rules, Situation, SubtaskResult, Trial
 from wallwm_jax.evaluation.statistics import success_rate
-from wallwm_jax.inference.event_mode import EventMode
-from wallwm_jax.inference.latent_conditioner import LatentConditioner
-from wallwm_jax.inference.planner import Planner
-from wallwm_jax.inference.unified_mode import UnifiedMode
 
 
 @dataclass(frozen=True)
@@ -52,67 +48,6 @@ class Film:
     frames: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
 
-def run_model(
-    pool: EnvironmentPool,
-    mode: EventMode,
-    trials: Sequence[Trial],
-    *,
-    label: str,
-    planner: Planner | None = None,
-    level: str = "subtask",
-    own_duration: bool = False,
-    films: int = 0,
-    deadline: float = float("inf"),
-) -> tuple[list[EpisodeResult], list[Film]]:
-    """Lets a model act on the trials in event mode, in groups of the pool's slots.
-
-    Args:
-      pool: where the episodes run.
-      mode: the model; its batch size should be the pool's slots.
-      trials: in the order in which they are run.
-      label: of the progress bar.
-      planner: names the events and ends an episode that it takes for done; None is the scripted one. Subtasks are
-        judged by the scripted planner's goals in any case.
-      level: of the events, for the planner.
-      own_duration: ask the model how long each event takes, in place of the planner.
-      films: how many episodes of the first group to film.
-      deadline: `time.monotonic()` by which to be done; a group is started only if the longest one so far would fit. The
-        first is always run.
-
-    Returns:
-      results of all episodes that were run, and the films.
-    """
-    actor = EventActor(mode, planner=planner, level=level, own_duration=own_duration)
-    return run_actor(pool, actor, trials, label=label, films=films, deadline=deadline)
-
-
-def run_chunks(
-    pool: EnvironmentPool,
-    mode: UnifiedMode,
-    trials: Sequence[Trial],
-    *,
-    label: str,
-    text: str | LatentConditioner = "instruction",
-    level: str = "subtask",
-    execute: int = 0,
-    films: int = 0,
-    deadline: float = float("inf"),
-) -> tuple[list[EpisodeResult], list[Film]]:
-    """Lets a model act on the trials in unified mode; subtasks are judged as in `run_model`, which has the other
-    arguments.
-
-    Args:
-      pool, trials, label, films, deadline: as of `run_model`.
-      mode: the model; its engine's batch size should be the pool's slots.
-      text: what conditions it: "instruction" (the task's, encoded once); for each chunk "event" (the scripted planner's
-        next one), or the staircase whose latents do.
-      level: of the events.
-      execute: control steps of each chunk that are played before it looks again; 0 plays all of them.
-    """
-    actor = ChunkActor(mode, text, level=level, execute=execute)
-    return run_actor(pool, actor, trials, label=label, films=films, deadline=deadline)
-
-
 def run_actor(
     pool: EnvironmentPool,
     actor: Actor,
@@ -122,7 +57,20 @@ def run_actor(
     films: int = 0,
     deadline: float = float("inf"),
 ) -> tuple[list[EpisodeResult], list[Film]]:
-    """What `run_model` and `run_chunks` do, for any actor."""
+    """Lets an actor act on the trials, in groups of the pool's slots; the scripted planner's goals judge the subtasks.
+
+    Args:
+      pool: where the episodes run.
+      actor: how it acts; its model's batch size should be the pool's slots.
+      trials: in the order in which they are run.
+      label: of the progress bar.
+      films: how many episodes of the first group to film.
+      deadline: `time.monotonic()` by which to be done; a group is started only if the longest one so far would fit. The
+        first is always run.
+
+    Returns:
+      results of all episodes that were run, and the films.
+    """
     results: list[EpisodeResult] = []
     reels: list[Film] = []
     longest = 0.0

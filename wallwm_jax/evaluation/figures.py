@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 import cv2
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-
-from wallwm_jax.events.schema import LEVELS, Episode, Span
 
 INK = "#1f2933"
 MUTED = "#8592a0"
@@ -220,49 +215,6 @@ def scatter(title: str, true: np.ndarray, predicted: np.ndarray, unit: str) -> b
         return to_png(figure)
 
 
-def timeline(episode: Episode, true: Episode | None = None, *, levels: Sequence[str] = LEVELS[1:]) -> bytes:
-    """The events of an episode over time, level by level, above its speed and gripper; beside the true ones if given.
-
-    Args:
-      episode: with the spans to show.
-      true: the same recording with other spans, drawn above those of `episode`; its boundaries run on as dotted lines.
-      levels: those to show, where the episodes have them.
-    """
-    sources = {"true": true, "found": episode} if true is not None else {"": episode}
-    rows = [
-        (f"{level}, {name}" if name else level, shown.spans[level])
-        for level in levels
-        for name, shown in sources.items()
-        if level in shown.spans
-    ]
-    seconds = np.arange(episode.num_steps) / episode.clock_hz
-    verbs = list(dict.fromkeys(span.verb for _, spans in rows for span in spans))
-    tones = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    shades = dict(zip(verbs, itertools.cycle(tones[1::2] + tones[::2])))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.9 + 0.3 * len(rows)), layout="constrained")
-        bars, curves = figure.subplots(2, 1, sharex=True, height_ratios=(0.3 * len(rows), 0.9))
-        for y, (_, spans) in enumerate(rows):
-            for span in spans:
-                _bar(bars, y, span, episode.clock_hz, seconds[-1], shades[span.verb])
-        bars.set_yticks(range(len(rows)), [name for name, _ in rows])
-        bars.set_ylim(len(rows) - 0.5, -0.5)
-        bars.grid(visible=False)
-        for arm in range(episode.grippers.shape[1]):
-            speed = np.linalg.norm(np.diff(episode.poses[:, arm, :3, 3], axis=0), axis=1) * episode.clock_hz
-            curves.plot(seconds, speed / max(speed.max(), 1e-9), color=BLUE, lw=1.2, label="speed" if not arm else None)
-            closing = episode.command_grippers[:, arm]
-            curves.step(seconds, closing, color=ORANGE, lw=1.2, label="gripper" if not arm else None)
-        for span in (true or episode).spans.get(levels[min(1, len(levels) - 1)], ())[1:]:
-            curves.axvline(span.start / episode.clock_hz, color=MUTED, lw=0.8, linestyle=":")
-        curves.set(xlabel="seconds", ylim=(-0.05, 1.5), xlim=(0, episode.num_steps / episode.clock_hz), yticks=[])
-        curves.grid(visible=False)
-        curves.legend(loc="upper right", ncols=2)
-        patches = [Patch(color=shades[verb], label=verb) for verb in verbs]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(verbs), 9), fontsize=8)
-        return to_png(figure)
-
-
 def video_strip(rows: Mapping[str, Sequence[np.ndarray]], *, columns: int = 8, height: int = 96) -> bytes:
     """Rows of frames at equally spaced moments, the name of each row on its left; all rows have as many frames."""
     font = _font(13)
@@ -305,14 +257,6 @@ def rollout_gif(
     out = io.BytesIO()
     pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0, optimize=True)
     return out.getvalue()
-
-
-def _bar(axes: Axes, y: int, span: Span, clock_hz: float, whole: float, colour: Any) -> None:
-    """One event as a bar, with its verb where there is room."""
-    start, length = span.start / clock_hz, span.length / clock_hz
-    axes.barh(y, length, 0.8, left=start, color=colour, edgecolor="white", linewidth=1)
-    if length > 0.011 * whole * len(span.verb):
-        axes.text(start + length / 2, y, span.verb, ha="center", va="center", fontsize=7, clip_on=True)
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ from wallwm_jax.data.clusters import FILE_NAME, load_clusters
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.recaption import read_episodes
 from wallwm_jax.evaluation import figures
-from wallwm_jax.evaluation.timelines import boundaries, data_uri, level_bars, match_boundaries, tolerance
+from wallwm_jax.evaluation.timelines import boundaries, data_uri, level_bars
 from wallwm_jax.events.schema import LEVELS, Episode
+from wallwm_jax.events.segment import match_boundaries, tolerance_s
 from wallwm_jax.events.windows import KINDS
 
 _EPISODES = 4  # that are shown
@@ -156,16 +157,21 @@ def _true_entries(truth: str, store: EventStore) -> dict[int, dict[str, Any]]:
 
 def _scores(store: EventStore, known: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Boundaries against the true ones, per level, all episodes together."""
-    rows = []
+    rows, clock_hz = [], store.meta["clock_hz"]
     for level in LEVELS[1:]:
-        hits = found = true = spans = true_spans = 0
-        for number, entry in known.items():
-            here, there = store.episodes[number]["spans"].get(level), entry["spans"].get(level)
-            if here and there:
-                within = tolerance(there, store.meta["clock_hz"])
-                hits += len(match_boundaries(boundaries(here), boundaries(there), within))
-                found, true = found + len(here) - 1, true + len(there) - 1
-                spans, true_spans = spans + len(here), true_spans + len(there)
+        pairs = [
+            (store.episodes[number]["spans"].get(level, ()), entry["spans"][level])
+            for number, entry in known.items()
+            if level in entry["spans"]
+        ]
+        if not any(here for here, _ in pairs):
+            continue
+        within = tolerance_s([(span["end"] - span["start"]) / clock_hz for _, there in pairs for span in there])
+        hits = sum(
+            len(match_boundaries(boundaries(here), boundaries(there), within * clock_hz)) for here, there in pairs
+        )
+        found, true = (sum(max(0, len(pair[side]) - 1) for pair in pairs) for side in (0, 1))
+        spans, true_spans = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
         if found + true:
             rows.append(
                 {

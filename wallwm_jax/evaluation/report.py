@@ -151,7 +151,7 @@ def _content(
         "unified": unified,
         "acting": _acting(result),
         "compared": compared,
-        "same_trials": len({row["trials"] for row in compared}) <= 1,
+        "same_trials": len({row["trials"] for row in compared if row["trials"]}) <= 1,
         "success": [{"policy": policy, **row} for policy, row in success.items()],
         "breakdown": _breakdown(success),
         "rollout_caption": _rollout_caption(rollout),

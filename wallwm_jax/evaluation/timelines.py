@@ -10,6 +10,7 @@ import numpy as np
 
 from wallwm_jax.data.event_store import BadRecord, EventStore
 from wallwm_jax.events.schema import LEVELS
+from wallwm_jax.events.segment import match_boundaries, tolerance_s
 from wallwm_jax.events.windows import KINDS
 
 FOUND, MISSED = "#2e8b57", "#c0392b"  # edges of true boundaries
@@ -49,8 +50,8 @@ def level_bars(
         rows.append({"name": level, "kind": level, "bars": _bars(spans, entry["num_steps"], clock_hz, colours, level)})
         true = truth["spans"].get(level) if truth and level != "task" else None
         if true:
-            matched = match_boundaries(boundaries(spans), boundaries(true), tolerance(true, clock_hz))
-            found = {end for _, end in matched}
+            within = tolerance_s([(span["end"] - span["start"]) / clock_hz for span in true]) * clock_hz
+            found = {end for _, end in match_boundaries(boundaries(spans), boundaries(true), within)}
             bars = _bars(true, entry["num_steps"], clock_hz, colours, level)
             for bar, span in zip(bars[:-1], true):
                 bar["edge"] = FOUND if span["end"] in found else MISSED
@@ -61,22 +62,6 @@ def level_bars(
 def boundaries(spans: Sequence[Mapping[str, Any]]) -> list[int]:
     """Steps at which one span ends and the next begins."""
     return [span["start"] for span in spans[1:]]
-
-
-def tolerance(true: Sequence[Mapping[str, Any]], clock_hz: float) -> float:
-    """How far a boundary may be from a true one, in steps: 0.3 s, or a quarter of the median true span."""
-    return min(0.3 * clock_hz, float(np.median([span["end"] - span["start"] for span in true])) / 4)
-
-
-def match_boundaries(found: Sequence[int], true: Sequence[int], within: float) -> list[tuple[int, int]]:
-    """The most pairs (found, true) at most `within` apart, each boundary in one pair; both are in time order."""
-    pairs, rest = [], list(true)
-    for step in found:
-        while rest and rest[0] < step - within:
-            rest.pop(0)
-        if rest and rest[0] <= step + within:
-            pairs.append((step, rest.pop(0)))
-    return pairs
 
 
 def frames_along(store: EventStore, episode: int, count: int = _THUMBNAILS) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ labelled.count
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from wallwm_jax.events.captioners.templates import TemplateCaptioner
 from wallwm_jax.events.schema import Episode
@@ -33,5 +34,12 @@ class Labelled(Iterator[Episode]):
         for episode in episodes:
             if self._which == "always" or (self._which == "auto" and set(episode.spans) == {"task"}):
                 self.count += 1
-                (episode,) = captioner.caption([segment(episode)])
+                found = segment(episode)
+                (worded,) = captioner.caption([found])
+                spans = {  # the verbs are those of segmentation, which knows what the gripper holds
+                    level: [replace(said, verb=cut.verb) for said, cut in zip(worded.spans[level], row)]
+                    for level, row in found.spans.items()
+                }
+                provenance = (*episode.provenance, "events found in its motion")
+                episode = replace(found, spans=spans, provenance=provenance)
             yield episode

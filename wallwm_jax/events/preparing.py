@@ -11,7 +11,7 @@ no `Episode` can be made yields the `EpisodeError` in its place, so that it is c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +91,13 @@ class Summary:
     findings: list[Finding] = field(default_factory=list)
     lags: list[tuple[str, float, bool]] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+
+    def add_unreadable(self, source: str, reasons: Sequence[str]) -> None:
+        """Counts recordings of which no episode could be made; each reason begins with the recording's name."""
+        self.taken[source] += len(reasons)
+        self.findings += [
+            Finding("invalid_episode", reason.partition(": ")[0], source, reason, {}, DROPPED) for reason in reasons
+        ]
 
     def counts(self, action: str) -> dict[str, int]:
         """Rule → episodes with a finding of this action; an episode that two rules drop counts for both."""

@@ -13,7 +13,8 @@ Three steps, each a plain idea:
    slide, while it holds something. A grasp that is undone and tried again at the same place stays in its subtask.
 
 Actions are phases, subtasks run from reach to retract, segments are actions cut at every station. Labels of the
-episode are never read. With `Options.lookahead_s` every boundary at time t depends on data up to t + lookahead alone.
+episode below the task level are never read. With `Options.lookahead_s` every boundary at time t depends on data up to
+t + lookahead alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,22 @@ def segment(episode: Episode, options: Options | None = None) -> Episode:
     return dataclasses.replace(episode, spans=_spans(episode, arms, bounds))
 
 
+def tolerance_s(seconds: Sequence[float]) -> float:
+    """How far a found boundary may be from a true one: 0.3 s, or a quarter of the median of the true spans' seconds."""
+    return min(0.3, float(np.median(seconds)) / 4)
+
+
+def match_boundaries(found: Sequence[int], true: Sequence[int], within: float) -> list[tuple[int, int]]:
+    """The most pairs (found, true) at most `within` apart, each boundary in one pair; both are in time order."""
+    pairs, rest = [], list(true)
+    for step in found:
+        while rest and rest[0] < step - within - 1e-9:
+            rest.pop(0)
+        if rest and rest[0] <= step + within + 1e-9:
+            pairs.append((step, rest.pop(0)))
+    return pairs
+
+
 def boundaries(episode: Episode, level: str) -> list[int]:
     """Steps at which a new span of the level begins, the first span excepted."""
     return [span.start for span in episode.spans[level]][1:]
@@ -60,7 +77,7 @@ def _analyse(episode: Episode, options: Options) -> tuple[list[Arm], dict[str, l
     """The arms, and the boundaries per level, those of all arms together, each level's among the next finer one's."""
     arms = [Arm(episode, arm, options) for arm in range(episode.grippers.shape[1])]
     bounds: dict[str, list[int]] = {}
-    coarser: list[int] = []
+    coarser = boundaries(episode, "task")
     found = {
         "subtask": [phase.start for arm in arms for phase in arm.plan if phase.opens],
         "action": [phase.start for arm in arms for phase in arm.plan],
@@ -86,7 +103,7 @@ def _causal_boundaries(episode: Episode, options: Options) -> dict[str, list[int
         _, bounds = _analyse(_until(episode, seen), options)
         for level, steps in found.items():
             steps += [b for b in bounds[level] if b == seen - ahead or (b > seen - ahead and seen == episode.num_steps)]
-    coarser: list[int] = []
+    coarser = boundaries(episode, "task")
     for level, steps in found.items():
         coarser = found[level] = thinned(coarser, steps, episode.num_steps, options.min_steps)
     return found

@@ -36,6 +36,7 @@ class SyncLimits:
       camera_nats: evidence by which a camera must prefer another lag to dispute this one.
       half_nats: the same for half of the episode, which knows less and errs more.
       min_frames: frames; smaller lags are left alone, they are within the estimate's own error.
+      spans_follow: "actions", or "frames" where somebody labelled the events in the video; see `shift`.
     """
 
     search_s: float = 1.5
@@ -45,6 +46,7 @@ class SyncLimits:
     camera_nats: float = 1.0
     half_nats: float = 2.0
     min_frames: float = 0.5
+    spans_follow: str = "actions"
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def synchronise(episode: Episode | Motion, limits: SyncLimits | None = None) -> 
     steps = round(lag.seconds * episode.clock_hz)
     if steps == 0 or abs(lag.seconds) < limits.min_frames * motion.frame_s:
         return Synchronised(episode, lag, "in_sync", seen)
-    return Synchronised(shift(episode, steps), lag, "shifted", f"{seen}; moved by {steps:+d} control steps")
+    moved = shift(episode, steps, spans_follow=limits.spans_follow)
+    return Synchronised(moved, lag, "shifted", f"{seen}; moved by {steps:+d} control steps")
 
 
 def shift(episode: Episode, steps: int, *, spans_follow: str = "actions") -> Episode:

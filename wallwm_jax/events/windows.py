@@ -136,7 +136,8 @@ def cut_windows(
         nothing.
 
     Returns:
-      The windows; none where the episode is shorter than one video stride.
+      The windows; none where the episode is shorter than one video stride, or has no span on these levels and no other
+      kind is cut.
 
     Raises:
       UserError: an unknown kind or level, or `fixed_steps` that frames cannot cover.

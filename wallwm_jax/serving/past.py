@@ -39,7 +39,7 @@ class Past:
           UserError: a number of steps that the chunk does not have, that is not at a frame of the video, or before what
             was told already; or another number of arms.
         """
-        observation = dataclasses.replace(observation, frames=self._fitted(observation.frames))
+        observation = dataclasses.replace(observation, frames=self.fitted(observation.frames))
         before = self._present
         if before is None:
             self._present = observation
@@ -88,9 +88,9 @@ class Past:
             self._poses[told], self._grippers[told] = executed.actions
         self._told = executed.step
         if executed.step % self._stride == 0:
-            self._seen[executed.step] = self._fitted(executed.frames)
+            self._seen[executed.step] = self.fitted(executed.frames)
 
-    def _fitted(self, frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def fitted(self, frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """At the model's size, so that what is kept of a robot is small."""
         return {view: fit_picture(frame, self._size, view) for view, frame in frames.items()}
 

@@ -112,11 +112,12 @@ class Session:
         assert unified is not None  # or the reader would have refused
         if self._past is None:
             self._past = Past(unified)
-        observation = self._past.begin(request.observation, request.steps)
         prompt: str | Conditioning = request.prompt
-        if self._latents:
-            asked = PlanRequest(observation.frames, request.prompt, request.done, self._latents.levels[0])
+        if self._latents:  # before the past moves: what is refused here leaves no trace in it
+            frames = self._past.fitted(request.observation.frames)
+            asked = PlanRequest(frames, request.prompt, request.done, self._latents.levels[0])
             prompt = unified.from_latents(self._latents.latents([asked])[0])
+        observation = self._past.begin(request.observation, request.steps)
         action = self._policy.infer(
             observation, prompt, mode="unified", seed=self._seed + 1, history=self._past.history
         )

@@ -67,9 +67,9 @@ def spans(
         if len(chosen) < len(given):
             repairs.append(f"{len(given) - len(chosen)} {level} labels left out: shorter than a control step")
         snapped = edges.copy()
-        for cut in cuts[:-1]:  # one boundary moves to each, so that no event vanishes
-            closest = np.abs(edges - cut).argmin()
-            if abs(edges[closest] - cut) <= _SNAP_S * hz:
+        for cut in cuts[1:-1]:  # one boundary moves to each, so that no event vanishes; the first stays at 0
+            closest = int(np.abs(edges - cut).argmin())
+            if closest and abs(edges[closest] - cut) <= _SNAP_S * hz and edges[closest] not in cuts:
                 snapped[closest] = cut
         parents = levels[next(reversed(levels))] if levels else None
         bounds = np.union1d(snapped, cuts)

@@ -240,6 +240,8 @@ def _scale(where: str, shifts: Sequence[np.ndarray], place: Sequence[np.ndarray]
     residual = {}
     for rows in range(1, 9):
         pairs = [(s[: len(p) - rows], p[rows:] - p[:-rows]) for s, p in zip(shifts, place) if len(p) > rows]
+        if not pairs:
+            break
         asked, done = (np.concatenate(part) for part in zip(*pairs))
         residual[rows] = float(np.linalg.norm(asked - done, axis=1).mean())
         if rows == 1:

@@ -142,6 +142,8 @@ def read_episodes(
                     f"are damaged, more than {damage_limit:.0%} of {total}: {'; '.join(count.damaged[:3])} "
                     "(repair them, or allow more by --damage_limit)"
                 )
+        if not count.kept:
+            raise UserError(f"no episode of {dataset.path} can be read: {'; '.join(count.damaged[:3])}")
 
     return RecordedEpisodes(generate(), count)
 

@@ -92,7 +92,7 @@ def read_edits(path: str | Path) -> dict[tuple[str, str, str, int], dict[str, An
     except UnicodeDecodeError as error:
         raise UserError(f"edits {str(path)!r} are not UTF-8 ({error}); save them as UTF-8") from None
     edits: dict[tuple[str, str, str, int], dict[str, Any]] = {}
-    for line, raw in _csv_rows(text) if path.suffix == ".csv" else _json_rows(path, text):
+    for line, raw in _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text):
         where = f"line {line} of {str(path)!r}"
         row = _checked(raw, where)
         key = row["source"], row["episode"], row["level"], row["index"]
@@ -172,12 +172,15 @@ def _name(source: str, episode: str, level: str, index: int) -> str:
     return f"{level} {index} of episode {episode!r} of {source!r}"
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     header = text.partition("\n")[0]
     delimiter = ";" if header.count(";") > header.count(",") else ","  # as spreadsheets write in half of Europe
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    for row in table:
-        yield table.line_num, row
+    try:
+        for row in table:
+            yield table.line_num, row
+    except csv.Error as error:
+        raise UserError(f"line {table.line_num} of {str(path)!r} is no CSV ({error}); is a quote missing?") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:

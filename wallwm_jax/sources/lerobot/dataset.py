@@ -219,7 +219,7 @@ def _texts(meta: Path, name: str) -> dict[int, str]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
