@@ -12,6 +12,12 @@ text encoder of a world action model, with the model's own sizes from configs/oc
 
 In words a row has 176 + 144 tokens, where bytes need 416 + 320 for the same history, and what an answer says is a third
 of its tokens, not a tenth.
+
+Measured with the first two commands, 13 minutes of training on two busy cores: of 151 held-out questions 28 % [21, 35]
+exact, 61 % [53, 68] with the right object; of 69 after orders that training had not seen 29 % [20, 41]. What followed
+most often on the last event, by its text alone: 38 % [31, 46], 53 % [45, 61], 45 % [34, 57]. So it reads the picture
+and has not learned the text. Time of the next event: median error 0.70 s; time left inside events 0.60 s, where half of
+the caption's usual duration has 0.62.
 """
 
 from ml_collections import ConfigDict
