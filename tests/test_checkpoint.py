@@ -126,7 +126,7 @@ def test_another_model_or_seed_cannot_resume(straight, clustered_store, section,
 def test_another_store_cannot_resume(straight, clustered_store, tmp_path):
     other = shutil.copytree(clustered_store, tmp_path / "other")
     meta = json.loads((other / "store.json").read_text())
-    (other / "store.json").write_text(json.dumps({**meta, "fingerprint": "0123456789ab"}))
+    (other / "store.json").write_text(json.dumps({**meta, "built": "again"}))
     with pytest.raises(UserError, match=r"was trained on event store .*; give the old store"):
         run(training_config(other), straight[0], resume=True)
 

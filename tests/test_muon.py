@@ -255,6 +255,7 @@ def test_unknown_names_are_errors(options):
 # On a mesh
 
 
+@pytest.mark.extended
 def test_on_eight_devices():
     """Runs muon_on_meshes.py in a process of its own, since the number of devices is fixed when JAX starts."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

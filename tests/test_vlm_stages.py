@@ -220,6 +220,7 @@ def test_the_event_before_can_be_shown_too(store, config):
 # Learning
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("stage", ["vlm_sft", "vlm_text", "staircase"])
 def test_each_loss_falls_and_what_is_frozen_stays_bit_for_bit(clustered_store, stage):
     built, step = built_vlm_step(clustered_store, stage), compiled_vlm_step(clustered_store, stage)
@@ -302,6 +303,7 @@ def prepared_steps(monkeypatch, clustered_store):
     use_prepared_vlm_steps(monkeypatch, clustered_store)
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("prepared_steps")
 def test_a_stopped_run_goes_on_bit_for_bit_and_the_next_stage_takes_over(clustered_store, store, tmp_path):
     config, stop = vlm_training_config(clustered_store), threading.Event()
