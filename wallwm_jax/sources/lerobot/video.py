@@ -67,6 +67,8 @@ def frame_rate(path: Path, field: str) -> float:
 def _open(path: Path) -> InputContainer:
     container = av.open(str(path))
     for stream in container.streams.video:
+        if stream.codec_context is None:
+            raise OSError("its codec is not known")
         stream.codec_context.thread_count = 1  # workers are processes
     return container
 
