@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a laptop: demonstrations, event store, training, a robot acting on events, a report.
-# Fifteen to nineteen minutes on two free CPU cores, the installation apart. Safe to run again: finished phases are kept.
+# Thirteen minutes on two free CPU cores, the installation included. Safe to run again: finished phases are kept.
 #
 #   bash launch/quickstart.sh                      everything into runs/quickstart
 #   bash launch/quickstart.sh --fresh              start over
