@@ -17,5 +17,6 @@ def get_config(stage: str = "video") -> ConfigDict:
     """The 14B pair at one stage of pretraining."""
     config = wan5b.get_config(stage)
     config.model.update(dict(latent_shape=(24, 28), latent_channels=16, width=5120, depth=40, heads=40, ffn=13824))
+    config.model.remat = "selective"
     config.data.update(dict(rows=512))
     return config

@@ -32,7 +32,7 @@ def get_config(stage: str = "video") -> ConfigDict:
             action_heads=16,
             action_ffn=4096,
             compute_dtype="bfloat16",
-            remat="selective",
+            remat="products",
         )
     )
     config.model.text.update(dict(kind="features", width=4096, pad_to=512))

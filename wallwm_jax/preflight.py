@@ -6,7 +6,7 @@ r"""Compiles the real train step for a TPU slice that need not exist, and says w
 --search tries meshes, remat policies and rows per chip instead, minutes each, and prints the best few:
 
     python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
-        --search --search_remat=full,selective --search_rows=1,2,4
+        --search --search_remat=selective,products --search_rows=1,2,4
 
 --program takes another program of the config: Muon's update alone, or event mode's denoising programs, one request on
 as many chips as the mesh's context and tensor axes have:

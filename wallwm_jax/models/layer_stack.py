@@ -13,9 +13,15 @@ from flax import nnx
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT = {"none": None, "selective": ("attention", "ffn"), "attention": ("attention",), "full": ()}
+REMAT = {
+    "none": None,
+    "products": ("attention", "ffn", "projection"),
+    "selective": ("attention", "ffn"),
+    "attention": ("attention",),
+    "full": (),
+}
 """Policy → what is kept for the backward pass: of long attentions output and normaliser, of feed-forwards hidden layer
-and output; None keeps all."""
+and output, of all attentions what their projections give; None keeps all."""
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:

@@ -47,12 +47,13 @@ class Linear(nnx.Module):
         """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it."""
         kernel, bias = self._weights()
         kernel, bias = kernel.reshape(len(kernel), heads, -1), bias.reshape(heads, 1, -1)
-        return affine(_TO_HEADS, x.astype(self.dtype), kernel, bias)
+        return checkpoint_name(affine(_TO_HEADS, x.astype(self.dtype), kernel, bias), "projection")
 
     def from_heads(self, x: jax.Array) -> jax.Array:
         """`[..., H, S, in / H]` to `[..., S, out]`."""
         kernel, bias = self._weights()
-        return affine(_FROM_HEADS, x.astype(self.dtype), kernel.reshape(x.shape[-3], x.shape[-1], -1), bias)
+        kernel = kernel.reshape(x.shape[-3], x.shape[-1], -1)
+        return checkpoint_name(affine(_FROM_HEADS, x.astype(self.dtype), kernel, bias), "projection")
 
     def _weights(self) -> tuple[jax.Array, jax.Array]:
         bias = jnp.zeros(self.kernel.shape[1:]) if self.bias is None else self.bias[...]
