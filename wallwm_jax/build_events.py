@@ -157,7 +157,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "episodes",
         None,
-        "To record of each family (default 40; with shares, of all); the first so many of a set; of --inspect, to show (4)",
+        "To record of each family (default 40), with shares of all; the first of a set (all); to --inspect (4)",
     )
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float(

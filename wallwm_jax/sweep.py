@@ -4,10 +4,10 @@ Muon against AdamW at four learning rates each, one run at a time:
 
     python -m wallwm_jax.sweep configs/sweeps/muon_adamw.py:rates --store=runs/quickstart/store --out=runs/sweeps/rates
 
---seeds=0,1 runs other seeds than the sweep file's. Stopped or killed, the same command goes on: finished runs are kept, a broken-off one resumes from its checkpoint.
---slots=4 runs four at a time on this machine. --commands prints one shell line per run instead, for other machines that
-share --out; a call with the same --out then finds those runs finished. A run that fails is named with the last lines
-of its log.txt, the others go on; exit code 1.
+Stopped or killed, the same command goes on: finished runs are kept, a broken-off one resumes from its checkpoint.
+--seeds=0,1 takes other seeds than the file's. --slots=4 runs four at a time on this machine. --commands prints one
+shell line per run instead, for other machines that share --out; a call with the same --out then finds those runs
+finished. A run that fails is named with the last lines of its log.txt, the others go on; exit code 1.
 
 --out then holds results.json, results.md (a table with 95 % intervals) and results.png.
 """

@@ -9,10 +9,12 @@ Six models from scratch, which see as many latents; random windows are as long a
 Captions are neither reworded nor prefixed nor timed, so that only their kind differs.
 """
 
+from typing import Any
+
 from wallwm_jax.evaluation.sweeps import Sweep
 
 STEPS = 300
-WINDOWS = {
+WINDOWS: dict[str, dict[str, Any]] = {
     "event": {"data.window_kind": "event"},
     "fixed": {
         "data.window_kind": "fixed",

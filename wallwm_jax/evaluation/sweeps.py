@@ -46,8 +46,8 @@ class Sweep:
       measure: module that measures each run, `python -m MEASURE --workdir= --store= --out=FILE`; the `figures` in that
         file are collected, by name. "" measures nothing.
       measure_store: store that it reads; "" the one trained on.
-      paired_with: the arm whose errors, `paired` in that file, the others' are subtracted from, event by event; "" pairs
-        none.
+      paired_with: the arm from whose errors, `paired` in that file, the others' are subtracted, event by event; ""
+        pairs none.
       reference: the arm whose final loss the others' speed is measured by; "" leaves that measure out.
     """
 
@@ -138,9 +138,10 @@ class Results:
       arms: name → measure → {"values", "mean", "low", "high"}, a value per seed, None where a loss is never reached,
         and the rest None then; rates have {"rate", "low", "high", "episodes"} over all seeds. Intervals are 95 %:
         Student's over seeds (None of one seed), Wilson's over episodes.
-      pairs: name → figure → {"difference", "low", "high"}: by how much an arm's errors are below `paired_with`'s on the
-        same events, each the mean over the seeds that both have finished; 95 % by a bootstrap over episodes, so of which
-        events were measured, not of how training runs differ.
+      pairs: name → figure → {"difference", "low", "high"}: by how much an arm's errors are below those of the arm
+        `paired_with` on the same events, each the mean over the seeds that both have finished; 95 %, by a bootstrap
+        over episodes: of which events were measured, not of how training runs differ.
+      paired_with: its name.
       curves: name → smoothed losses, one list per seed.
       finished, planned: numbers of runs.
     """
