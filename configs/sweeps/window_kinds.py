@@ -4,16 +4,18 @@ r"""Where windows are cut × what they are told: events, tiles or random stretch
         --views=front_pixels,ur5e/wrist --windows=event,fixed,random --out=runs/kinds/store
     python -m wallwm_jax.sweep configs/sweeps/window_kinds.py --store=runs/kinds/store --out=runs/sweeps/kinds
 
-Six models from scratch, which see as many latents; random windows are as long as events. All are measured by
-`wallwm_jax.evaluation.event_errors` on the same held-out events, told what they learned to read and the true duration.
-Captions are neither reworded nor prefixed nor timed, so that only their kind differs.
+Six models from scratch, which see as many latents. Random windows are as long as events, in the numbers in which there
+are subtasks and actions (one to four or five); of events a quarter of those drawn are subtasks. A tile or random window
+is told the subtasks or actions inside it, by the same shares. All are measured by `wallwm_jax.evaluation.event_errors`
+on the same held-out events, told what they learned to read and the true duration. Captions are neither reworded nor
+prefixed nor timed, so that only their kind differs.
 """
 
 from typing import Any
 
 from wallwm_jax.evaluation.sweeps import Sweep
 
-STEPS = 300
+STEPS = 240
 WINDOWS: dict[str, dict[str, Any]] = {
     "event": {"data.window_kind": "event"},
     "fixed": {
@@ -28,7 +30,7 @@ CAPTIONS = {"event": {"data.caption": "events"}, "instruction": {"data.caption":
 
 
 def get_sweep() -> Sweep:
-    """The quickstart's model with a quarter of its steps."""
+    """The quickstart's model with a fifth of its steps."""
     return Sweep(
         config="configs/ocbench_quickstart.py",
         arms={

@@ -46,7 +46,7 @@ class EventError:
     error: float
 
 
-def measure(mode: EventMode, store: EventStore, *, windows: int = 128, seed: int = 0) -> list[EventError]:
+def measure(mode: EventMode, store: EventStore, *, windows: int = 64, seed: int = 0) -> list[EventError]:
     """The errors of a trained model on events of `store`, of the levels that it was trained on.
 
     Args:
@@ -138,6 +138,8 @@ def main(_: list[str]) -> int:
         "heldout",
     )
     policy = Policy.from_checkpoint(workdir, batch_size=values.batch, sampling=settings(values.sampling))
+    if policy.unified_mode:
+        raise UserError(f"{str(workdir)!r} was trained on windows with history; measure a run that decodes events")
     for key in ("size", "video_stride", "action_hz", "codec"):
         if policy.event_mode.store[key] != store.meta[key]:
             raise UserError(
@@ -155,7 +157,7 @@ def main(_: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "Run of wallwm_jax.train; its newest checkpoint.")
     flags.DEFINE_string("store", "", "Event store with a heldout split.")
-    flags.DEFINE_integer("windows", 128, "Events of every family, at most.", 1)
+    flags.DEFINE_integer("windows", 64, "Events of every family, at most.", 1)
     flags.DEFINE_integer("batch", 8, "Events that run at once.", 1)
     flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
     flags.DEFINE_multi_string("sampling", [], "Entry of config.sampling to change: name=value. May be repeated.")
