@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         dict(
             store="",  # event store directory, made by wallwm_jax.build_events
             split="train",  # train | heldout
-            window_kind="event",  # event | fixed | history
+            window_kind="event",  # event | fixed | history | random
             levels={"subtask": 0.5, "action": 0.5},  # share of drawn events per level (event windows)
             views=(),  # view names in order; () takes the store's
             rows=4,  # B: global rows per step
@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
             parent_caption_prob=0.3,  # prefix a caption by its parent's
             paraphrase_prob=0.5,  # draw one of the paraphrases instead of the caption
             chunk_event_prob=0.0,  # of a window with history to be told the event of the levels above that is going on
+            caption="own",  # own (of an event; else the instruction) | instruction | events (also those inside a tile)
             duration_clause_prob=0.3,  # append "takes 2.5 s"
             caption_drop=0.1,  # replace the caption by the null text, for guidance
             caption_drop_long=0.9,  # the same for events of caption_drop_lengths[1] steps and more

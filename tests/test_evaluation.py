@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.clusters import cluster_store, load_clusters
 from wallwm_jax.data.event_store import BadRecord, open_store
-from wallwm_jax.evaluation import closed_loop, environments, expert_spread, statistics
+from wallwm_jax.evaluation import closed_loop, environments, event_errors, expert_spread, statistics
 from wallwm_jax.evaluation.actors import EventActor
 from wallwm_jax.evaluation.closed_loop import EpisodeResult, Film
 from wallwm_jax.evaluation.environments import Rules, Situation, SubtaskResult, Trial
@@ -143,6 +144,39 @@ def test_baselines_are_the_observed_pose_and_the_cluster_mean(store):
     summary = result.to_json()
     assert summary["baselines"] == pytest.approx({"hold_still": np.mean(still), "cluster_mean": np.mean(mean)})
     assert sum(row["windows"] for row in summary["by_verb"].values()) == len(chosen)
+
+
+def test_errors_on_events_are_those_of_the_open_loop_by_level_and_family(store):
+    oracle = Oracle(store, 0.02)
+    oracle.config.data = ConfigDict(dict(levels={"subtask": 0.5, "action": 0.5}, window_kind="event"))
+    errors = event_errors.measure(oracle, store, windows=1000)
+    rows = evaluate_open_loop(oracle, store, levels=["subtask", "action"], limit=1000).rows
+    assert len(errors) == len(rows) == (store.index["kind"] == 0).sum()
+    figures = event_errors.summarize(errors)["figures"]
+    assert set(figures) == {"action error", "action error, subtask", "action error, action"}
+    assert figures["action error"] == pytest.approx(np.mean([row["model"]["error"] for row in rows]))
+    assert {error.family for error in errors} == {"synthetic/squares"}
+    assert len(event_errors.measure(oracle, store, windows=3)) == 3
+
+
+def test_families_are_apart_and_paired_with_their_episodes():
+    errors = [event_errors.EventError(name, family, "action", value)
+              for name, family, value in (("a", "hanoi", 0.1), ("a", "hanoi", 0.3), ("b", "block", 0.4))]  # fmt: skip
+    found = event_errors.summarize(errors)
+    figures = {"action error": 0.8 / 3, "action error, block": 0.4, "action error, hanoi": 0.2}
+    assert found["figures"] == pytest.approx(figures)
+    assert found["paired"]["action error, hanoi"] == {"episodes": ["a", "a"], "values": [0.1, 0.3]}
+    assert event_errors.family_of("ocbench/hanoi-cpu-lite-single-task1-v0") == "hanoi"
+    assert event_errors.family_of("metaworld/door-open") == "metaworld/door-open"
+
+
+@pytest.mark.parametrize(
+    ("kind", "caption", "instructed"),
+    [("event", "own", False), ("event", "events", False), ("event", "instruction", True),
+     ("fixed", "own", True), ("random", "events", False), ("fixed", "instruction", True)],
+)  # fmt: skip
+def test_a_model_is_told_what_it_learned_to_read(kind, caption, instructed):
+    assert event_errors.told_instructions(ConfigDict({"window_kind": kind, "caption": caption})) == instructed
 
 
 def test_a_prediction_that_is_too_short_is_held_to_the_end(store):

@@ -409,8 +409,8 @@ def test_episodes_that_do_not_fit_together_are_refused(tmp_path):
 
 
 def test_options_are_checked_before_any_episode():
-    with pytest.raises(UserError, match="unknown window kind 'random'; choose of event, fixed, history"):
-        StoreOptions(kinds=("event", "random"))
+    with pytest.raises(UserError, match="unknown window kind 'tile'; choose of event, fixed, history, random"):
+        StoreOptions(kinds=("event", "tile"))
     with pytest.raises(UserError, match="unknown level 'phase'"):
         StoreOptions(levels=("phase",))
     with pytest.raises(UserError, match=r"heldout_fraction is 1\.0"):

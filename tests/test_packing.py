@@ -229,3 +229,38 @@ def _damage_record(path, window):
 def test_captions_of_long_events_are_dropped_more_often(length, expected):
     """WALL-WM eq. 20 with its published constants."""
     assert drop_probability(length, 0.1, 0.9, 129, 220) == pytest.approx(expected, abs=1e-3)
+
+
+def told(store, window, **data):
+    """The caption that every draw gives."""
+    record, config = store.read(window), plain(**data)
+    texts = {draw_caption(store, record, config.data, np.random.default_rng(seed)).text for seed in range(20)}
+    assert len(texts) == 1
+    return record, texts.pop()
+
+
+def test_an_event_may_be_told_the_instruction(store):
+    record, text = told(store, windows_of(store, "action", 2)[1], caption="instruction", parent_caption_prob=1.0)
+    assert text == store.caption(record.level_caption_ids[0]) != store.caption(record.caption_id)
+
+
+def test_a_tile_may_be_told_the_events_that_go_on_in_it(store):
+    """Tiles of 16 steps, told the subtasks or actions of which they show half, or which are half of them."""
+    tile = int(np.flatnonzero(store.index["kind"] == 1)[1])
+    for level in ("subtask", "action"):
+        record, text = told(
+            store, tile, caption="events", levels={"subtask": 0.0, "action": 0.0, level: 1.0}, text_length=1000
+        )
+        spans = store.episodes[record.episode_id]["spans"][level]
+        inside = []
+        for span in spans:
+            seen = {step for step in range(span["start"], span["end"]) if 16 <= step < 32}
+            if 2 * len(seen) >= min(16, span["end"] - span["start"]):
+                inside.append(span["caption"])
+        assert text == ", then ".join(inside)
+    assert len(inside) > 1
+    short = told(store, tile, caption="events", levels={"subtask": 0.0}, text_length=len(", then ".join(inside)))[1]
+    assert short == ", then ".join(inside[:-1])
+    event = windows_of(store, "action", 1)[0]
+    record, text = told(store, event, caption="events")
+    assert text == store.caption(record.caption_id)

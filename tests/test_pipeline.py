@@ -204,7 +204,7 @@ def test_too_many_bad_records_end_the_run(clustered_store, tmp_path):
         ({"model__max_views": 2}, "view ids go up to 2, but model.max_views is 2"),
         ({"views": ("top",)}, r"data.views asks for 'top'; event store .* has \['front_pixels', 'ur5e/wrist'\]"),
         ({"latents_per_row": 2}, "more than a row holds"),
-        ({"window_kind": "random"}, "data.window_kind='random'"),
+        ({"window_kind": "tile"}, "data.window_kind='tile'"),
     ],
 )
 def test_a_store_that_does_not_fit_is_an_error_before_anything_is_computed(store, change, message):

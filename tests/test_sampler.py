@@ -157,7 +157,7 @@ def test_fixed_windows_ignore_levels():
         ({"cluster_vl": -1}, {}, "no cluster ids"),
         ({"level": LEVELS.index("subtask")}, {}, "asks for 'action' events, but the store has only \\['subtask'\\]"),
         ({}, {"window_kind": "fixed"}, "no windows of kind 'fixed', only \\['event'\\]"),
-        ({}, {"window_kind": "random"}, "data.window_kind='random' is not one of"),
+        ({}, {"window_kind": "tile"}, "data.window_kind='tile' is not one of"),
         ({}, {"levels": {"stage": 1.0}}, "need positive shares of levels among"),
         ({}, {"fill_target": 1.5}, "data.fill_target=1.5 must be above 0 and at most 1"),
     ],

@@ -19,6 +19,9 @@ SHIPPED = (
     "muon_adamw.py:seeds",
     "view_attention.py",
     "latent_ties.py:runs/vlm,runs/towers",
+    "window_kinds.py",
+    "long_tail.py:runs/heldout",
+    "long_tail.py:all:runs/heldout",
 )
 
 
@@ -117,6 +120,35 @@ def test_figures_of_a_measure_are_collected_by_name(tmp_path):
     assert (
         results.arms["b 2"]["gap closed"]["values"] == [0.5, 1.5] and results.arms["b 2"]["gap closed"]["mean"] == 1.0
     )
+
+
+def test_errors_are_paired_event_by_event_over_the_seeds_that_both_arms_have(tmp_path):
+    sweep = small(measure="the.module", measure_store="another", paired_with="b 2")
+    assert sweeps.commands(sweep, sweeps.plan(sweep)[0], tmp_path, "the store")[1][2] == "--store=another"
+    episodes, harder = ["x", "x", "y", "z"], np.array([0.0, 1.0, 2.0, 3.0])
+    for run in sweeps.plan(sweep)[:3]:  # the second seed has one arm
+        write_run(tmp_path, run, np.ones(20))
+        values = harder + (0.5 if run.arm == "b 2" else [0.4, 0.4, 0.3, 0.1])
+        found = {"figures": {"error": values.mean()}, "paired": {"error": {"episodes": episodes, "values": [*values]}}}
+        (tmp_path / run.directory / "figures.json").write_text(json.dumps(found))
+    results = sweeps.collect(sweep, tmp_path)
+    assert set(results.pairs) == {"a 1"}
+    pair = results.pairs["a 1"]["error"]
+    assert pair["difference"] == pytest.approx(np.mean([0.1, 0.1, 0.2, 0.4]))
+    assert pair["low"] == pytest.approx(0.1) and pair["high"] == pytest.approx(0.4)  # three episodes, hardness apart
+    assert results.table().splitlines()[-1] == "| a 1 | +0.2000 [+0.1000, +0.4000] |"
+    with pytest.raises(UserError, match="'c 3' is none of the arms"):
+        small(paired_with="c 3")
+
+
+def test_the_arms_of_the_window_kinds_see_as_many_latents():
+    sweep = sweeps.load_sweep("configs/sweeps/window_kinds.py")
+    assert len(sweep.arms) == 6
+    filled = {"event": 33.3, "fixed": 34.3, "random": 33.3}
+    for knobs in sweep.arms.values():
+        settings = {**sweep.overrides, **knobs}
+        seen = settings["train.steps"] * filled[settings["data.window_kind"]]
+        assert seen == pytest.approx(240 * 33.3, rel=2e-3)
 
 
 def test_a_loss_that_some_seed_never_reaches_has_no_mean(tmp_path):

@@ -130,8 +130,8 @@ def test_an_episode_shorter_than_a_video_stride_has_no_windows():
 
 def test_wrong_requests_are_errors():
     episode = synthetic_episode(0, steps=16, size=16)
-    with pytest.raises(UserError, match="unknown window kind or level 'random'"):
-        cut_windows(episode, ["random"])
+    with pytest.raises(UserError, match="unknown window kind or level 'tile'"):
+        cut_windows(episode, ["tile"])
     with pytest.raises(
         UserError, match="fixed windows of 33 steps do not fit the video: give a multiple of 2 up to 128"
     ):
@@ -183,3 +183,32 @@ def test_short_rests_and_other_windows_stay_whole():
 def test_the_cap_counts_the_frames_that_are_left():
     _, (before, _) = resting(30, 400, longest_pause_s=0.4)
     assert before.num_frames == 18 and before.span_end == 231 and before.duration_s == pytest.approx(23.1)
+
+
+def test_random_windows_have_the_lengths_of_the_events_at_other_places():
+    episode = episode_with([5, 11, 30, 45], 60)
+    events, windows = (cut_windows(episode, [kind], levels=["subtask"]) for kind in ("event", "random"))
+    assert sorted(window.num_frames for window in windows) == sorted(window.num_frames for window in events)
+    assert [window.event_index for window in windows] == [0, 1, 2, 3, 4]
+    starts = [window.start for window in windows]
+    assert starts == sorted(starts) != [window.start for window in events]
+    for window in windows:
+        assert (window.kind, window.level, window.start % 2) == ("random", "task", 0)
+        assert (window.span_start, window.span_end) == (window.start, window.start + window.num_actions)
+        assert window.span_end <= 60 and window.duration_s == window.num_actions / 10
+
+
+def test_random_windows_follow_from_the_seed_and_the_episode_alone():
+    episode = synthetic_episode(3, steps=64, size=16)
+    places = [[window.start for window in cut_windows(episode, kinds, seed=seed)]
+              for kinds, seed in ((["random"], 0), (["random"], 0), (["random"], 1))]  # fmt: skip
+    assert places[0] == places[1] != places[2]
+    other = dataclasses.replace(episode, episode_id="another")
+    assert [window.start for window in cut_windows(other, ["random"])] != places[0]
+
+
+def test_a_random_window_lies_anywhere_it_fits():
+    episode = episode_with([8], 20)  # events of 5 and 7 frames among 11
+    starts = {(window.num_frames, window.start // 2) for seed in range(200)
+              for window in cut_windows(episode, ["random"], levels=["subtask"], seed=seed)}  # fmt: skip
+    assert starts == {(5, place) for place in range(7)} | {(7, place) for place in range(5)}

@@ -9,6 +9,11 @@ Only events, with the finest level too, and a quarter of the episodes held out f
     python -m wallwm_jax.build_events --source=ocbench:switch --episodes=40 --out=runs/switch \
         --windows=event --levels=subtask,action,segment --heldout_fraction=0.25
 
+A long-tailed mix, in shares of one total of episodes, all of them for training:
+
+    python -m wallwm_jax.build_events --source=ocbench:chamber=80,switch=15,block=4,hanoi=1 --episodes=300 \
+        --heldout_fraction=0 --out=runs/tail/train
+
 With the frozen parts of a published model instead of wavelets and bytes: latents of Wan's autoencoder and features of
 its text encoder, computed here once, in batches on the local devices (weights: python -m wallwm_jax.convert --help):
 
@@ -152,7 +157,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "episodes",
         None,
-        "To record of each family (default 40); the first so many of a set (all); of --inspect, to show (4)",
+        "To record of each family (default 40), with shares of all; the first of a set (all); to --inspect (4)",
     )
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float(
@@ -175,9 +180,11 @@ def _define_flags() -> None:
     flags.DEFINE_list(
         "windows",
         ["event", "fixed"],
-        "Kinds of windows: event (one per span), fixed (tiles), history (tiles and their past)",
+        "Kinds: event (one per span), fixed (tiles), history (tiles and their past), random (as long as events)",
     )
-    flags.DEFINE_list("levels", ["subtask", "action"], "Levels of event windows: task, subtask, action, segment")
+    flags.DEFINE_list(
+        "levels", ["subtask", "action"], "Levels of event and random windows: task, subtask, action, segment"
+    )
     flags.DEFINE_integer("fixed_steps", 32, "Control steps of a fixed window, or of the future of one with history")
     flags.DEFINE_integer("history", 1, "Latents of four frames before the observation of a window with history", 0)
     flags.DEFINE_float("heldout_fraction", 0.15, "Share of the episodes kept from training", 0.0, 1.0)

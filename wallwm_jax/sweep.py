@@ -5,9 +5,9 @@ Muon against AdamW at four learning rates each, one run at a time:
     python -m wallwm_jax.sweep configs/sweeps/muon_adamw.py:rates --store=runs/quickstart/store --out=runs/sweeps/rates
 
 Stopped or killed, the same command goes on: finished runs are kept, a broken-off one resumes from its checkpoint.
---slots=4 runs four at a time on this machine. --commands prints one shell line per run instead, for other machines that
-share --out; a call with the same --out then finds those runs finished. A run that fails is named with the last lines
-of its log.txt, the others go on; exit code 1.
+--seeds=0,1 takes other seeds than the file's. --slots=4 runs four at a time on this machine. --commands prints one
+shell line per run instead, for other machines that share --out; a call with the same --out then finds those runs
+finished. A run that fails is named with the last lines of its log.txt, the others go on; exit code 1.
 
 --out then holds results.json, results.md (a table with 95 % intervals) and results.png.
 """
@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,7 @@ def _execute(sweep: Sweep, run: Run, out: Path, store: str) -> str:
 def _define_flags() -> None:
     flags.DEFINE_string("store", "", "Event store that every run trains on, and is evaluated on.")
     flags.DEFINE_string("out", "", "Directory of the sweep; made if absent.")
+    flags.DEFINE_list("seeds", [], "Seeds of each arm, instead of the sweep's.")
     flags.DEFINE_integer("slots", 1, "Runs at a time.", 1)
     flags.DEFINE_bool("commands", False, "Print one shell line per run, and run nothing.")
 
@@ -119,6 +121,10 @@ def main(argv: list[str]) -> int:
             "name one sweep file: python -m wallwm_jax.sweep configs/sweeps/x.py --store=... --out=..."
         )
     sweep = sweeps.load_sweep(argv[1])
+    if values.seeds:
+        if not all(seed.isdecimal() for seed in values.seeds):
+            raise UserError(f"--seeds={','.join(values.seeds)}: give whole numbers, for example --seeds=0,1,2")
+        sweep = replace(sweep, seeds=tuple(int(seed) for seed in values.seeds))
     store = str(require_directory(values.store, "store", "pass --store=DIR, made by python -m wallwm_jax.build_events"))
     if not values.out:
         raise UserError("no --out given; pass a directory for the runs and the results")

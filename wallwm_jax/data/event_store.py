@@ -332,6 +332,15 @@ class EventStore:
         spans = self.episodes[episode]["spans"].get(level, ())
         return next((span for span in spans if span["start"] <= step < span["end"]), None)
 
+    def events_within(self, record: WindowRecord, level: str) -> list[dict[str, Any]]:
+        """The events of a level that go on in a window, as in `episodes`: those of which it shows at least half, or
+        which fill at least half of it. At least one, where the episode has the level."""
+        start, end = record.span_start, record.span_end
+        spans = self.episodes[record.episode_id]["spans"].get(level, ())
+        shared = [min(span["end"], end) - max(span["start"], start) for span in spans]
+        least = [min(span["end"] - span["start"], end - start) / 2 for span in spans]
+        return [span for span, steps, needed in zip(spans, shared, least) if steps >= needed]
+
 
 def open_store(path: str | Path, split: str = "train") -> EventStore:
     """Opens one split of an event store, after checking everything but the records themselves.

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import GEOMETRY_DIM, BadRecord, EventStore, WindowRecord
-from wallwm_jax.events.caption import duration_clause, with_parent
+from wallwm_jax.events.caption import duration_clause, in_order, with_parent
 from wallwm_jax.models.text.byte_ids import encode_bytes
 
 CLEAN, DENOISE = 1, 2  # latent_role; 0 is padding
@@ -207,28 +207,39 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     The probabilities are `config.data`'s; every draw takes the same five numbers from `rng`. A clause or prefix with
     which the text would not fit into `data.text_length` tokens is left out, so that no caption loses its end. A window
     with history, whose own caption is the instruction, is at times told the event that goes on where it begins.
+    `data.caption` tells all windows the instruction, or windows other than events all that goes on in them.
     """
     drop, reword, which, prefix, clause = rng.random(5)
     length = record.duration_s * float(store.meta["action_hz"])
     if drop < drop_probability(length, data.caption_drop, data.caption_drop_long, *data.caption_drop_lengths):
         return Caption("")
     if record.kind == "history" and rng.random() < data.chunk_event_prob:
-        shares = {level: share for level, share in data.levels.items() if share}
-        level = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
-        event = store.event_at(record.episode_id, str(level), record.start)
+        event = store.event_at(record.episode_id, _draw_level(data, rng), record.start)
         if event and _fits(store, event["caption"], data.text_length):
             return Caption(event["caption"])
-    text = store.caption(record.caption_id)
-    if record.paraphrase_ids and reword < data.paraphrase_prob:
-        text = store.caption(record.paraphrase_ids[int(which * len(record.paraphrase_ids))])
+    text, parent, others = store.caption(record.caption_id), record.parent_caption_id, record.paraphrase_ids
+    if data.caption == "instruction" and parent >= 0:
+        text, parent, others = store.caption(int(record.level_caption_ids[0])), -1, ()
+    elif data.caption == "events" and record.kind != "event":
+        told = [event["caption"] for event in store.events_within(record, _draw_level(data, rng))]
+        while len(told) > 1 and not _fits(store, in_order(told), data.text_length):
+            told.pop()
+        text, others = in_order(told) or text, ()
+    if others and reword < data.paraphrase_prob:
+        text = store.caption(others[int(which * len(others))])
     longer = duration_clause(text, record.duration_s)
     timed = clause < data.duration_clause_prob and _fits(store, longer, data.text_length)
     if timed:
         text = longer
-    longer = with_parent(store.caption(record.parent_caption_id), text)
+    longer = with_parent(store.caption(parent), text)
     if prefix < data.parent_caption_prob and _fits(store, longer, data.text_length):
         text = longer
     return Caption(text, timed)
+
+
+def _draw_level(data: ConfigDict, rng: np.random.Generator) -> str:
+    shares = {level: share for level, share in data.levels.items() if share}
+    return str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
 
 
 def drop_probability(length: float, floor: float, ceiling: float, short: float, long: float) -> float:

@@ -87,6 +87,7 @@ def check_store(store: EventStore, config: ConfigDict) -> None:
                 f"event store {str(store.path)!r} has {what} {stored}, but {knob} is {wanted}; "
                 "set it to the store's value or build a store that fits"
             )
+    _check_captions(store, config.data)
     views = resolve_views(store, config)
     table = store.meta["cameras"]
     highest = max(table[view] for view in views)
@@ -97,6 +98,16 @@ def check_store(store: EventStore, config: ConfigDict) -> None:
         raise UserError(f"{len(blind)} episodes, {blind[0]!r} among them, have none of {views}; change data.views")
     if len(store.index):
         _check_lengths(store, config)
+
+
+def _check_captions(store: EventStore, data: ConfigDict) -> None:
+    if data.caption not in ("own", "instruction", "events"):
+        raise UserError(f"data.caption={data.caption!r} is not own, instruction or events")
+    if data.caption == "events" and data.window_kind != "event" and store.has_text_features:
+        raise UserError(
+            f"data.caption='events' joins captions, and event store {str(store.path)!r} has features of single ones; "
+            "set data.caption, or build it with --text_encoder=bytes"
+        )
 
 
 def _check_lengths(store: EventStore, config: ConfigDict) -> None:

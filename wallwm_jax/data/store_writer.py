@@ -63,7 +63,7 @@ class StoreOptions:
       kinds, levels, fixed_steps, history: as `cut_windows` takes them.
       prune_static: seconds of the longest pause that event windows keep, see `events.windows`; 0 keeps all.
       heldout_fraction: share of the episodes that only evaluation sees; see `HeldoutChoice`.
-      seed: of the sample for latent statistics.
+      seed: of the places of random windows and of the sample for latent statistics.
       latent_sample: windows whose frames are decoded for `latent_mean` and `latent_std`.
 
     Raises:
@@ -246,6 +246,7 @@ class _Writer:
             fixed_steps=options.fixed_steps,
             history=options.history,
             longest_pause_s=options.prune_static,
+            seed=options.seed,
         )
         if not windows:
             self.summary.without_window += 1

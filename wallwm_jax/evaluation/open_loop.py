@@ -132,7 +132,7 @@ def evaluate_open_loop(
     clusters = load_clusters(store.path)
     engine = mode.engine if isinstance(mode, UnifiedMode) else mode
     chosen = _windows(store, mode, levels)
-    chosen = chosen[_spread(len(chosen), limit)]
+    chosen = chosen[spread(len(chosen), limit)]
     # Windows of one length share a bucket: shorter programs run, and in a batch nobody waits for a long event.
     chosen = chosen[np.argsort(store.index["length"][chosen], kind="stable")]
     batches = [chosen[start : start + engine.batch_size] for start in range(0, len(chosen), engine.batch_size)]
@@ -142,7 +142,7 @@ def evaluate_open_loop(
     for number in progress(order, total=len(order), unit="batch", label="open loop"):
         if result.rows and out_of_time():
             break
-        records = _readable(store, batches[number], result.bad_records)
+        records = readable(store, batches[number], result.bad_records)
         seeds = [seed + record.index for record in records]
         if isinstance(mode, UnifiedMode):
             predictions = _predict_chunks(mode, store, records, seeds)
@@ -162,14 +162,18 @@ def evaluate_open_loop(
 
 def _windows(store: EventStore, mode: EventMode | UnifiedMode, levels: Sequence[str]) -> np.ndarray:
     """Positions of the windows that the mode decodes."""
-    kinds = store.index["kind"]
     if isinstance(mode, UnifiedMode):
-        chosen = np.flatnonzero(kinds == KINDS.index("history"))
+        chosen = np.flatnonzero(store.index["kind"] == KINDS.index("history"))
         if not len(chosen):
             raise UserError(f"split {store.split!r} of {str(store.path)!r} has no windows with history")
         return chosen
+    return event_windows(store, levels)
+
+
+def event_windows(store: EventStore, levels: Sequence[str]) -> np.ndarray:
+    """Positions of the event windows of `levels` in the split. Raises UserError where there are none."""
     wanted = [LEVELS.index(level) for level in levels]
-    chosen = np.flatnonzero((kinds == KINDS.index("event")) & np.isin(store.index["level"], wanted))
+    chosen = np.flatnonzero((store.index["kind"] == KINDS.index("event")) & np.isin(store.index["level"], wanted))
     if not len(chosen):
         raise UserError(f"split {store.split!r} of {str(store.path)!r} has no event windows of levels {list(levels)}")
     return chosen
@@ -208,7 +212,7 @@ def _predict_chunks(
     ]
 
 
-def _readable(store: EventStore, windows: np.ndarray, bad: list[str]) -> list[WindowRecord]:
+def readable(store: EventStore, windows: np.ndarray, bad: list[str]) -> list[WindowRecord]:
     """The records of `windows`; what is wrong with those that cannot be read goes to `bad`."""
     records = []
     for window in windows:
@@ -229,8 +233,8 @@ def _measure(
     true = stats.normalize_actions(actual)
     cluster = int(store.index[record.index]["cluster_vl"])
     predictions = {
-        MODEL: _held(predicted.actions, len(actual)),  # shorter where the longest bucket cut it
-        MODEL_PREDICTED: _held(predicted.own, len(actual)),
+        MODEL: held(predicted.actions, len(actual)),  # shorter where the longest bucket cut it
+        MODEL_PREDICTED: held(predicted.own, len(actual)),
         "hold_still": _hold_still(record)[past:],
         "cluster_mean": clusters.mean_actions(cluster, record.num_actions)[past:],
     }
@@ -301,12 +305,12 @@ def _hold_still(record: WindowRecord) -> np.ndarray:
     return still
 
 
-def _held(actions: np.ndarray, steps: int) -> np.ndarray:
+def held(actions: np.ndarray, steps: int) -> np.ndarray:
     """`actions [T', 32]` cut to `steps`, or its last one repeated."""
     return actions[np.minimum(np.arange(steps), len(actions) - 1)]
 
 
-def _spread(count: int, most: int) -> np.ndarray:
+def spread(count: int, most: int) -> np.ndarray:
     """`most` positions, evenly spread over `0 .. count - 1`; all of them where there are no more."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 

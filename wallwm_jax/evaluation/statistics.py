@@ -71,7 +71,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedOutcomes:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two rates and its 95 % interval; None where there is nothing to resample."""
+    """A difference of two rates or means and its 95 % interval; None where there is nothing to resample."""
 
     difference: float
     low: float | None
@@ -79,14 +79,14 @@ class Difference:
 
 
 def paired_rate_difference(
-    first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]], *, seed: int = 0
+    first: Sequence[tuple[float, int]], second: Sequence[tuple[float, int]], *, seed: int = 0
 ) -> Difference:
-    """Rate of the first minus that of the second, with the percentile interval of a bootstrap over episodes.
+    """Rate or mean of the first minus that of the second, with the percentile interval of a bootstrap over episodes.
 
     Subtasks of an episode are not independent, so whole episodes are drawn again, of both policies the same ones.
 
     Args:
-      first, second: (successes, attempts) of each episode, in the same order.
+      first, second: (successes, attempts), or (sum, count), of each episode, in the same order.
       seed: of the draws.
 
     Raises:

@@ -17,7 +17,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluation import figures
-from wallwm_jax.evaluation.statistics import mean_interval, success_rate
+from wallwm_jax.evaluation.statistics import mean_interval, paired_rate_difference, success_rate
 from wallwm_jax.training.telemetry import read_metrics
 
 FIGURES = "figures.json"
@@ -45,6 +45,9 @@ class Sweep:
       evaluate: flags of `wallwm_jax.evaluate` to evaluate each run with; None trains only.
       measure: module that measures each run, `python -m MEASURE --workdir= --store= --out=FILE`; the `figures` in that
         file are collected, by name. "" measures nothing.
+      measure_store: store that it reads; "" the one trained on.
+      paired_with: the arm from whose errors, `paired` in that file, the others' are subtracted, event by event; ""
+        pairs none.
       reference: the arm whose final loss the others' speed is measured by; "" leaves that measure out.
     """
 
@@ -54,13 +57,16 @@ class Sweep:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Sequence[str] | None = None
     measure: str = ""
+    measure_store: str = ""
+    paired_with: str = ""
     reference: str = ""
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise UserError("a sweep needs at least one arm and one seed")
-        if self.reference and self.reference not in self.arms:
-            raise UserError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        for name in (self.reference, self.paired_with):
+            if name and name not in self.arms:
+                raise UserError(f"reference {name!r} is none of the arms {', '.join(self.arms)}")
         folders = [_folder(arm) for arm in self.arms]
         if len(set(folders)) < len(folders):
             raise UserError(f"arms {', '.join(self.arms)} do not differ in letters and digits; rename one")
@@ -115,7 +121,8 @@ def commands(sweep: Sweep, run: Run, out: Path, store: str) -> list[list[str]]:
     ]
     where = [f"--workdir={train}", f"--store={store}"]
     if sweep.measure:
-        listed.append([sweep.measure, *where, f"--out={directory / FIGURES}"])
+        measured = [where[0], f"--store={sweep.measure_store or store}"]
+        listed.append([sweep.measure, *measured, f"--out={directory / FIGURES}"])
     if sweep.evaluate is not None:
         results, report = f"{directory / 'evaluation'}", f"{directory / 'report'}"
         listed.append(["wallwm_jax.evaluate", *where, f"--out={results}", *sweep.evaluate])
@@ -131,29 +138,31 @@ class Results:
       arms: name → measure → {"values", "mean", "low", "high"}, a value per seed, None where a loss is never reached,
         and the rest None then; rates have {"rate", "low", "high", "episodes"} over all seeds. Intervals are 95 %:
         Student's over seeds (None of one seed), Wilson's over episodes.
+      pairs: name → figure → {"difference", "low", "high"}: by how much an arm's errors are below those of the arm
+        `paired_with` on the same events, each the mean over the seeds that both have finished; 95 %, by a bootstrap
+        over episodes: of which events were measured, not of how training runs differ.
+      paired_with: its name.
       curves: name → smoothed losses, one list per seed.
       finished, planned: numbers of runs.
     """
 
     arms: dict[str, dict[str, dict[str, Any]]]
+    pairs: dict[str, dict[str, dict[str, Any]]]
     curves: dict[str, list[list[float]]]
     finished: int
     planned: int
+    paired_with: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the curves."""
-        return {"finished": self.finished, "planned": self.planned, "arms": self.arms}
+        return {"finished": self.finished, "planned": self.planned, "arms": self.arms, "pairs": self.pairs}
 
     def table(self) -> str:
-        """Markdown: one line per arm, one column per measure."""
-        measures = list(dict.fromkeys(measure for row in self.arms.values() for measure in row))
-        lines = [
-            f"| {self.finished} of {self.planned} runs | " + " | ".join(measures) + " |",
-            "|---" * (len(measures) + 1) + "|",
-        ]
-        for arm, row in self.arms.items():
-            lines.append(f"| {arm} | " + " | ".join(_cell(row.get(measure)) for measure in measures) + " |")
-        return "\n".join(lines)
+        """Markdown: one line per arm, one column per measure; then, where arms are paired, the same of differences."""
+        tables = [_table(f"{self.finished} of {self.planned} runs", self.arms)]
+        if self.pairs:
+            tables.append(_table(f"below {self.paired_with}'s, event by event", self.pairs))
+        return "\n\n".join(tables)
 
     def picture(self) -> bytes:
         """PNG: smoothed loss curves of the arms, and each measure with its interval."""
@@ -194,7 +203,36 @@ def collect(sweep: Sweep, out: Path) -> Results:
         if rates:
             won = sum(round(rate["rate"] * rate["episodes"]) for rate in rates)
             row["subtasks achieved"] = success_rate(won, sum(rate["episodes"] for rate in rates)).to_json()
-    return Results(arms, curves, len(finished), len(runs))
+    return Results(arms, _pairs(sweep, finished, out), curves, len(finished), len(runs), sweep.paired_with)
+
+
+def _pairs(sweep: Sweep, finished: Sequence[Run], out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The `pairs` of `Results`."""
+    if not sweep.paired_with:
+        return {}
+    found = {(run.arm, run.seed): _read(out / run.directory / FIGURES)["paired"] for run in finished}
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm in sweep.arms:
+        seeds = [seed for seed in sweep.seeds if {(arm, seed), (sweep.paired_with, seed)} <= found.keys()]
+        if arm == sweep.paired_with or not seeds:
+            continue
+        sides = [[found[name, seed] for seed in seeds] for name in (sweep.paired_with, arm)]
+        pairs[arm] = {
+            figure: asdict(paired_rate_difference(*([*_by_episode(side, figure).values()] for side in sides)))
+            for figure in sides[0][0]
+        }
+    return pairs
+
+
+def _by_episode(runs: Sequence[Mapping[str, Any]], figure: str) -> dict[str, tuple[float, int]]:
+    """Episode → (sum, count) of the errors of its events, each the mean over runs on the same events."""
+    episodes = runs[0][figure]["episodes"]
+    errors = np.mean([run[figure]["values"] for run in runs], axis=0)
+    sums: dict[str, tuple[float, int]] = {}
+    for episode, error in zip(episodes, errors.tolist(), strict=True):
+        total, count = sums.get(episode, (0.0, 0))
+        sums[episode] = (total + error, count + 1)
+    return sums
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
@@ -222,12 +260,22 @@ def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"values": list(values), "mean": mean, "low": low, "high": high}
 
 
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+    lines = [f"| {title} | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
+    lines += [f"| {arm} | " + " | ".join(_cell(row.get(name)) for name in measures) + " |" for arm, row in rows.items()]
+    return "\n".join(lines)
+
+
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "-"
     if "episodes" in entry:
         interval = f"[{100 * entry['low']:.0f}, {100 * entry['high']:.0f}]"
         return f"{100 * entry['rate']:.0f} % {interval} of {entry['episodes']}"
+    if "difference" in entry:
+        interval = "" if entry["low"] is None else f" [{entry['low']:+.4f}, {entry['high']:+.4f}]"
+        return f"{entry['difference']:+.4f}{interval}"
     if entry["mean"] is None:
         return f"reached by {sum(value is not None for value in entry['values'])} of {len(entry['values'])}"
     interval = "" if entry["low"] is None else f" [{entry['low']:.4g}, {entry['high']:.4g}]"

@@ -191,6 +191,11 @@ def with_parent(parent: str, caption: str) -> str:
     return f"{parent}: {caption}" if parent else caption
 
 
+def in_order(captions: Sequence[str]) -> str:
+    """One caption of events that follow each other: "reach for the handle, then pull it"."""
+    return ", then ".join(captions)
+
+
 def has_duration_clause(caption: str) -> bool:
     """Whether the caption ends in a duration clause."""
     return _DURATION.search(caption) is not None

@@ -2,6 +2,8 @@
 
 An **event** window is one span `[start, end)` of a level: the frames from its first step to the first frame of the next
 event *inclusive*, and the commands between them. A **fixed** window is one tile of `T` steps, whatever happens in it.
+A **random** window is as long as an event, at a random place: an episode has one for each of its event windows, so the
+two kinds differ in where they are cut, not in how long or how many they are.
 A **history** window is such a tile with the `M` latents before it (scheme B, WALL-WM section 2.6): its observation is
 the last frame of latent 0, latent -M one frame alone, and the commands that led to the observation come along. Before
 the episode's first frame, that frame is held and there are no commands.
@@ -22,6 +24,7 @@ episode's clock are left. Spans and durations stay on that clock.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +34,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.events.motion import Motion
 from wallwm_jax.events.schema import LEVELS, Episode, Span
 
-KINDS = ("event", "fixed", "history")  # the order is the number in the index of a store
+KINDS = ("event", "fixed", "history", "random")  # the order is the number in the index of a store
 MAX_FRAMES = 65  # sampled frames per window; 128 commands at a video stride of 2
 GROUP = 4  # frames per latent after the first
 KEYFRAME_SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -43,8 +46,8 @@ class Window:
 
     Attributes:
       kind: one of `KINDS`.
-      level: level of the span it was cut from; "task" for fixed windows, which carry the instruction.
-      event_index: index of the span in its level; for fixed and history windows the number of the tile.
+      level: level of the span it was cut from; "task" for other windows than events, which carry the instruction.
+      event_index: index of the span in its level; for other windows than events their number in the order of time.
       span_start, span_end: the true stretch in control steps, half-open, neither snapped nor capped.
       start: control step of the first frame, the window's observation; a multiple of `stride`.
       num_frames: sampled frames `n` from the observation on, 2 to 65.
@@ -123,21 +126,24 @@ def cut_windows(
     fixed_steps: int = 32,
     history: int = 1,
     longest_pause_s: float = 0.0,
+    seed: int = 0,
 ) -> list[Window]:
-    """All windows of an episode: the event windows, level by level in time order, the fixed ones, those with history.
+    """All windows of an episode: event windows level by level in time order, fixed ones, with history, random ones.
 
     Args:
       episode: a valid episode.
       kinds: which of `KINDS` to cut.
-      levels: levels of the event windows; a level that the episode lacks gives none.
+      levels: levels of the events whose windows, or whose lengths at random places, are cut; a level that the episode
+        lacks gives none.
       fixed_steps: `T` of fixed and history windows, in control steps.
       history: `M` of history windows, in latents.
       longest_pause_s: seconds of `Motion.still` in a row that event windows keep, at least one video stride; 0 prunes
         nothing.
+      seed: of the places of random windows, which follow from it and the episode's id.
 
     Returns:
-      The windows; none where the episode is shorter than one video stride, or has no span on these levels and no other
-      kind is cut.
+      The windows; none where the episode is shorter than one video stride, or has no span on these levels and no tiles
+      are cut.
 
     Raises:
       UserError: an unknown kind or level, or `fixed_steps` that frames cannot cover.
@@ -146,20 +152,27 @@ def cut_windows(
     if unknown:
         raise UserError(f"unknown window kind or level {unknown[0]!r}; kinds are {KINDS}, levels are {LEVELS}")
     windows = []
-    still = Motion(episode).still() if longest_pause_s and "event" in kinds else None
-    pause = int(longest_pause_s * episode.clock_hz / episode.video_stride + 1e-6)
     if "event" in kinds:
-        for level in (level for level in LEVELS if level in levels and level in episode.spans):
-            cut = (
-                _event_window(episode, level, number, span, still, pause)
-                for number, span in enumerate(episode.spans[level])
-            )
-            windows += [window for window in cut if window is not None]
+        still = Motion(episode).still() if longest_pause_s else None
+        pause = int(longest_pause_s * episode.clock_hz / episode.video_stride + 1e-6)
+        windows += _events(episode, levels, still, pause)
     if "fixed" in kinds:
         windows += _tiles(episode, "fixed", fixed_steps, 0)
     if "history" in kinds:
         windows += _tiles(episode, "history", fixed_steps, history)
+    if "random" in kinds:
+        windows += _random_windows(episode, levels, seed)
     return windows
+
+
+def _events(episode: Episode, levels: Sequence[str], still: np.ndarray | None, longest_pause: int) -> list[Window]:
+    cut = (
+        _event_window(episode, level, number, span, still, longest_pause)
+        for level in LEVELS
+        if level in levels
+        for number, span in enumerate(episode.spans.get(level, ()))
+    )
+    return [window for window in cut if window is not None]
 
 
 def _event_window(
@@ -224,6 +237,28 @@ def _tiles(episode: Episode, kind: str, steps: int, history: int) -> list[Window
             history=history,
         )
         for number, start in enumerate(range(0, last, steps))
+    ]
+
+
+def _random_windows(episode: Episode, levels: Sequence[str], seed: int) -> list[Window]:
+    """Windows with the lengths of the events, unpruned, each anywhere in the episode with equal probability."""
+    stride = episode.video_stride
+    rng = np.random.default_rng([seed, zlib.crc32(episode.episode_id.encode())])
+    lengths = [window.num_frames for window in _events(episode, levels, None, 0)]
+    places = sorted((int(rng.integers(episode.num_frames - frames + 1)), frames) for frames in lengths)
+    return [
+        Window(
+            kind="random",
+            level="task",
+            event_index=number,
+            span_start=first * stride,
+            span_end=(first + frames - 1) * stride,
+            start=first * stride,
+            num_frames=frames,
+            stride=stride,
+            duration_s=(frames - 1) * stride / episode.clock_hz,
+        )
+        for number, (first, frames) in enumerate(places)
     ]
 
 

@@ -4,6 +4,8 @@ ocbench:FAMILY[,FAMILY...]   demonstrations of OCBench's scripted experts, recor
 metaworld:TASK[,TASK...]     demonstrations of MetaWorld's scripted experts, recorded now
 lerobot:DIR                  a LeRobot set of version 2 or 3
 rlds:DIR                     an RLDS set (Open X-Embodiment)
+
+A simulator records as many episodes of each family or task, or shares of one total: ocbench:chamber=80,switch=20.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import Episode
 
@@ -19,8 +23,8 @@ if TYPE_CHECKING:
     from wallwm_jax.sources.recorded import RecordedSet
 
 NAMES = {
-    "ocbench": "ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block",
-    "metaworld": "metaworld:TASK[,TASK...]",
+    "ocbench": "ocbench:FAMILY[=SHARE][,FAMILY[=SHARE]...], for example ocbench:chamber,block",
+    "metaworld": "metaworld:TASK[=SHARE][,TASK[=SHARE]...]",
     "lerobot": "lerobot:DIR",
     "rlds": "rlds:DIR",
 }
@@ -41,7 +45,8 @@ class SourceOptions:
     """What a source may be told.
 
     Attributes:
-      episodes: to record of each family (default 40), or the first so many of a set (default all).
+      episodes: to record of each family (default 40), of all together where the source names their shares (default 40
+        times their number), or the first so many of a set (default all).
       seed: of recorded demonstrations.
       size: pixels of the square frames.
       views: cameras that a simulator renders; () takes all.
@@ -76,7 +81,7 @@ def open_source(source: str, options: SourceOptions) -> Opened:
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; at least one is needed")
     if name in ("ocbench", "metaworld"):
-        return _open_simulator(name, argument.split(","), options)
+        return _open_simulator(name, families_of(argument, options.episodes), options)
     return _open_set(source, options)
 
 
@@ -97,7 +102,40 @@ def open_set(source: str) -> RecordedSet:
     raise UserError(f"unknown set {source!r}; give {NAMES['lerobot']} or {NAMES['rlds']}")
 
 
-def _open_simulator(name: str, families: list[str], options: SourceOptions) -> Opened:
+def families_of(argument: str, episodes: int | None) -> dict[str, int]:
+    """Episodes to record of each family of `FAMILY,FAMILY` or `FAMILY=SHARE,FAMILY=SHARE`.
+
+    Args:
+      argument: the families; shares are positive numbers that need not add up to anything.
+      episodes: of each family; of all together where there are shares.
+
+    Raises:
+      UserError: a family twice, a share that is no positive number or that only some families have, or so few episodes
+        that a family would get none.
+    """
+    pairs = [entry.partition("=") for entry in argument.split(",")]
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UserError(f"{argument!r} names a family twice; name each once, with its share")
+    if not any(equals for _, equals, _ in pairs):
+        return dict.fromkeys(names, _EPISODES if episodes is None else episodes)
+    try:
+        shares = np.array([float(share) for _, _, share in pairs])
+    except ValueError:
+        shares = np.array([np.nan])
+    if not (np.isfinite(shares) & (shares > 0)).all():
+        raise UserError(f"{argument!r}: give every family a positive share, as in chamber=80,switch=15,block=5")
+    total = _EPISODES * len(names) if episodes is None else episodes
+    exact = total * shares / shares.sum()
+    counts = np.floor(exact + 1e-9).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1  # the largest remainders
+    if not counts.all():
+        name = names[int(counts.argmin())]
+        raise UserError(f"of {total} episodes in all, {name!r} would have none; raise --episodes or its share")
+    return dict(zip(names, counts.tolist()))
+
+
+def _open_simulator(name: str, families: dict[str, int], options: SourceOptions) -> Opened:
     from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
     if options.embodiment or options.video_fps:
@@ -106,8 +144,8 @@ def _open_simulator(name: str, families: list[str], options: SourceOptions) -> O
     if unknown := set(options.views) - set(simulator.VIEWS):
         raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
     stream = simulator.demonstrations(
+        list(families),
         families,
-        _EPISODES if options.episodes is None else options.episodes,
         options.seed,
         size=options.size,
         views=options.views or simulator.VIEWS,

@@ -74,7 +74,7 @@ STAGES: dict[str, Stage] = {
             trains=("video", "action", "text", "duration"),
             freezes=(),
             losses=("video", "action", "duration"),
-            window_kinds=("event", "fixed", "history"),
+            window_kinds=("event", "fixed", "history", "random"),
             video_sigma="uniform",
         ),
         Stage(
@@ -82,7 +82,7 @@ STAGES: dict[str, Stage] = {
             trains=("video", "text"),
             freezes=(),
             losses=("video",),
-            window_kinds=("event", "fixed"),
+            window_kinds=("event", "fixed", "random"),
             video_sigma="uniform",
         ),
         Stage(
@@ -90,7 +90,7 @@ STAGES: dict[str, Stage] = {
             trains=("action", "duration"),
             freezes=("video", "text"),
             losses=("action", "duration"),
-            window_kinds=("event", "fixed"),
+            window_kinds=("event", "fixed", "random"),
             video_sigma="anchor",
         ),
         Stage(

@@ -17,7 +17,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,13 +118,19 @@ _HAND_AXES = np.array(
 
 
 def demonstrations(
-    tasks: Sequence[str], episodes: int, seed: int, *, size: int = 64, views: Sequence[str] = VIEWS, workers: int = 2
+    tasks: Sequence[str],
+    episodes: int | Mapping[str, int],
+    seed: int,
+    *,
+    size: int = 64,
+    views: Sequence[str] = VIEWS,
+    workers: int = 2,
 ) -> Demonstrations:
     """Successful expert episodes, in an order and with contents that depend on the arguments alone, `workers` excepted.
 
     Args:
       tasks: keys of `TASKS`.
-      episodes: episodes to keep of each task; failed attempts are replaced by further ones.
+      episodes: to keep of each task, or task → how many; failed attempts are replaced by further ones.
       seed: of the whole set; another seed gives other episodes.
       size: pixels of the square pictures.
       views: MuJoCo camera names.

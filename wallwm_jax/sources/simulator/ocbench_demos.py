@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Demonstrations(Iterator[Episode]):
 
 def demonstrations(
     families: Sequence[str],
-    episodes: int,
+    episodes: int | Mapping[str, int],
     seed: int,
     *,
     size: int = 64,
@@ -85,7 +85,7 @@ def demonstrations(
 
     Args:
       families: keys of `FAMILIES`, or OCBench environment ids such as "chamber-cpu-lite-easy-task1-v0".
-      episodes: episodes to keep of each family; failed attempts are replaced by further ones.
+      episodes: to keep of each family, or family → how many; failed attempts are replaced by further ones.
       seed: of the whole set; another seed gives other episodes.
       size: pixels of the square pictures.
       views: MuJoCo camera names.
@@ -175,20 +175,20 @@ def recorded_environments(sources: Sequence[str]) -> list[str]:
 def generate(
     pools: dict[str, tuple[str, ...]],
     counts: dict[str, FamilyCount],
-    episodes: int,
+    episodes: int | Mapping[str, int],
     record: Callable[[tuple[str, str, int]], Episode | None],
     workers: int,
 ) -> Iterator[Episode]:
     """Records in rounds: each asks every family for as many attempts as it still lacks, so timing decides nothing."""
-    total = episodes * len(pools)
+    wanted = dict.fromkeys(pools, episodes) if isinstance(episodes, int) else episodes
     context = multiprocessing.get_context("spawn")
     pool = context.Pool(workers) if workers else None
 
     def kept() -> Iterator[Episode]:
-        while any(count.kept < episodes for count in counts.values()):
+        while any(count.kept < wanted[family] for family, count in counts.items()):
             jobs = []
             for family, count in counts.items():
-                numbers = range(count.attempted, count.attempted + episodes - count.kept)
+                numbers = range(count.attempted, count.attempted + wanted[family] - count.kept)
                 jobs.append([(family, pools[family][n % len(pools[family])], n) for n in numbers])
             ordered = [job for turn in _interleaved(jobs) for job in turn]
             results = pool.imap(record, ordered) if pool else map(record, ordered)
@@ -201,7 +201,7 @@ def generate(
                     raise UserError(f"the expert of {env_id} keeps failing: {counts[family]}; leave this family out")
 
     try:
-        yield from progress(kept(), total=total, unit="episode", label="demonstrations")
+        yield from progress(kept(), total=sum(wanted.values()), unit="episode", label="demonstrations")
     finally:
         if pool is not None:
             pool.terminate()
