@@ -21,6 +21,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -250,10 +251,11 @@ def _wordllama_version() -> str:
 
 
 def _sentences(texts: Texts, seed: int) -> Callable[[Texts], np.ndarray]:
+    import wordllama
     from sklearn.decomposition import PCA
-    from wordllama import WordLlama
 
-    model = WordLlama.load(disable_download=True)
+    inside = Path(wordllama.__file__).parent  # of the wheel: it looks for its tokenizer elsewhere unless told
+    model = wordllama.WordLlama.load(cache_dir=inside, disable_download=True)
     # Principal components rather than the vectors themselves: these share one large direction that tells nothing.
     reduce = PCA(min(_CAPTION_DIMENSIONS, len(texts)), random_state=seed)
     with np.errstate(invalid="ignore"):  # a single caption has no variance to explain
@@ -272,7 +274,7 @@ def _caption_rows(path: str, captions: Sequence[str]) -> dict[str, np.ndarray]:
     missing = [caption for caption in captions if caption not in rows]
     if missing:
         raise UserError(
-            f"{path!r} lacks {len(missing)} of the store's {len(captions)} captions, such as {missing[0]!r}"
+            f"{path!r} lacks {len(missing)} of {len(captions)} captions of the store, such as {missing[0]!r}"
         )
     return rows
 
