@@ -4,7 +4,8 @@ from setuptools import find_packages, setup
 
 SERVE = ["websockets>=14", "msgpack>=1.0.5"]
 SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gymnasium>=1.1", "packaging"]
-DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7"]  # the last makes tensorboardX's checksums of TFRecord files fast
+# crc32c makes tensorboardX's checksums of TFRecord files fast; the wheel of wordllama carries its model.
+DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7", "wordllama>=0.4,<0.5"]
 CAPTIONS = ["httpx>=0.27"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
 VLM = ["tokenizers>=0.22"]

@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
             split="train",  # train | heldout
             window_kind="event",  # event | fixed | history | random
             levels={"subtask": 0.5, "action": 0.5},  # share of drawn events per level (event windows)
+            mixture=(),  # share of drawn windows per dataset, by beginnings of names: (("ocbench/", 0.8), ("", 0.2))
+            lengths=(),  # share of drawn windows up to so many latents, above the bucket before: ((5, 0.5), (17, 0.5))
             views=(),  # view names in order; () takes the store's
             rows=4,  # B: global rows per step
             latents_per_row=34,  # F
@@ -22,7 +24,8 @@ def get_config() -> ConfigDict:
             text_length=96,  # L: caption tokens kept per event
             draw_block_rows=64,  # R: rows packed together; below 32 the fill suffers
             fill_target=0.98,  # share of R * F latents a block is planned to hold; less where lengths leave gaps
-            vl_power=0.5,  # a in n_vl^-a * n_act^-b; (0, 0) is uniform sampling
+            balance="product",  # product (weights n_vl^-a * n_act^-b) | raking (clusters of both get n^(1-a), n^(1-b))
+            vl_power=0.5,  # a; (0, 0) is uniform sampling
             action_power=0.5,  # b
             weight_clip=10.0,  # weights stay within [1/clip, clip] times their mean
             parent_caption_prob=0.3,  # prefix a caption by its parent's

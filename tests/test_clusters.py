@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,69 +13,16 @@ from sklearn.metrics import adjusted_mutual_info_score
 from wallwm_jax.console import UserError
 from wallwm_jax.data import clusters
 from wallwm_jax.data.clusters import (
-    balance_report,
+    cluster_again,
     cluster_store,
-    gini,
-    gripper_flips,
+    find_clusters,
     load_clusters,
-    normalised_entropy,
     number_of_clusters,
-    resample,
-    sampling_weights,
 )
-from wallwm_jax.data.event_store import INDEX_DTYPE, open_store
+from wallwm_jax.data.embedders import gripper_flips, open_embedder, resample
+from wallwm_jax.data.event_store import open_store
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import KINDS
-
-
-def index_of(cluster_vl, cluster_action, level="action"):
-    index = np.zeros(len(cluster_vl), INDEX_DTYPE)
-    index["cluster_vl"], index["cluster_action"] = cluster_vl, cluster_action
-    index["level"] = LEVELS.index(level)
-    return index
-
-
-def test_weights_are_powers_of_both_cluster_sizes():
-    index = index_of([0, 0, 0, 0, 1], [5, 5, 6, 6, 6])
-    np.testing.assert_array_equal(sampling_weights(index, 0.0, 0.0, 10.0), np.ones(5))
-    raw = np.array([4, 4, 4, 4, 1]) ** -0.5 * np.array([2, 2, 3, 3, 3]) ** -1.0
-    np.testing.assert_allclose(sampling_weights(index, 0.5, 1.0, 10.0), raw / raw.mean())
-
-
-def test_weights_are_clipped_around_their_mean():
-    index = index_of([0] * 999 + [1], [0] * 1000)
-    weights = sampling_weights(index, 1.0, 0.0, 4.0)
-    assert weights[-1] == 4.0  # unclipped: 500
-    assert weights[0] == pytest.approx(0.5005, rel=1e-3)
-    with pytest.raises(UserError, match=r"weight_clip=0\.5"):
-        sampling_weights(index, 1.0, 0.0, 0.5)
-
-
-def test_cluster_sizes_count_the_windows_of_the_same_level_only():
-    index = np.concatenate([index_of([0, 0, 1], [0, 0, 0]), index_of([0, 0, 0], [0, 0, 0], "subtask")])
-    weights = sampling_weights(index, 1.0, 0.0, 10.0)
-    np.testing.assert_allclose(weights, [0.75, 0.75, 1.5, 1, 1, 1])
-
-
-def test_gini_and_entropy_of_known_shares():
-    assert gini(np.array([1.0, 1.0, 1.0, 1.0])) == 0.0
-    assert gini(np.array([0.0, 0.0, 0.0, 1.0])) == 0.75
-    assert gini(np.array([1.0, 3.0])) == pytest.approx(0.25)
-    assert normalised_entropy(np.array([0.5, 0.5])) == 1.0
-    assert normalised_entropy(np.array([1.0, 0.0])) == 0.0
-    assert normalised_entropy(np.array([0.25, 0.75])) == pytest.approx(0.8112781, abs=1e-6)
-    assert normalised_entropy(np.array([1.0])) == 1.0
-
-
-def test_full_power_makes_clusters_equal_at_the_price_of_effective_samples():
-    index = index_of([0] * 90 + [1] * 10, [0] * 100)
-    (report,) = balance_report(index, sampling_weights(index, 1.0, 0.0, 10.0))
-    assert (report["kind"], report["level"], report["windows"]) == ("event", "action", 100)
-    assert report["cluster_vl"]["before"] == [0.9, 0.1]
-    np.testing.assert_allclose(report["cluster_vl"]["after"], [0.5, 0.5])
-    assert report["cluster_vl"]["gini"] == [pytest.approx(0.4), pytest.approx(0.0)]
-    assert report["cluster_vl"]["entropy"][1] == pytest.approx(1.0)
-    assert report["effective_sample_size"] == pytest.approx(1 / (90 * (0.5 / 90) ** 2 + 10 * 0.05**2))
 
 
 def test_resampling_keeps_the_times_of_a_straight_motion():
@@ -143,7 +92,7 @@ def test_the_same_seed_gives_the_same_clusters_and_a_rerun_replaces_them(cluster
     cluster_store(copy)
     assert (copy / "index-train.npy").read_bytes() == (clustered_store / "index-train.npy").read_bytes()
     assert (copy / clusters.FILE_NAME).read_bytes() == (clustered_store / clusters.FILE_NAME).read_bytes()
-    fewer = cluster_store(copy, scale=1.0, fit_windows=20)
+    fewer = cluster_store(copy, scale=1.0, held_windows=20)
     assert len(fewer.vision_language) < len(load_clusters(clustered_store).vision_language)
     assert load_clusters(copy) == fewer
     assert open_store(copy).index["cluster_vl"].max() == len(fewer.vision_language) - 1
@@ -151,8 +100,79 @@ def test_the_same_seed_gives_the_same_clusters_and_a_rerun_replaces_them(cluster
 
 
 def test_missing_or_damaged_clusters_are_named(small_store, clustered_store, tmp_path):
-    with pytest.raises(UserError, match=r"no clusters\.json; run wallwm_jax"):
+    with pytest.raises(UserError, match=r"no clusters\.json; run python -m wallwm_jax"):
         load_clusters(small_store)
     (tmp_path / clusters.FILE_NAME).write_text(json.dumps({"action": []}))
     with pytest.raises(UserError, match="damaged"):
         load_clusters(tmp_path)
+
+
+class ManyWindows:
+    """The train split of a store, its windows repeated: as many as asked for, without any more records."""
+
+    split = "train"
+
+    def __init__(self, store, windows):
+        self._store, self._rows = store, np.resize(np.arange(len(store)), windows)
+        self.index, self.meta, self.path = store.index[self._rows], store.meta, store.path
+        self.index["kind"], self.index["level"] = 0, LEVELS.index("action")
+        self.caption = store.caption
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, window):
+        return replace(self._store.read(int(self._rows[window])), level="action")
+
+
+def test_memory_grows_by_a_few_bytes_per_window(small_store):
+    embedder = open_embedder("hashed", {"train": open_store(small_store)})
+    peaks = []
+    for windows in (400, 400, 2000):  # the first time, libraries are loaded
+        splits = {"train": ManyWindows(open_store(small_store), windows)}
+        tracemalloc.start()
+        _, ids = find_clusters(splits, embedder, 0, 1.0, (8, 8), held_windows=100, chunk=100)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert ids["train"].min() == 0
+    assert (peaks[2] - peaks[1]) / 1600 < 60  # bytes; of each window that is held, some 6000
+
+
+def test_streamed_centres_are_nearly_as_good_as_those_of_all_windows_at_once():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(12, 16))
+    labels = rng.choice(12, 20_000, p=np.array([0.45, *(11 * [0.05])]))
+    features = (true[labels] + rng.normal(0, 0.15, (20_000, 16))).astype(np.float32)
+    streamed = clusters._KMeans(features[:500], 12, seed=0)
+    for start in range(0, 20_000, 1000):
+        streamed.add(features[start : start + 1000])
+    whole = clusters._KMeans(features, 12, seed=0)
+    inertia = [
+        ((features - each.centres[clusters._nearest(features, each.centres)]) ** 2).sum() for each in (streamed, whole)
+    ]
+    assert inertia[0] < 1.02 * inertia[1]
+    assert adjusted_mutual_info_score(labels, clusters._nearest(features, streamed.centres)) > 0.99
+
+
+def test_a_stream_of_windows_gives_clusters_as_pure_as_holding_them_all(small_store):
+    store = open_store(small_store)
+    splits = {"train": ManyWindows(store, 800)}
+    captions = [splits["train"].read(window).caption_id for window in range(800)]
+    agreement = []
+    for held in (100, 800):
+        tables, ids = find_clusters(splits, open_embedder("hashed", splits), 0, 1.0, (8, 8), held, chunk=100)
+        agreement.append(adjusted_mutual_info_score(captions, ids["train"][0]))
+        assert [row["train"] for row in tables[0]] == np.bincount(ids["train"][0]).tolist()
+        assert min(row["train"] for row in tables[0]) > 0
+    assert agreement[0] > 0.9 * agreement[1]
+
+
+def test_clusters_of_earlier_builds_load_and_are_made_again_as_they_were(clustered_store, tmp_path):
+    copy = tmp_path / "store"
+    shutil.copytree(clustered_store, copy)
+    content = json.loads((copy / clusters.FILE_NAME).read_text())
+    for name in ("scale", "embedder"):
+        del content[name]
+    (copy / clusters.FILE_NAME).write_text(json.dumps(content))
+    assert load_clusters(copy).made_by == {"seed": 0}
+    assert cluster_again(copy) == load_clusters(clustered_store)

@@ -157,7 +157,7 @@ def _apply(
     values: flags.FlagValues, before: Iterable[tuple[str, str, Spans]], spans: list[Spans], captioner: str
 ) -> int:
     """Shows the changes, and writes them unless it is a dry run."""
-    from wallwm_jax.data.clusters import cluster_store
+    from wallwm_jax.data.clusters import cluster_again
     from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.recaption import write_layer
 
@@ -169,7 +169,7 @@ def _apply(
         summary = write_layer(values.store, spans, captioner, text_weights=values.text_weights)
     if values.cluster and (open_store(values.store).index["cluster_vl"] >= 0).any():
         with phase("cluster windows"):
-            cluster_store(values.store, seed=open_store(values.store).meta["seed"])
+            cluster_again(values.store)
     told = ", ".join(f"{count} on level {level}" for level, count in summary.changed.items() if count)
     print(f"{values.store}: captions changed: {told or 'none'}; {summary.wordings} wordings")
     return 0

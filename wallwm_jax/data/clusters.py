@@ -1,131 +1,56 @@
-"""Offline clusterings of an event store, and the sampling weights and balance figures that follow from them.
+r"""Offline clusterings of an event store: by what is seen and said, and by how the arm moves.
 
-WALL-WM (arXiv 2606.01955, page 18) balances two clusterings of the same windows: by what is seen and said, and by how
-the arm moves. The report names neither encoder nor algorithm nor weights; ours need no pretrained network. Each kind
-and level of windows is clustered on its own, so that no cluster mixes a whole subtask with one of its actions:
+A build clusters its windows; again, otherwise, and as `wallwm_jax.data.embedders` describes what is compared:
 
-- vision-language: hashed character n-grams of the caption (TF-IDF, truncated SVD) beside a small grey thumbnail of the
-  first frame of each view (PCA), L2-normalised;
-- action: the trajectory resampled to 32 steps, robustly scaled, with log-duration and the number of gripper flips.
+    python -m wallwm_jax.data.clusters --store=runs/store --embedder=wordllama
 
-Loader workers import this module for the weights, so scikit-learn is imported only where clusters are fitted.
+    python -m wallwm_jax.data.clusters --store=runs/store --embedder='features:vectors-{split}.npy' --seed=1 --scale=1
+
+WALL-WM (arXiv 2606.01955, page 18) balances two clusterings of the same windows, and names neither encoder nor
+algorithm. Here each kind and level of windows is clustered on its own by k-means, so that no cluster mixes a whole
+subtask with one of its actions. What follows from the clusters for sampling is in `wallwm_jax.data.balance`.
+
+The ids go into the indices of the store, `clusters.json` beside them says what each cluster holds and what made it. A
+run that was begun with other clusters draws other rows, and does not resume with these.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import cv2
 import numpy as np
+from absl import flags
 
-from wallwm_jax.console import UserError, progress
-from wallwm_jax.data.event_store import BadRecord, EventStore, open_store, write_clusters
-from wallwm_jax.events.actions import ACTION_DIM, ARM_DIM, GRIPPER_OFFSET, MAX_ARMS
+from wallwm_jax.console import UserError, progress, run_command
+from wallwm_jax.data.balance import gini, kinds_and_levels, positions
+from wallwm_jax.data.embedders import (
+    NAMES,
+    STEPS,
+    ActionSpace,
+    Described,
+    Embedder,
+    Space,
+    describe,
+    open_embedder,
+    resample,
+)
+from wallwm_jax.data.event_store import EventStore, open_store, write_clusters
+from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import KINDS
 
-STEPS = 32  # of a resampled trajectory
 FILE_NAME = "clusters.json"
-_THUMBNAIL = 12  # pixels
 _EXAMPLES = 5  # captions kept per cluster
-_CHUNK = 8192  # windows described at a time when ids are assigned
-_MINI_BATCH_FROM = 20_000
-_CAPTION_DIMENSIONS, _IMAGE_DIMENSIONS = 32, 16
-_IMAGE_WEIGHT = 0.5  # of the thumbnail beside the caption, before L2 normalisation
-_FLIP_WEIGHT = _DURATION_WEIGHT = 0.5  # beside the trajectory, see _PART_WEIGHT
-# Position, rotation and gripper of an arm count alike, however many dimensions each has.
-_PART_WEIGHT = np.resize(3 * [3**-0.5] + 6 * [6**-0.5] + [1.0], ACTION_DIM)
-
-
-def resample(actions: np.ndarray, steps: int) -> np.ndarray:
-    """Actions `[T, D]` at `steps` equally spaced times, `[steps, D]` float32; action k stands at time (k + 1) / T."""
-    old, new = (np.arange(1, count + 1) / count for count in (len(actions), steps))
-    columns = [np.interp(new, old, column) for column in np.asarray(actions, np.float64).T]
-    return np.stack(columns, axis=1).astype(np.float32)
-
-
-def gripper_flips(actions: np.ndarray) -> int:
-    """How often any commanded gripper of actions `[T, 32]` crosses half closed."""
-    closed = actions[:, [ARM_DIM * arm + GRIPPER_OFFSET for arm in range(MAX_ARMS)]] > 0.5
-    return int((closed[1:] != closed[:-1]).sum())
-
-
-def sampling_weights(index: np.ndarray, a: float, b: float, clip: float) -> np.ndarray:
-    """Weight of each window in one draw: `n_vl^-a * n_action^-b`, within [1/clip, clip] times the mean of its level.
-
-    Args:
-      index: structured array with kind, level, cluster_vl and cluster_action; `n_vl` and `n_action` are the sizes of
-        the window's two clusters among the windows of its own kind and level.
-      a, b: 0 for both gives equal weights; 1 gives every cluster of one clustering the same share.
-      clip: at least 1.
-
-    Returns:
-      `[n]` float64, mean 1 within each kind and level before clipping.
-
-    Raises:
-      UserError: `clip` below 1.
-    """
-    if clip < 1:
-        raise UserError(f"data.weight_clip={clip} must be at least 1")
-    weights = np.ones(len(index))
-    for kind, level in _kinds_and_levels(index):
-        chosen = _positions(index, kind, level)
-        vl, action = (_cluster_sizes(index[name][chosen]) for name in ("cluster_vl", "cluster_action"))
-        raw = vl**-a * action**-b
-        weights[chosen] = np.clip(raw / raw.mean(), 1 / clip, clip)
-    return weights
-
-
-def balance_report(index: np.ndarray, weights: np.ndarray) -> list[dict[str, Any]]:
-    """Balance of each kind and level before (one window, one vote) and after weighting.
-
-    Returns:
-      One dictionary per kind and level: `kind`, `level` (names), `windows`, `effective_sample_size`
-      (of the weighted draw, `(sum w)^2 / sum w^2`), and for `cluster_vl` and `cluster_action` the number of `clusters`,
-      their shares `before` and `after`, and `gini` and `entropy` (normalised, 1 is uniform) as [before, after].
-    """
-    report = []
-    for kind, level in _kinds_and_levels(index):
-        chosen = _positions(index, kind, level)
-        inside = weights[chosen]
-        entry: dict[str, Any] = {
-            "kind": KINDS[kind],
-            "level": LEVELS[level],
-            "windows": len(inside),
-            "effective_sample_size": float(inside.sum() ** 2 / (inside**2).sum()),
-        }
-        for name in ("cluster_vl", "cluster_action"):
-            ids, group = np.unique(index[name][chosen], return_inverse=True)
-            before, after = (np.bincount(group, weights=w) / w.sum() for w in (np.ones(len(inside)), inside))
-            entry[name] = {
-                "clusters": len(ids),
-                "before": before.tolist(),
-                "after": after.tolist(),
-                "gini": [gini(before), gini(after)],
-                "entropy": [normalised_entropy(before), normalised_entropy(after)],
-            }
-        report.append(entry)
-    return report
-
-
-def gini(shares: np.ndarray) -> float:
-    """Gini coefficient of non-negative shares: 0 where all are equal, towards 1 where one has everything."""
-    ordered = np.sort(shares)
-    count = len(ordered)
-    return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * ordered.sum()))
-
-
-def normalised_entropy(shares: np.ndarray) -> float:
-    """Entropy of shares over its maximum; 1 for a single share."""
-    positive = shares[shares > 0] / shares.sum()
-    return float(-(positive * np.log(positive)).sum() / math.log(len(shares))) if len(shares) > 1 else 1.0
+_WORDINGS = 64  # captions counted per cluster: the most frequent so far
 
 
 @dataclass(frozen=True)
@@ -136,10 +61,12 @@ class Clusters:
       vision_language, action: one dictionary per cluster, at the position of its id: `id`, `kind`, `level`, `train` and
         `heldout` (numbers of windows), `captions` (most frequent first), `duration_s` (mean); vision-language clusters
         also have `actions`, the mean trajectory `[32][32]` in un-normalised canonical actions.
+      made_by: `seed`, `scale` and `embedder` (see `Embedder.made_by`); stores of earlier builds have `seed` alone.
     """
 
     vision_language: list[dict[str, Any]]
     action: list[dict[str, Any]]
+    made_by: dict[str, Any]
 
     def mean_actions(self, cluster: int, num_actions: int) -> np.ndarray:
         """Mean trajectory of a vision-language cluster over `num_actions` steps: `[T, 32]` float32, un-normalised.
@@ -161,14 +88,15 @@ def load_clusters(path: str | Path) -> Clusters:
     file = Path(path) / FILE_NAME
     try:
         content = json.loads(file.read_text())
-        return Clusters(content["vision_language"], content["action"])
+        made_by = {name: content[name] for name in ("seed", "scale", "embedder") if name in content}
+        return Clusters(content["vision_language"], content["action"], made_by)
     except FileNotFoundError:
         raise UserError(
-            f"event store {str(path)!r} has no {FILE_NAME}; run wallwm_jax.data.clusters.cluster_store"
+            f"event store {str(path)!r} has no {FILE_NAME}; run python -m wallwm_jax.data.clusters --store={path}"
         ) from None
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{str(file)!r} is damaged ({error}); run wallwm_jax.data.clusters.cluster_store again"
+            f"{str(file)!r} is damaged ({error}); run python -m wallwm_jax.data.clusters --store={path} again"
         ) from error
 
 
@@ -176,69 +104,118 @@ def cluster_store(
     path: str | Path,
     *,
     seed: int = 0,
+    embedder: str = "hashed",
     scale: float = 3.0,
     most_vl: int = 4096,
     most_action: int = 1024,
-    fit_windows: int = 100_000,
+    held_windows: int = 20_000,
 ) -> Clusters:
     """Clusters every window of a store: writes the ids into its indices, and `clusters.json` beside them.
 
     The train split is fitted; held-out windows go to the nearest centre of their kind and level. Records that cannot be
     read keep -1. Running it again replaces the earlier clusters; the same seed gives the same ones.
 
+    Memory does not grow with the records: of all windows only numbers are held, 24 bytes each beside the memory-mapped
+    index (tests/test_clusters.py::test_memory_grows_by_a_few_bytes_per_window measures it), so 240 MB for ten million;
+    and 6 kB for each of `held_windows`.
+
     Args:
       path: the event store.
       seed: of the fits and of the sample they see.
+      embedder: of what is seen and said, see `open_embedder`.
       scale: each clustering of a kind and level of n windows has `scale * sqrt(n / 10)` clusters,
       most_vl, most_action: but at most these many.
-      fit_windows: windows per kind and level that a fit sees at most; a random sample of more.
+      held_windows: a kind and level of up to so many windows is clustered by k-means at once. Of more, a random sample
+        of so many gives the spaces and the first centres, and the others move these in mini-batches, each seen once.
 
     Returns:
       What `load_clusters` would return.
 
     Raises:
-      UserError: no store there, or one that is damaged.
+      UserError: no store there, or one that is damaged; what `open_embedder` raises.
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):  # sums in a fixed order: the same clusters on any machine
-        return _cluster_store(Path(path), seed, scale, (most_vl, most_action), fit_windows)
-
-
-def _cluster_store(path: Path, seed: int, scale: float, most: tuple[int, int], fit_windows: int) -> Clusters:
+    path = Path(path).expanduser()
     train = open_store(path, "train")
-    splits = {split: train if split == "train" else open_store(path, split) for split in train.meta["splits"]}
-    ids = {split: np.full((2, len(store)), -1, np.int32) for split, store in splits.items()}
-    tables: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for number, (kind, level) in enumerate(_kinds_and_levels(train.index)):
-        inside = {split: _positions(store.index, kind, level) for split, store in splits.items()}
-        sample = np.random.default_rng([seed, number]).permutation(inside["train"])[:fit_windows]
-        seen = _describe(train, np.sort(sample))
-        spaces: tuple[_Space, _Space] = (_VisionLanguageSpace(train, seen, seed), _ActionSpace(seen))
-        totals = []
-        for which, space in enumerate(spaces):
-            count = number_of_clusters(len(seen.windows), scale, most[which])
-            space.centres = _fit_centres(space.features(train, seen), count, seed)
-            totals.append(_Totals(len(tables[which]), len(space.centres), with_actions=which == 0))
-        parts = [
-            (split, windows[start : start + _CHUNK])
-            for split, windows in inside.items()
-            for start in range(0, len(windows), _CHUNK)
-        ]
-        for split, part in progress(parts, unit="part", label=f"clusters of {KINDS[kind]} windows, {LEVELS[level]}"):
-            store = splits[split]
-            whole = split == "train" and len(part) == len(sample)  # all that the fit saw: no need to read it again
-            described = seen if whole else _describe(store, part)
-            for which, space in enumerate(spaces):
-                nearest = _nearest(space.features(store, described), space.centres)
-                ids[split][which, described.windows] = totals[which].first + nearest
-                totals[which].add(split, store, described, nearest)
-        for table, total in zip(tables, totals):
-            table.extend(total.rows(KINDS[kind], LEVELS[level]))
-    _write_json(path / FILE_NAME, {"seed": seed, "vision_language": tables[0], "action": tables[1]})
+    splits = {"train": train} | {split: open_store(path, split) for split in train.meta["splits"] if split != "train"}
+    embed = open_embedder(embedder, splits)
+    with threadpool_limits(1):  # sums in a fixed order: the same clusters on any machine
+        (vision_language, action), ids = find_clusters(splits, embed, seed, scale, (most_vl, most_action), held_windows)
+    made_by = {"seed": seed, "scale": scale, "embedder": embed.made_by}
+    found = Clusters(vision_language, action, made_by)
+    _write_json(path / FILE_NAME, {**made_by, "vision_language": vision_language, "action": action})
     for split in splits:
         write_clusters(path, split, *ids[split])
-    return Clusters(*tables)
+    return found
+
+
+def cluster_again(path: str | Path) -> Clusters:
+    """Clusters a store as it was clustered before, after its captions have changed.
+
+    Raises:
+      UserError: it was never clustered; what `cluster_store` raises.
+    """
+    made_by = dict(load_clusters(path).made_by)
+    embedder = made_by.pop("embedder", {"name": "hashed"})["name"]
+    return cluster_store(path, embedder=embedder, **made_by)
+
+
+def find_clusters(
+    splits: Mapping[str, EventStore],
+    embedder: Embedder,
+    seed: int,
+    scale: float,
+    most: tuple[int, int],
+    held_windows: int,
+    chunk: int = 8192,
+) -> tuple[tuple[list[dict[str, Any]], list[dict[str, Any]]], dict[str, np.ndarray]]:
+    """The work of `cluster_store`, which writes what this returns.
+
+    Args:
+      splits: the store by split, first `train`, which is fitted.
+      chunk: windows described at a time.
+
+    Returns:
+      The two tables of `Clusters`, and per split the ids `[2, windows]` int32.
+    """
+    train = splits["train"]
+    ids = {split: np.full((2, len(store)), -1, np.int32) for split, store in splits.items()}
+    tables: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for number, (kind, level) in enumerate(kinds_and_levels(train.index)):
+        name = f"{KINDS[kind]} windows, {LEVELS[level]}"
+        order = np.random.default_rng([seed, number]).permutation(positions(train.index, kind, level))
+        seen = describe(train, np.sort(order[:held_windows]))
+        if not len(seen.windows):
+            raise UserError(f"no record of {name} of event store {str(train.path)!r} can be read")
+        spaces: tuple[Space, Space] = (embedder.fit(train, seen, seed), ActionSpace(seen))
+        unread = max(0, len(order) - held_windows)
+        counts = [number_of_clusters(len(seen.windows) + unread, scale, limit) for limit in most]
+        fits = [_KMeans(space.features(train, seen), count, seed) for space, count in zip(spaces, counts)]
+        stream = itertools.chain([seen], _chunks(train, order[held_windows:], chunk, f"fit {name}"))
+        for described in stream if unread else ():
+            for fit, space in zip(fits, spaces):
+                fit.add(space.features(train, described))
+        totals = [
+            _Totals(len(table), len(fit.centres), with_actions=table is tables[0]) for table, fit in zip(tables, fits)
+        ]
+        for split, store in splits.items():
+            inside = positions(store.index, kind, level)
+            whole = store is train and not unread  # all that the fit saw: no need to read it again
+            for described in [seen] if whole else _chunks(store, inside, chunk, f"clusters of {split} {name}"):
+                for which, (fit, space) in enumerate(zip(fits, spaces)):
+                    nearest = _nearest(space.features(store, described), fit.centres)
+                    ids[split][which, described.windows] = totals[which].first + nearest
+                    totals[which].add(split, store, described, nearest)
+            if store is train:
+                for which, (fit, total) in enumerate(zip(fits, totals)):
+                    used = total.drop_empty()
+                    fit.centres = fit.centres[used]
+                    here = inside[ids[split][which, inside] >= 0]
+                    ids[split][which, here] = total.first + (np.cumsum(used) - 1)[ids[split][which, here] - total.first]
+        for table, total in zip(tables, totals):
+            table.extend(total.rows(KINDS[kind], LEVELS[level], train))
+    return tables, ids
 
 
 def number_of_clusters(windows: int, scale: float, most: int) -> int:
@@ -246,111 +223,12 @@ def number_of_clusters(windows: int, scale: float, most: int) -> int:
     return max(1, min(round(scale * math.sqrt(windows / 10)), most, windows))
 
 
-@dataclass(frozen=True)
-class _Described:
-    """What the clusterings see of `n` windows, records that could not be read left out."""
-
-    windows: np.ndarray  # [n] index positions
-    captions: np.ndarray  # [n] caption ids
-    thumbnails: np.ndarray  # [n, V * side * side] uint8
-    trajectories: np.ndarray  # [n, STEPS, 32] float32
-    valid: np.ndarray  # [n, 32] bool
-    flips: np.ndarray  # [n]
-    log_duration: np.ndarray  # [n]
-
-
-def _describe(store: EventStore, windows: np.ndarray) -> _Described:
-    views, side = store.meta["views"], _THUMBNAIL
-    rows = []
-    for window in windows.tolist():
-        try:
-            record = store.read(window)
-            thumbnails = np.zeros((len(views), side, side), np.uint8)
-            for number, view in enumerate(views):
-                if view in record.frames:
-                    grey = cv2.cvtColor(record.picture(view, int(record.keyframes[0])), cv2.COLOR_RGB2GRAY)
-                    thumbnails[number] = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
-        except BadRecord:
-            continue
-        rows.append(
-            (
-                window,
-                record.caption_id,
-                thumbnails.reshape(-1),
-                resample(record.actions, STEPS),
-                record.action_valid,
-                gripper_flips(record.actions),
-                math.log(max(record.duration_s, 1e-3)),
-            )
-        )
-    if not rows:
-        raise UserError(f"no record of {len(windows)} windows of event store {str(store.path)!r} can be read")
-    return _Described(*(np.array(column) for column in zip(*rows)))
-
-
-class _Space(Protocol):
-    """Where windows become points; `centres` are those of its clusters."""
-
-    centres: np.ndarray
-
-    def features(self, store: EventStore, seen: _Described) -> np.ndarray:
-        """`[n, D]` float32."""
-
-
-class _VisionLanguageSpace:
-    """Features of what is seen and said, fitted on train windows."""
-
-    def __init__(self, store: EventStore, seen: _Described, seed: int) -> None:
-        from sklearn.decomposition import PCA, TruncatedSVD
-        from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-        from sklearn.pipeline import make_pipeline
-
-        self.centres = np.empty((0, 0))
-        texts = [store.caption(int(number)) for number in np.unique(seen.captions)]
-        grams = HashingVectorizer(
-            analyzer="char_wb", ngram_range=(3, 5), n_features=2**12, norm=None, alternate_sign=False
-        )
-        reduce = TruncatedSVD(min(_CAPTION_DIMENSIONS, len(texts)), random_state=seed)
-        self._text = make_pipeline(grams, TfidfTransformer(), reduce)
-        with np.errstate(invalid="ignore"):  # a single caption has no variance to explain
-            self._text.fit(texts)
-        pixels = seen.thumbnails / np.float32(255)
-        self._image = PCA(min(_IMAGE_DIMENSIONS, *pixels.shape), random_state=seed).fit(pixels)
-        self._scale = math.sqrt((self._image.transform(pixels) ** 2).sum(1).mean()) or 1.0
-
-    def features(self, store: EventStore, seen: _Described) -> np.ndarray:
-        from sklearn.preprocessing import normalize
-
-        ids, which = np.unique(seen.captions, return_inverse=True)
-        text = normalize(self._text.transform([store.caption(int(number)) for number in ids]))[which]
-        image = self._image.transform(seen.thumbnails / np.float32(255)) / self._scale
-        return normalize(np.concatenate([text, _IMAGE_WEIGHT * image], axis=1)).astype(np.float32)
-
-
-class _ActionSpace:
-    """Features of how the arm moves, fitted on train windows."""
-
-    def __init__(self, seen: _Described) -> None:
-        from sklearn.preprocessing import RobustScaler, StandardScaler
-
-        self.centres = np.empty((0, 0))
-        self.centres = np.empty((0, 0))
-        self._used = seen.valid.any(0)
-        steps = seen.trajectories[:, :, self._used].reshape(-1, int(self._used.sum()))
-        self._trajectory = RobustScaler(quantile_range=(5, 95)).fit(steps)  # a gripper that is mostly open has no IQR
-        self._summary = StandardScaler().fit(self._summaries(seen))
-
-    def features(self, store: EventStore, seen: _Described) -> np.ndarray:
-        count = int(self._used.sum())
-        steps = self._trajectory.transform(seen.trajectories[:, :, self._used].reshape(-1, count))
-        steps = np.clip(steps, -1.5, 1.5) * (_PART_WEIGHT[self._used] / math.sqrt(STEPS))
-        steps = steps.reshape(len(seen.windows), -1)
-        summary = np.clip(self._summary.transform(self._summaries(seen)), -3, 3)
-        return np.concatenate([steps, summary * (_DURATION_WEIGHT, _FLIP_WEIGHT)], axis=1).astype(np.float32)
-
-    @staticmethod
-    def _summaries(seen: _Described) -> np.ndarray:
-        return np.stack([seen.log_duration, seen.flips.astype(np.float64)], axis=1)
+def _chunks(store: EventStore, windows: np.ndarray, chunk: int, label: str) -> Iterator[Described]:
+    starts = range(0, len(windows), chunk)
+    for start in progress(starts, total=len(starts), unit="part", label=label):
+        described = describe(store, np.sort(windows[start : start + chunk]))
+        if len(described.windows):
+            yield described
 
 
 class _Totals:
@@ -359,20 +237,31 @@ class _Totals:
     def __init__(self, first: int, count: int, with_actions: bool) -> None:
         self.first, self._with_actions = first, with_actions
         self._windows: dict[str, np.ndarray] = {"train": np.zeros(count, int), "heldout": np.zeros(count, int)}
-        self._captions: list[Counter[str]] = [Counter() for _ in range(count)]
+        self._captions: list[Counter[int]] = [Counter() for _ in range(count)]
         self._seconds = np.zeros(count)
         self._actions = np.zeros((count, STEPS, ACTION_DIM))
 
-    def add(self, split: str, store: EventStore, seen: _Described, cluster: np.ndarray) -> None:
+    def add(self, split: str, store: EventStore, seen: Described, cluster: np.ndarray) -> None:
         np.add.at(self._windows[split], cluster, 1)
         if split != "train":
             return
         np.add.at(self._seconds, cluster, np.exp(seen.log_duration))
         np.add.at(self._actions, cluster, seen.trajectories)
         for number, caption in zip(cluster.tolist(), seen.captions.tolist()):
-            self._captions[number][store.caption(caption)] += 1
+            counts = self._captions[number]
+            counts[caption] += 1
+            if len(counts) > 2 * _WORDINGS:  # captions without end: the rare ones go
+                self._captions[number] = Counter(dict(counts.most_common(_WORDINGS)))
 
-    def rows(self, kind: str, level: str) -> list[dict[str, Any]]:
+    def drop_empty(self) -> np.ndarray:
+        """Forgets clusters without a train window; `[count]` bool, which are left."""
+        used = self._windows["train"] > 0
+        self._windows = {split: windows[used] for split, windows in self._windows.items()}
+        self._captions = [captions for captions, any_ in zip(self._captions, used) if any_]
+        self._seconds, self._actions = self._seconds[used], self._actions[used]
+        return used
+
+    def rows(self, kind: str, level: str, store: EventStore) -> list[dict[str, Any]]:
         """The dictionaries of `Clusters`."""
         rows = []
         for number, captions in enumerate(self._captions):
@@ -383,7 +272,7 @@ class _Totals:
                 "level": level,
                 "train": int(self._windows["train"][number]),
                 "heldout": int(self._windows["heldout"][number]),
-                "captions": [text for text, _ in captions.most_common(_EXAMPLES)],
+                "captions": [store.caption(caption) for caption, _ in captions.most_common(_EXAMPLES)],
                 "duration_s": round(float(self._seconds[number]) / train, 4),
             }
             if self._with_actions:
@@ -392,19 +281,24 @@ class _Totals:
         return rows
 
 
-def _fit_centres(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """K-means centres `[<= count, D]` that at least one window is nearest to."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.exceptions import ConvergenceWarning
+class _KMeans:
+    """K-means `centres` `[count, D]` of the features it began with, until others are added."""
 
-    if len(features) > _MINI_BATCH_FROM:
-        fit: Any = MiniBatchKMeans(count, n_init=3, batch_size=4096, random_state=seed)
-    else:
-        fit = KMeans(count, n_init=4, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters; handled below
-        centres = fit.fit(features).cluster_centers_
-    return centres[np.unique(_nearest(features, centres))]
+    def __init__(self, features: np.ndarray, count: int, seed: int) -> None:
+        from sklearn.cluster import KMeans, MiniBatchKMeans
+        from sklearn.exceptions import ConvergenceWarning
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters: some stay empty
+            self.centres = KMeans(min(count, len(features)), n_init=4, random_state=seed).fit(features).cluster_centers_
+        # Never reassigned: small clusters are what balance is about.
+        self._stream = MiniBatchKMeans(
+            len(self.centres), init=self.centres, n_init=1, reassignment_ratio=0.0, random_state=seed
+        )
+
+    def add(self, features: np.ndarray) -> None:
+        """Moves each centre to the mean of all features `[n, D]` added so far that it was nearest to."""
+        self.centres = self._stream.partial_fit(features).cluster_centers_
 
 
 def _nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -420,17 +314,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _kinds_and_levels(index: np.ndarray) -> list[tuple[int, int]]:
-    """The (kind, level) pairs that occur, as numbers."""
-    keys = np.unique(np.stack([index["kind"], index["level"]], axis=1), axis=0)
-    return [(int(kind), int(level)) for kind, level in keys]
+def _define_flags() -> None:
+    flags.DEFINE_string("store", None, "The event store", required=True)
+    flags.DEFINE_string("embedder", "hashed", f"Of what is seen and said: {', '.join(NAMES)}")
+    flags.DEFINE_integer("seed", 0, "Everything random follows from it")
+    flags.DEFINE_float("scale", 3.0, "n windows of a kind and level make scale * sqrt(n / 10) clusters", 0.0)
 
 
-def _positions(index: np.ndarray, kind: int, level: int) -> np.ndarray:
-    return np.flatnonzero((index["kind"] == kind) & (index["level"] == level))
+def main(_: Sequence[str]) -> None:
+    """Clusters the store and prints how many clusters there are and how uneven."""
+    values = flags.FLAGS
+    found = cluster_store(values.store, seed=values.seed, embedder=values.embedder, scale=values.scale)
+    print(f"{values.store}: clustered by {json.dumps(found.made_by)}")
+    for name, table in (("seen and said", found.vision_language), ("motion", found.action)):
+        for kind, level in dict.fromkeys((row["kind"], row["level"]) for row in table):
+            sizes = np.array([row["train"] for row in table if (row["kind"], row["level"]) == (kind, level)])
+            print(
+                f"  {f'{kind}/{level}':<16} {name:<14} {len(sizes):>5} clusters of {sizes.sum():>8} train windows, "
+                f"{sizes.min()} to {sizes.max()}, Gini {gini(sizes):.2f}"
+            )
 
 
-def _cluster_sizes(ids: np.ndarray) -> np.ndarray:
-    """Size of each window's cluster, as float64."""
-    _, group, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    return counts[group].astype(np.float64)
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)

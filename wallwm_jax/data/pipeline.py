@@ -147,7 +147,7 @@ class PackedRows:
 
     def __init__(self, store: EventStore, config: ConfigDict) -> None:
         """Raises `UserError` where the sampler cannot draw as the config says."""
-        self.sampler = Sampler(store.index, config)
+        self.sampler = Sampler(store.index, config, sources=store.meta["sources"])
         self._store, self._config, self._views = store, config, resolve_views(store, config)
 
     def __call__(self, row: int) -> Batch:

@@ -2,16 +2,18 @@
 
 There is no iterator state. Row `i` belongs to block `i // R`; block `b` belongs to deck `b // BLOCKS_PER_DECK`; a deck
 is computed from its number alone. It holds the exact quota of every cell (level x vision-language cluster x action
-cluster), spread evenly over its blocks in jittered order, so that every block is close to the target and every deck
-meets it. Inside a cell the windows are visited without replacement, in a new order on each pass; a pass goes on where
-the deck before stopped. A deck is cut into blocks of equal load, and each block's draws are packed into its rows.
+cluster, and dataset x length bucket where these have shares), spread evenly over its blocks in jittered order, so that
+every block is close to the target and every deck meets it. Inside a cell the windows are visited without replacement,
+in a new order on each pass; a pass goes on where the deck before stopped. A deck is cut into blocks of equal load, and
+each block's draws are packed into its rows.
 
-Cluster-balanced sampling is WALL-WM's (arXiv 2606.01955, page 18); the weights are ours (`clusters.sampling_weights`).
+Cluster-balanced sampling is WALL-WM's (arXiv 2606.01955, page 18); the weights are ours (`data.balance`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wallwm_jax.console import UserError
-from wallwm_jax.data.clusters import sampling_weights
+from wallwm_jax.data.balance import plan_draw
 from wallwm_jax.data.packing import pack_events, random_stream
-from wallwm_jax.events.schema import LEVELS
-from wallwm_jax.events.windows import KINDS
 
 BLOCKS_PER_DECK = 256
 _UNDRAWN_SHARE = 1e-3  # of a block's load may stay undrawn, in the mean of the trial blocks
@@ -53,18 +53,21 @@ class Sampler:
       target: `[n]` probability of each candidate in one draw; sums to 1.
       fill: planned share of the `R * F` latents of a block that are real. `fill_target`, or less where these lengths
         cannot be packed that tightly, or where actions or event slots run out first.
+      events_per_row: planned, in the mean.
     """
 
-    def __init__(self, index: np.ndarray, config: ConfigDict, seed: int | None = None) -> None:
+    def __init__(
+        self, index: np.ndarray, config: ConfigDict, seed: int | None = None, *, sources: Sequence[str] = ()
+    ) -> None:
         """Plans the draw.
 
         Args:
           index: structured array of windows (see `data.event_store`): kind, level, length, num_actions, cluster ids.
           config: the whole config; reads `config.data` and, without `seed`, `config.seed`.
+          sources: names of the datasets, `meta["sources"]` of the store; `data.mixture` needs them.
 
         Raises:
-          UserError: no window of the asked kind or level; a window that no row can hold; no clusters to balance by; a
-            fill target outside (0, 1].
+          UserError: what `balance.plan_draw` raises; a window that no row can hold; a fill target outside (0, 1].
         """
         data = config.data
         if not 0 < data.fill_target <= 1:
@@ -73,20 +76,13 @@ class Sampler:
         self._seed = int(config.seed if seed is None else seed)
         self.rows_per_block = int(data.draw_block_rows)
         self._capacity = (int(data.latents_per_row), int(data.actions_per_row), int(data.events_per_row))
-        self.candidates, shares = _candidates(index, data)
+        draw = plan_draw(index, data, sources)
+        self.candidates, self.target = draw.candidates, draw.target
         chosen = index[self.candidates]
         self._lengths = chosen["length"].astype(np.int64)
         self._actions = chosen["num_actions"].astype(np.int64)
         _check_sizes(self._lengths, self._actions, self._capacity, self.candidates)
-        clustered = (chosen["cluster_vl"] >= 0).any() and (chosen["cluster_action"] >= 0).any()
-        if (data.vl_power or data.action_power) and not clustered:
-            raise UserError(
-                "the store's windows have no cluster ids, so they cannot be balanced; run "
-                "wallwm_jax.data.clusters.cluster_store on it, or set data.vl_power=0 and data.action_power=0"
-            )
-        weights = sampling_weights(chosen, data.vl_power, data.action_power, data.weight_clip)
-        self.target = _apply_shares(weights, chosen["level"], shares)
-        self._make_cells(chosen)
+        self._make_cells(chosen, draw.group)
         self._shrink_until_packable(float(data.fill_target))
         self._deck = functools.lru_cache(maxsize=2)(self._make_deck)
         self._block = functools.lru_cache(maxsize=8)(self._make_block)
@@ -136,9 +132,9 @@ class Sampler:
             "total_variation": variation,
         }
 
-    def _make_cells(self, chosen: np.ndarray) -> None:
-        """Groups the candidates by (level, vl cluster, action cluster): one rate and one visiting order per cell."""
-        key = np.zeros(len(chosen), np.int64)
+    def _make_cells(self, chosen: np.ndarray, group: np.ndarray) -> None:
+        """Parts the candidates by (group, level, vl cluster, action cluster): one rate and visiting order per cell."""
+        key = group
         for name in ("level", "cluster_vl", "cluster_action"):
             ids = chosen[name].astype(np.int64) - int(chosen[name].min())
             key = key * (int(ids.max()) + 1) + ids
@@ -161,6 +157,7 @@ class Sampler:
         scarcest = int(np.argmin(room))
         self._load = (self._lengths, self._actions, np.ones_like(self._lengths))[scarcest]
         self._quota = self._cell_target * room[scarcest] * BLOCKS_PER_DECK
+        self.events_per_row = float(room[scarcest] / self.rows_per_block)
         self.fill = float(room[scarcest] * means[0] / (self.rows_per_block * self._capacity[0]))
 
     def _shrink_until_packable(self, fill: float) -> None:
@@ -216,40 +213,6 @@ class Sampler:
             if packed is not None:
                 return placed, packed
         return 0, [[] for _ in range(self.rows_per_block)]
-
-
-def _candidates(index: np.ndarray, data: ConfigDict) -> tuple[np.ndarray, dict[int, float]]:
-    """Positions of the windows that the config asks for, and the share of draws of each level (empty: as weighted)."""
-    if data.window_kind not in KINDS:
-        raise UserError(f"data.window_kind={data.window_kind!r} is not one of {KINDS}")
-    positions = np.flatnonzero(index["kind"] == KINDS.index(data.window_kind))
-    if not len(positions):
-        present = [KINDS[kind] for kind in np.unique(index["kind"])]
-        raise UserError(
-            f"the store has no windows of kind {data.window_kind!r}, only {present}; "
-            "set data.window_kind, or build it with wallwm_jax.build_events --windows"
-        )
-    if data.window_kind != "event":
-        return positions, {}
-    wanted = {name: float(share) for name, share in data.levels.items() if share}
-    unknown = set(wanted) - set(LEVELS)
-    if unknown or not wanted or min(wanted.values()) < 0:
-        raise UserError(f"data.levels={dict(data.levels)}: need positive shares of levels among {LEVELS}")
-    shares = {LEVELS.index(name): share / sum(wanted.values()) for name, share in wanted.items()}
-    levels = index["level"][positions]
-    for level in shares:
-        if not (levels == level).any():
-            present = [LEVELS[number] for number in np.unique(levels)]
-            raise UserError(f"data.levels asks for {LEVELS[level]!r} events, but the store has only {present}")
-    return positions[np.isin(levels, list(shares))], shares
-
-
-def _apply_shares(weights: np.ndarray, levels: np.ndarray, shares: dict[int, float]) -> np.ndarray:
-    target = weights / weights.sum()
-    for level, share in shares.items():
-        inside = levels == level
-        target[inside] *= share / target[inside].sum()
-    return target
 
 
 def _check_sizes(lengths: np.ndarray, actions: np.ndarray, capacity: tuple[int, int, int], windows: np.ndarray) -> None:

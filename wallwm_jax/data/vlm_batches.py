@@ -197,7 +197,7 @@ class VlmRows:
         alone = _one_event(config)
         if not holds_windows(config):
             alone.data.update(latents_per_row=_ANY, actions_per_row=_ANY)
-        self.sampler = Sampler(store.index, alone)
+        self.sampler = Sampler(store.index, alone, sources=store.meta["sources"])
         self._store, self._config = store, config
         self._prompts, self._questions = Prompts(config), Questions(store, config)
         self._spec = self.spec(config, 1, num_views=len(self._questions.views))

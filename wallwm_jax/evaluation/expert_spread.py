@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from wallwm_jax.console import UserError, progress, run_command
-from wallwm_jax.data.clusters import resample
+from wallwm_jax.data.embedders import resample
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.normalization import Stats
 from wallwm_jax.evaluation.statistics import normalized_error

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import require_directory
 from wallwm_jax.console import UserError, run_command, write_text
-from wallwm_jax.data.clusters import balance_report, sampling_weights
+from wallwm_jax.data.balance import balance_report, sampling_weights
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.evaluation import figures
@@ -75,7 +75,7 @@ def build_report(
     store = open_store(store_path, "train")
     config = ConfigDict(result["config"])
     seconds = {**phases, **{f"evaluation: {name}": value for name, value in result["phase_seconds"].items()}}
-    packing = Sampler(store.index, config).report(_PACKING_BLOCKS)
+    packing = Sampler(store.index, config, sources=store.meta["sources"]).report(_PACKING_BLOCKS)
     balance = _balance(store, config)
     metrics = read_metrics(workdir) if (workdir / METRICS_FILE).is_file() else []
     data = {
@@ -312,8 +312,10 @@ def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
     index = store.index[store.index["kind"] == KINDS.index("event")]
     if not len(index):
         return []
-    weights = sampling_weights(index, config.data.vl_power, config.data.action_power, config.data.weight_clip)
-    return balance_report(index, weights)
+    data = config.data
+    powers = data.vl_power, data.action_power
+    weights = sampling_weights(index, *powers, data.weight_clip, data.get("balance", "product"))
+    return balance_report(index, weights, *powers)
 
 
 def _cluster_pictures(balance: Sequence[Mapping[str, Any]]) -> list[str]:
