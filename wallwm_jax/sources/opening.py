@@ -9,7 +9,7 @@ rlds:DIR                     an RLDS set (Open X-Embodiment)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wallwm_jax.console import UserError
@@ -17,6 +17,7 @@ from wallwm_jax.events.schema import Episode
 
 if TYPE_CHECKING:
     from wallwm_jax.sources.recorded import RecordedSet
+    from wallwm_jax.sources.simulator.ocbench_demos import RecoveryCount
 
 NAMES = {
     "ocbench": "ocbench:FAMILY[,FAMILY...], for example ocbench:chamber,block",
@@ -29,11 +30,13 @@ _EPISODES = 40  # of each family that is recorded, where the command does not sa
 
 @dataclass
 class FamilyCount:
-    """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so."""
+    """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so; and what came
+    of its recoveries, by kind."""
 
     kept: int = 0
     dropped: int = 0
     reasons: tuple[str, ...] = ()
+    recoveries: dict[str, RecoveryCount] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class SourceOptions:
       embodiment: what the columns of a set mean: a name or the path of a TOML file.
       video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
       damage_limit: share of a set's episodes that may be damaged before the build ends.
+      recoveries: disturbances to try of each recorded episode, see `sources.simulator.recovery`.
     """
 
     episodes: int | None = None
@@ -59,6 +63,7 @@ class SourceOptions:
     embodiment: str = ""
     video_fps: float = 0.0
     damage_limit: float = 0.1
+    recoveries: int = 0
 
 
 Opened = tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]
@@ -75,6 +80,8 @@ def open_source(source: str, options: SourceOptions) -> Opened:
         raise UserError(f"unknown source {source!r}; give {' or '.join(NAMES.values())}")
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; at least one is needed")
+    if options.recoveries and name != "ocbench":
+        raise UserError(f"--recoveries needs an expert that can be disturbed, which ocbench alone has; not {name}")
     if name in ("ocbench", "metaworld"):
         return _open_simulator(name, argument.split(","), options)
     return _open_set(source, options)
@@ -105,6 +112,7 @@ def _open_simulator(name: str, families: list[str], options: SourceOptions) -> O
     simulator = {"ocbench": ocbench_demos, "metaworld": metaworld_demos}[name]
     if unknown := set(options.views) - set(simulator.VIEWS):
         raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
+    more = {"recoveries": options.recoveries} if options.recoveries else {}
     stream = simulator.demonstrations(
         families,
         _EPISODES if options.episodes is None else options.episodes,
@@ -112,8 +120,12 @@ def _open_simulator(name: str, families: list[str], options: SourceOptions) -> O
         size=options.size,
         views=options.views or simulator.VIEWS,
         workers=options.workers,
+        **more,
     )
-    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
+    return stream, lambda: {
+        name: FamilyCount(count.kept, count.dropped, recoveries=count.recoveries)
+        for name, count in stream.counts.items()
+    }
 
 
 def _open_set(source: str, options: SourceOptions) -> Opened:
