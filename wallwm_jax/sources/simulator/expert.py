@@ -248,6 +248,8 @@ def spans(rollout: Rollout) -> dict[str, list[Span]]:
             retried = any(label.plan != labels[act.of].plan for label in labels[act.end : sub.end])
             failed = retried and verb in ("grasp", "lift")
             in_action = add("action", act, verb, in_subtask, False if failed else None)
+            if recovers == "grasp" and verb not in _PICKING and not failed:
+                recovers = ""  # too short a grasp has no action of its own
             if recovers:
                 add("segment", act, "recover", in_action, None, wording("action", recovers, subtask.facts)[0])
                 recovers = "" if verb == recovers and not failed else recovers
