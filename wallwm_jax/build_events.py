@@ -27,7 +27,8 @@ found by which rule and shows examples, build_report.json has every finding:
 
 Recoveries of OCBench's experts: at a contact the hand is pushed aside, the gripper opens or closes too early, or the
 block is moved; how the expert goes on from there is an episode of source ocbench-recovery/..., in the split of the
-demonstration that it was made from, and data.mixture sets its share in training:
+demonstration that it was made from. Three windows of twenty are recoveries in a training with
+--config.data.mixture='(("ocbench/", 0.85), ("ocbench-recovery/", 0.15))'; that of a planner (vlm_sft) gives them 0:
 
     python -m wallwm_jax.build_events --source=ocbench:chamber,block --recoveries=2 --out=runs/recoveries
 

@@ -11,7 +11,8 @@ may hold them as a target, and the paper perturbs where the robot starts, not wh
     object    the block to grasp moved on the table by 2 to 5 cm
 
 With something in its hand that has only been pushed aside, the expert moves back and replays its plan from where it
-was; otherwise it plans the same subtask anew. Only recoveries that achieve it are kept.
+was; otherwise it plans the same subtask anew. Only recoveries that achieve it are kept. Their spans are those of this
+one subtask, so training of a planner, which learns what comes before and after, leaves them out by `data.mixture`.
 """
 
 from __future__ import annotations
