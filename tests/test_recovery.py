@@ -49,7 +49,7 @@ def test_experts_are_disturbed_where_they_touch_press_move_lower_or_let_go():
         ("pull", ("hand", "gripper")),  # and where it is let go it is where it belongs
     ]
     grasp, pull = found[1], found[5]
-    assert (grasp.earliest, grasp.step) == ((3 + 1) * STEPS, (3 + 2) * STEPS)  # from the descent on
+    assert (grasp.earliest, grasp.step) == ((3 + 1) * STEPS + 1, (3 + 2) * STEPS)  # in the descent
     assert pull.earliest == pull.step == (3 + 8 + 3) * STEPS  # once the handle is held
 
 
@@ -71,7 +71,7 @@ def test_disturbances_stay_within_their_bounds_and_follow_from_the_seed():
     assert min(lengths["object"]) >= 0.02 and 0.045 < max(lengths["object"]) <= 0.05
     assert max(lengths["gripper"]) == 0.0
     assert all(d.shift[2] >= 0.0 and abs(d.yaw) <= 0.35 for d in by_kind["hand"])  # never into the table
-    assert {(d.step, d.shift[2], d.yaw) for d in by_kind["object"]} == {(4 * STEPS, 0.0, 0.0)}  # the hand is above
+    assert {(d.step, d.shift[2], d.yaw) for d in by_kind["object"]} == {(4 * STEPS + 1, 0.0, 0.0)}  # the hand is above
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def report(build: Build, out: str) -> str:
         for family, count in build.families.items()
     ]
     for family, told in build.families.items():
-        for kind, tried in told.recoveries.items():
+        for kind, tried in sorted(told.recoveries.items()):
             each = tried.seconds / (tried.kept + tried.failed + tried.void)
             outcomes = f"{tried.kept:>6} kept {tried.failed:>6} failed {tried.void:>6} void, {each:.1f} s each"
             lines.append(f"  recovery  {f'{family}/{kind}':<16} {outcomes}")

@@ -54,7 +54,7 @@ _DISTURBED = {
 @dataclass(frozen=True)
 class Contact:
     """An action that makes or breaks contact: its verb, what can go wrong before it, the control step at which it
-    starts, and the earliest at which something goes wrong: at a handle its own, else that of the action before."""
+    starts, and the earliest at which something goes wrong: at a handle its own, else in the action before."""
 
     verb: str
     kinds: tuple[str, ...]
@@ -115,7 +115,7 @@ def contacts(rollout: Rollout) -> list[Contact]:
         kinds = _DISTURBED[action.verb]
         if task_of(goal) != "cube" or before.verb != "descend":
             kinds = tuple(kind for kind in kinds if kind != "object")
-        earliest = action.start if action.verb in _MOVING else before.start
+        earliest = action.start if action.verb in _MOVING else before.start + 1  # the controller has begun the subtask
         found.append(Contact(action.verb, kinds, action.start, earliest))
     return found
 
@@ -177,14 +177,14 @@ def disturb_expert(env: OCBenchEnv, controller: Any, nominal: Rollout, disturban
     for step in range(disturbance.step):
         env.step_joints(controller.select_action(None, env.info, transition_idx=step), render=False)
     start, simulator, kind = env.observe(render=False), env.env.unwrapped, disturbance.kind
-    pose, gripper = start.pose.copy(), nominal.command_grippers[disturbance.step - 1].round()
+    pose, gripper = start.pose.copy(), nominal.command_grippers[disturbance.step - 1]
     subgoal, name = controller._active_subgoal, f"privileged/block_{controller._active_subgoal.get('block')}_pos"
     if kind == "hand":
         cos, sin = np.cos(disturbance.yaw), np.sin(disturbance.yaw)
         pose[0, :3, :3] = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ pose[0, :3, :3]
         pose[0, :3, 3] += disturbance.shift
     elif kind == "gripper":
-        gripper = 1.0 - gripper
+        gripper = 1.0 - gripper.round()
     else:
         before = env.info[name]
         simulator._data.joint(f"object_joint_{subgoal['block']}").qpos[:3] += disturbance.shift
