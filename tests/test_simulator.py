@@ -37,7 +37,7 @@ def environment(env_id):
 
 def record(env_id, number=0):
     family = env_id.split("-")[0]
-    return ocbench_demos.record_attempt((family, env_id, number), seed=1, size=SIZE, views=(VIEW,))
+    return ocbench_demos.record_attempt((family, env_id, number), seed=1, size=SIZE, views=(VIEW,)).episode
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ found by which rule and shows examples, build_report.json has every finding:
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
         --clean --sync --out=runs/kitchen
 
+Recoveries of OCBench's experts: at a contact the hand is pushed aside, the gripper opens or closes too early, or the
+block is moved; how the expert goes on from there is an episode of source ocbench-recovery/..., in the split of the
+demonstration that it was made from. Three windows of twenty are recoveries in a training with
+--config.data.mixture='(("ocbench/", 0.85), ("ocbench-recovery/", 0.15))'; that of a planner (vlm_sft) gives them 0:
+
+    python -m wallwm_jax.build_events --source=ocbench:chamber,block --recoveries=2 --out=runs/recoveries
+
 What a store holds, to look at: one page with timelines, captions and who wrote them, lengths and clusters. With the
 store of the same episodes whose events are known, boundaries are drawn and counted beside the true ones:
 
@@ -136,6 +143,11 @@ def report(build: Build, out: str) -> str:
         f"  episodes  {family:<16} {count.kept:>6} kept {count.dropped:>6} dropped"
         for family, count in build.families.items()
     ]
+    for family, told in build.families.items():
+        for kind, tried in sorted(told.recoveries.items()):
+            each = tried.seconds / (tried.kept + tried.failed + tried.void)
+            outcomes = f"{tried.kept:>6} kept {tried.failed:>6} failed {tried.void:>6} void, {each:.1f} s each"
+            lines.append(f"  recovery  {f'{family}/{kind}':<16} {outcomes}")
     lines += [f"  dropped   {reason}" for count in build.families.values() for reason in count.reasons]
     if build.prepared:
         for action in ("dropped", "repaired", "noted"):
@@ -188,6 +200,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("fixed_steps", 32, "Control steps of a fixed window, or of the future of one with history")
     flags.DEFINE_integer("history", 1, "Latents of four frames before the observation of a window with history", 0)
     flags.DEFINE_float("heldout_fraction", 0.15, "Share of the episodes kept from training", 0.0, 1.0)
+    flags.DEFINE_integer(
+        "recoveries", 0, "ocbench: disturbances of each episode; what the expert recovers from becomes an episode", 0
+    )
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
@@ -241,6 +256,7 @@ def main(_: Sequence[str]) -> None:
         embodiment=values.embodiment,
         video_fps=values.video_fps,
         damage_limit=values.damage_limit,
+        recoveries=values.recoveries,
     )
     preparation = PrepareOptions(values.clean, values.sync, sync_limits=SyncLimits(spans_follow=values.labels_follow))
     built = build(

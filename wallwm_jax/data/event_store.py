@@ -315,8 +315,9 @@ class EventStore:
     @functools.cached_property
     def episodes(self) -> list[dict[str, Any]]:
         """All episodes of the store (both splits), by episode id: id, name, source, embodiment, seed, success, split,
-        num_steps, num_frames, views, provenance, and `spans`: level → list of {start, end, caption, verb, parent,
-        success, paraphrases, confidence, provenance}; stores of earlier builds lack the last three.
+        num_steps, num_frames, views, provenance, derived_from, and `spans`: level → list of {start, end, caption, verb,
+        parent, success, paraphrases, confidence, provenance}; stores of earlier builds lack derived_from and the last
+        three.
         """
         return json.loads((self._words / EPISODES).read_text())
 

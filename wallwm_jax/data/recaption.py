@@ -253,6 +253,7 @@ def _rebuild(store: EventStore, entry: Mapping[str, Any], spans: Spans, windows:
         seed=entry["seed"],
         success=entry["success"],
         provenance=(*entry["provenance"], "rebuilt from the windows of an event store"),
+        derived_from=entry.get("derived_from", ""),
     )
 
 

@@ -223,6 +223,7 @@ class _Writer:
         self._cells: tuple[int, int, int] | None = None  # [h, w, C] where latents are stored
         self._waiting: list[_Waiting] = []
         self._choice = HeldoutChoice(options.heldout_fraction)
+        self._splits: dict[str, str] = {}  # of recordings that others may be derived from
         self._first: Episode | None = None
         self._frame_keys: dict[str, str] = {}
         self._records: RecordFiles | None = None
@@ -251,7 +252,8 @@ class _Writer:
         if not windows:
             self.summary.without_window += 1
             return
-        split = self._choice.split_of(episode.source)
+        split = self._splits.get(episode.derived_from) or self._choice.split_of(episode.source)
+        self._splits[episode.derived_from or episode.episode_id] = split
         self._waiting.append(_Waiting(episode, len(self._episodes), windows, split))
         self._episodes.append(_episode_entry(episode, len(self._episodes), split))
         self.summary.episodes[episode.source, split] += 1
@@ -556,6 +558,7 @@ def _episode_entry(episode: Episode, number: int, split: str) -> dict[str, Any]:
         "num_frames": episode.num_frames,
         "views": list(episode.frames),
         "provenance": list(episode.provenance),
+        "derived_from": episode.derived_from,
         "spans": {
             level: [span_entry(span) for span in episode.spans[level]] for level in LEVELS if level in episode.spans
         },

@@ -177,7 +177,12 @@ def _content(
 
 
 def _lead(result: dict[str, Any], store: EventStore) -> str:
-    families = sorted({source.removeprefix("ocbench/").split("-", 1)[0] for source in store.meta["sources"]})
+    families = sorted(
+        {
+            source.removeprefix("ocbench/").removeprefix("ocbench-recovery/").split("-", 1)[0]
+            for source in store.meta["sources"]
+        }
+    )
     episodes = sum(episode["split"] == store.split for episode in store.episodes)
     views = len(result["config"]["data"]["views"] or store.meta["views"])
     chunks = result["config"]["data"]["window_kind"] == "history"

@@ -133,6 +133,7 @@ SEGMENT_TEMPLATES: dict[str, tuple[str, ...]] = {
     **ACTION_TEMPLATES,
     "settle": ("{phase} until the arm has caught up", "wait for the arm to catch up: {phase}"),
     "regrasp": ("try again to {phase}", "once more, {phase}"),
+    "recover": ("move back and {phase}", "go back into place and {phase}", "set it right: {phase}"),
 }
 
 _TEMPLATES = {"subtask": SUBTASK_TEMPLATES, "action": ACTION_TEMPLATES, "segment": SEGMENT_TEMPLATES}
@@ -147,7 +148,7 @@ def describe(level: str, verb: str, facts: Facts, *, phase: str = "") -> tuple[s
       level: "subtask", "action" or "segment".
       verb: a key of that level's template table.
       facts: what may be mentioned.
-      phase: for verbs "settle" and "regrasp", the canonical wording of the action they belong to.
+      phase: for verbs "settle", "regrasp" and "recover", the canonical wording of the action they belong to.
 
     Raises:
       UserError: no template for this level and verb, or none whose facts are known.

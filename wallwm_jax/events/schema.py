@@ -88,6 +88,8 @@ class Episode:
       cameras: view name → calibration; a view without calibration is absent.
       success: whether the whole episode achieved its task.
       provenance: every repair made to the recording, in order, in words.
+      derived_from: `episode_id` of the recording that it was made from, for example of the demonstration that it is a
+        recovery of; both are always in one split.
     """
 
     episode_id: str
@@ -106,6 +108,7 @@ class Episode:
     seed: int | None = None
     success: bool = True
     provenance: tuple[str, ...] = ()
+    derived_from: str = ""
 
     def __post_init__(self) -> None:
         _check_arrays(self)

@@ -11,7 +11,7 @@ A simulator records as many episodes of each family or task, or shares of one to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from wallwm_jax.events.schema import Episode
 
 if TYPE_CHECKING:
     from wallwm_jax.sources.recorded import RecordedSet
+    from wallwm_jax.sources.simulator.ocbench_demos import RecoveryCount
 
 NAMES = {
     "ocbench": "ocbench:FAMILY[=SHARE][,FAMILY[=SHARE]...], for example ocbench:chamber,block",
@@ -33,11 +34,13 @@ _EPISODES = 40  # of each family that is recorded, where the command does not sa
 
 @dataclass
 class FamilyCount:
-    """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so."""
+    """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so; and what came
+    of its recoveries, by kind."""
 
     kept: int = 0
     dropped: int = 0
     reasons: tuple[str, ...] = ()
+    recoveries: dict[str, RecoveryCount] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class SourceOptions:
       embodiment: what the columns of a set mean: a name or the path of a TOML file.
       video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
       damage_limit: share of a set's episodes that may be damaged before the build ends.
+      recoveries: disturbances to try of each recorded episode, see `sources.simulator.recovery`.
     """
 
     episodes: int | None = None
@@ -64,6 +68,7 @@ class SourceOptions:
     embodiment: str = ""
     video_fps: float = 0.0
     damage_limit: float = 0.1
+    recoveries: int = 0
 
 
 Opened = tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]
@@ -80,6 +85,8 @@ def open_source(source: str, options: SourceOptions) -> Opened:
         raise UserError(f"unknown source {source!r}; give {' or '.join(NAMES.values())}")
     if options.episodes is not None and options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; at least one is needed")
+    if options.recoveries and name != "ocbench":
+        raise UserError(f"--recoveries needs an expert that can be disturbed, which ocbench alone has; not {name}")
     if name in ("ocbench", "metaworld"):
         return _open_simulator(name, families_of(argument, options.episodes), options)
     return _open_set(source, options)
@@ -143,6 +150,7 @@ def _open_simulator(name: str, families: dict[str, int], options: SourceOptions)
     simulator = {"ocbench": ocbench_demos, "metaworld": metaworld_demos}[name]
     if unknown := set(options.views) - set(simulator.VIEWS):
         raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
+    more = {"recoveries": options.recoveries} if options.recoveries else {}
     stream = simulator.demonstrations(
         list(families),
         families,
@@ -150,8 +158,12 @@ def _open_simulator(name: str, families: dict[str, int], options: SourceOptions)
         size=options.size,
         views=options.views or simulator.VIEWS,
         workers=options.workers,
+        **more,
     )
-    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
+    return stream, lambda: {
+        name: FamilyCount(count.kept, count.dropped, recoveries=count.recoveries)
+        for name, count in stream.counts.items()
+    }
 
 
 def _open_set(source: str, options: SourceOptions) -> Opened:

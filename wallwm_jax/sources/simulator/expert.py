@@ -74,6 +74,7 @@ class Rollout:
     """A recorded expert episode: `T` steps, `T + 1` observations (with pictures at every `stride`-th).
 
     `achieved(goal, info)` is the controller's judgement of a subtask's goal in any privileged state `info`.
+    `recovers` is, of a recovery, the verb of the contact that was disturbed and that it leads back to.
     """
 
     instruction: tuple[str, ...]
@@ -85,19 +86,30 @@ class Rollout:
     success: bool
     achieved: Callable[[dict[str, Any], dict[str, Any]], bool]
     held: bool  # the last command was repeated once, so that the final state is a stored frame
+    recovers: str = ""
 
 
 def roll_out(
-    env: OCBenchEnv, make_controller: Callable[[Any], Any], seed: int, stride: int, *, expert_seed: int | None = None
+    env: OCBenchEnv,
+    make_controller: Callable[[Any], Any],
+    seed: int,
+    stride: int,
+    *,
+    expert_seed: int | None = None,
+    disturb: Callable[[OCBenchEnv, Any], Facts | None] | None = None,
 ) -> Rollout:
     """Lets the expert act until the episode is over. Deterministic, also on a used environment, from the scene's `seed`
-    and the expert's own, by default the same."""
-    observation = env.reset(seed)
+    and the expert's own, by default the same.
+
+    `disturb` is called with the environment and its controller before anything is recorded: it lets the controller act,
+    disturbs what it does, and leaves it with a plan. The recording then starts there and ends with the subtask that is
+    under way. It may return what captions say about that subtask, where that is not how things stand now.
+    """
+    observation = env.reset(seed, render=disturb is None)
     # OCBench's experts draw from numpy's global generator.
     np.random.seed((seed if expert_seed is None else expert_seed) % 2**32)  # noqa: NPY002
     scene = Scene(env.env)
     controller = make_controller(env.env)
-    observations = [observation]
     labels: list[StepLabel] = []
     subtasks: list[tuple[str, Facts, dict[str, Any], int]] = []  # the last is the index of its first plan
     poses: list[np.ndarray] = []
@@ -105,13 +117,21 @@ def roll_out(
     subgoal, done, success = None, False, False
     with _recorded_plans() as plans, _recorded_commands(env) as commands:
         controller.reset(None, env.info, transition_idx=0)
+        known = None
+        if disturb is not None:
+            known = disturb(env, controller)
+            observation = env.observe()
+            commands.clear()
+        observations, earlier = [observation], len(controller.segments)
         while not done:
             action = controller.select_action(None, env.info, transition_idx=len(poses))
             if controller.done:
                 break
             if controller._active_subgoal is not subgoal:
+                if disturb is not None and subgoal is not None:
+                    break
                 subgoal = controller._active_subgoal
-                facts = scene.facts(subgoal, env.info)
+                facts = known or scene.facts(subgoal, env.info)
                 subtasks.append((scene.subtask_verb(subgoal), facts, dict(subgoal), len(plans) - 1))
             pose, gripper = commands.pop() if commands else (observation.pose[0], float(observation.gripper[0]))
             poses.append(pose)
@@ -120,8 +140,10 @@ def roll_out(
             observation, done, success = env.step_joints(action, render=len(poses) % stride == 0)
             observations.append(observation)
         controller.finish_episode(len(poses) - 1, env.info)
-    held = success and len(poses) % stride != 0
-    while success and len(poses) % stride:
+    segments = controller.segments[earlier:]
+    complete = success if disturb is None else segments[0]["subtask_success"]
+    held = complete and len(poses) % stride != 0
+    while complete and len(poses) % stride:
         poses.append(poses[-1])
         grippers.append(grippers[-1])
         labels.append(labels[-1])
@@ -135,7 +157,7 @@ def roll_out(
         labels=labels,
         subtasks=[
             Subtask(verb, facts, bool(segment["subtask_success"]), goal)
-            for (verb, facts, goal, _), segment in zip(subtasks, controller.segments)
+            for (verb, facts, goal, _), segment in zip(subtasks, segments)
         ],
         success=success,
         achieved=controller._subtask_success,
@@ -204,10 +226,13 @@ def _recorded_commands(env: OCBenchEnv) -> Iterator[list[tuple[np.ndarray, float
 
 
 def spans(rollout: Rollout) -> dict[str, list[Span]]:
-    """The four levels of a successful rollout, gap-free over its steps."""
-    labels, steps = rollout.labels, len(rollout.labels)
+    """The four levels of a successful rollout, gap-free over its steps.
+
+    A recovery's actions are segments "recover" up to the one that makes the disturbed contact, that one included.
+    """
+    labels, steps, recovers = rollout.labels, len(rollout.labels), rollout.recovers
     wordings = rollout.instruction
-    levels = {"task": [Span(0, steps, wordings[0], "task", None, wordings[1:], rollout.success)]}
+    levels = {"task": [Span(0, steps, wordings[0], "task", None, wordings[1:], rollout.success or None)]}
     levels |= {"subtask": [], "action": [], "segment": []}
 
     def add(level: str, run: Run, verb: str, parent: int, success: bool | None, phase: str = "") -> int:
@@ -223,6 +248,12 @@ def spans(rollout: Rollout) -> dict[str, list[Span]]:
             retried = any(label.plan != labels[act.of].plan for label in labels[act.end : sub.end])
             failed = retried and verb in ("grasp", "lift")
             in_action = add("action", act, verb, in_subtask, False if failed else None)
+            if recovers == "grasp" and verb not in _PICKING and not failed:
+                recovers = ""  # too short a grasp has no action of its own
+            if recovers:
+                add("segment", act, "recover", in_action, None, wording("action", recovers, subtask.facts)[0])
+                recovers = "" if verb == recovers and not failed else recovers
+                continue
             keys = [(label.plan, label.verb, label.interval, label.waiting) for label in labels]
             for seg in runs(keys, act.start, act.end):
                 label = labels[seg.of]

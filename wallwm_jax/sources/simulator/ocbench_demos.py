@@ -2,6 +2,7 @@
 
     for episode in demonstrations(["chamber", "block"], episodes=20, seed=0): ...
 
+Each may be followed by its recoveries: the expert is disturbed at a contact and goes on from there (`recovery`).
 Episodes are a pure function of (family, seed, number), whatever the number of worker processes.
 """
 
@@ -10,16 +11,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 
 from wallwm_jax.console import UserError, progress
 from wallwm_jax.events.schema import CameraTrack, Episode
-from wallwm_jax.sources.simulator import expert, rendering
+from wallwm_jax.sources.simulator import expert, recovery, rendering
 from wallwm_jax.sources.simulator.ocbench_env import CLOCK_HZ, EMBODIMENT, VIEWS, OCBenchEnv
 
 VIDEO_STRIDE = 2  # control steps per frame: 5 Hz
@@ -46,14 +48,29 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 _MAX_ATTEMPTS_PER_EPISODE = 5
 _SOURCE = "ocbench/"  # an episode's source is this and its environment id
+RECOVERY_SOURCE = "ocbench-recovery/"  # likewise of a recovery, so that data.mixture sets their share
+
+T = TypeVar("T")
+
+
+@dataclass
+class RecoveryCount:
+    """Disturbances of one kind in a family: recoveries `kept`, those in which the expert `failed`, those left `void`
+    because there was nothing to recover from, and the seconds that all of them took."""
+
+    kept: int = 0
+    failed: int = 0
+    void: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
 class FamilyCount:
-    """How many episodes of a family were tried, kept and dropped because the expert failed."""
+    """How many episodes of a family were tried, kept and dropped because the expert failed; its recoveries by kind."""
 
     attempted: int = 0
     kept: int = 0
+    recoveries: dict[str, RecoveryCount] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
@@ -62,7 +79,7 @@ class FamilyCount:
 
 
 class Demonstrations(Iterator[Episode]):
-    """Iterates over successful episodes; `counts` tells per family how many attempts that took so far."""
+    """Iterates over successful episodes and their recoveries; `counts` tells per family how many attempts that took."""
 
     def __init__(self, generator: Iterator[Episode], counts: dict[str, FamilyCount]):
         self._generator = generator
@@ -80,6 +97,7 @@ def demonstrations(
     size: int = 64,
     views: Sequence[str] = VIEWS,
     workers: int = 2,
+    recoveries: int = 0,
 ) -> Demonstrations:
     """Successful expert episodes, in an order and with contents that depend on the arguments alone, `workers` excepted.
 
@@ -90,6 +108,7 @@ def demonstrations(
       size: pixels of the square pictures.
       views: MuJoCo camera names.
       workers: spawned processes; 0 records in this process.
+      recoveries: disturbances to try of each kept episode; what the expert recovers from follows it.
 
     Raises:
       UserError: unknown family, missing simulator or GL, or (while iterating) an expert that keeps failing.
@@ -97,26 +116,80 @@ def demonstrations(
     rendering.check_rendering()
     pools = {family: environments(family) for family in families}
     counts = {family: FamilyCount() for family in families}
-    record = functools.partial(record_attempt, seed=seed, size=size, views=tuple(views))
-    return Demonstrations(generate(pools, counts, episodes, record, workers), counts)
+    record = functools.partial(record_attempt, seed=seed, size=size, views=tuple(views), recoveries=recoveries)
+
+    def recorded() -> Iterator[Episode]:
+        for attempt in generate(pools, counts, episodes, record, workers):
+            yield attempt.episode
+            for tried in attempt.recoveries:
+                count = counts[attempt.family].recoveries.setdefault(tried.kind, RecoveryCount())
+                setattr(count, tried.outcome, getattr(count, tried.outcome) + 1)
+                count.seconds += tried.seconds
+                if tried.episode is not None:
+                    yield tried.episode
+
+    return Demonstrations(recorded(), counts)
 
 
-def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tuple[str, ...]) -> Episode | None:
+@dataclass(frozen=True)
+class TriedRecovery:
+    """One disturbance of an episode: its kind, what came of it (see `recovery.Recovery`), and the seconds it took."""
+
+    kind: str
+    outcome: str
+    seconds: float
+    episode: Episode | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A successful episode and the recoveries that were tried of it."""
+
+    family: str
+    episode: Episode
+    recoveries: list[TriedRecovery]
+
+
+def record_attempt(
+    job: tuple[str, str, int], *, seed: int, size: int, views: tuple[str, ...], recoveries: int = 0
+) -> Attempt | None:
     """Records attempt `job` = (family, environment id, number); None where the expert failed."""
     family, env_id, number = job
     episode_seed = attempt_seed(family, seed, number)
-    rollout = expert.roll_out(_environment(env_id, size, views), controller_factory(env_id), episode_seed, VIDEO_STRIDE)
+    env, make_controller = _environment(env_id, size, views), controller_factory(env_id)
+    rollout = expert.roll_out(env, make_controller, episode_seed, VIDEO_STRIDE)
     if not rollout.success:
         return None
+    name, tried = f"{env_id}/{seed}/{number}", []
+    contacts = recovery.contacts(rollout)
+    for turn in range(recoveries if contacts else 0):
+        start = time.monotonic()
+        disturbance = recovery.draw(contacts, np.random.default_rng([episode_seed, turn]))
+        found = recovery.recover(env, make_controller, episode_seed, rollout, disturbance, VIDEO_STRIDE)
+        recovered = None
+        if found.rollout is not None:
+            recovered = _episode(
+                found.rollout,
+                episode_id=f"{name}/recovery-{turn}",
+                source=RECOVERY_SOURCE + env_id,
+                provenance=(f"recovery of {name} from step {disturbance.step} on: {found.told}",),
+                derived_from=name,
+            )
+        tried.append(TriedRecovery(disturbance.kind, found.outcome, time.monotonic() - start, recovered))
+    return Attempt(family, _episode(rollout, episode_id=name, source=_SOURCE + env_id, seed=episode_seed), tried)
+
+
+def _episode(rollout: expert.Rollout, *, provenance: tuple[str, ...] = (), **origin: Any) -> Episode:
+    """A rollout as an episode; `origin`: what says where it comes from."""
     rendered = rollout.observations[::VIDEO_STRIDE]
+    first = rendered[0].frames
+    held = ("last command held for one step, so that the final state is a stored frame",) * rollout.held
     return Episode(
-        episode_id=f"{env_id}/{seed}/{number}",
-        source=_SOURCE + env_id,
         embodiment=EMBODIMENT,
         clock_hz=CLOCK_HZ,
         video_stride=VIDEO_STRIDE,
-        size=(size, size),
-        frames={view: [encode_jpeg(observation.frames[view]) for observation in rendered] for view in views},
+        size=next(iter(first.values())).shape[:2],
+        frames={view: [encode_jpeg(observation.frames[view]) for observation in rendered] for view in first},
         poses=np.stack([observation.pose for observation in rollout.observations]),
         grippers=np.stack([observation.gripper for observation in rollout.observations]),
         command_poses=rollout.command_poses,
@@ -127,11 +200,11 @@ def record_attempt(job: tuple[str, str, int], *, seed: int, size: int, views: tu
                 intrinsics=rendered[0].cameras[view][0],
                 extrinsics=np.stack([observation.cameras[view][1] for observation in rendered]),
             )
-            for view in views
+            for view in first
         },
-        seed=episode_seed,
-        success=True,
-        provenance=("last command held for one step, so that the final state is a stored frame",) * rollout.held,
+        success=rollout.success,
+        provenance=provenance + held,
+        **origin,
     )
 
 
@@ -176,15 +249,15 @@ def generate(
     pools: dict[str, tuple[str, ...]],
     counts: dict[str, FamilyCount],
     episodes: int | Mapping[str, int],
-    record: Callable[[tuple[str, str, int]], Episode | None],
+    record: Callable[[tuple[str, str, int]], T | None],
     workers: int,
-) -> Iterator[Episode]:
+) -> Iterator[T]:
     """Records in rounds: each asks every family for as many attempts as it still lacks, so timing decides nothing."""
     wanted = dict.fromkeys(pools, episodes) if isinstance(episodes, int) else episodes
     context = multiprocessing.get_context("spawn")
     pool = context.Pool(workers) if workers else None
 
-    def kept() -> Iterator[Episode]:
+    def kept() -> Iterator[T]:
         while any(count.kept < wanted[family] for family, count in counts.items()):
             jobs = []
             for family, count in counts.items():
@@ -192,11 +265,11 @@ def generate(
                 jobs.append([(family, pools[family][n % len(pools[family])], n) for n in numbers])
             ordered = [job for turn in _interleaved(jobs) for job in turn]
             results = pool.imap(record, ordered) if pool else map(record, ordered)
-            for (family, env_id, _), episode in zip(ordered, results):
+            for (family, env_id, _), recorded in zip(ordered, results):
                 counts[family].attempted += 1
-                if episode is not None:
+                if recorded is not None:
                     counts[family].kept += 1
-                    yield episode
+                    yield recorded
                 elif counts[family].attempted >= _MAX_ATTEMPTS_PER_EPISODE * (counts[family].kept + 1) + 10:
                     raise UserError(f"the expert of {env_id} keeps failing: {counts[family]}; leave this family out")
 

@@ -159,7 +159,13 @@ def replay(env: OCBenchEnv, episode: Episode, *, level: str = "action") -> bool:
     """
     if episode.seed is None:
         raise UserError(f"episode {episode.episode_id!r} has no simulator seed; it cannot be replayed")
-    observation = env.reset(episode.seed, render=False)
+    env.reset(episode.seed, render=False)
+    return act_again(env, episode, level=level)
+
+
+def act_again(env: OCBenchEnv, episode: Episode, *, level: str = "action") -> bool:
+    """As `replay`, from where the environment stands."""
+    observation = env.observe(render=False)
     for span in episode.spans[level]:
         steps = slice(span.start, span.end)
         actions, _ = canonical.relative_actions(
