@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from random_batch import random_batch, tiny_config
 from tiny_model import quick_compilation, save_run, store_config
@@ -19,12 +20,14 @@ from wallwm_jax.benchmarks.timing import Seconds
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import META_FIELDS
-from wallwm_jax.data.pipeline import make_loader
+from wallwm_jax.data.pipeline import PackedRows, make_loader
+from wallwm_jax.data.recaption import read_episodes
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.model_flops import RowShape, batch_flops, training_flops
 from wallwm_jax.parallel.chips import peak_flops
 from wallwm_jax.parallel.mesh import AXES, make_mesh
 from wallwm_jax.parallel.sharding import rows_sharding
+from wallwm_jax.sources.lerobot.export import write_lerobot
 
 
 def check_spread(found):
@@ -138,7 +141,58 @@ def test_the_loader_packs_what_the_sampler_reports(clustered_store):
     files = [path for path in clustered_store.rglob("*") if path.is_file()]
     stored = sum(open_store(clustered_store, split).index.size for split in ("train", "heldout"))
     assert found["disk_bytes_per_window"] == sum(path.stat().st_size for path in files) / stored
+    assert found["pixel_events_per_s"] == max(run["windows_per_core_s"] for run in found["runs"])
+    assert not {"events_per_s", "lerobot_events_per_s"} & set(found)
     assert f"{100 * packing['fill']:.2f} % of the latents of 24 rows are real" in loader.table(found)
+
+
+def test_the_peer_of_the_loader_is_told_the_same_windows(clustered_store, tmp_path):
+    store, config = open_store(clustered_store), training_config(clustered_store)
+    ids = [entry["id"] for entry in store.episodes if entry["split"] == "train"]
+    episodes = list(read_episodes(clustered_store, ids))
+    write_lerobot(tmp_path / "set", episodes, level="task")
+    table = pq.read_table(tmp_path / "set" / "data" / "chunk-000" / "file-000.parquet")
+    actions, steps = np.stack(table["action"].to_numpy()), table["frame_index"].to_numpy()
+    batches = loader.peer_batches(store, config, loader.first_rows(episodes), 3)
+    sampler = PackedRows(store, config).sampler
+    for step, batch in enumerate(batches):
+        planned = [*sampler.row(2 * step), *sampler.row(2 * step + 1)]
+        assert len(batch) == len(planned) > 2
+        for (row, frames, commands), index in zip(batch, planned):
+            record = store.read(index)
+            assert (steps[row], frames, commands) == (record.start, len(record.frame_steps), 2 * (frames - 1))
+            told = record.state[:3] + record.actions[:, :3]
+            np.testing.assert_allclose(actions[row : row + commands, :3], told, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_lerobot_is_timed_on_the_windows_of_frames_and_latents(clustered_store):
+    pytest.importorskip("lerobot.datasets.lerobot_dataset", reason="LeRobot is not installed", exc_type=ImportError)
+    found = loader.measure(training_config(clustered_store), steps=3, store=str(clustered_store), peer=True, episodes=3)
+    readers = found["comparison"]["readers"]
+    keys = {"latents": "events_per_s", "pixels": "pixel_events_per_s", "lerobot": "lerobot_events_per_s"}
+    assert found["comparison"]["episodes"] == 3 and list(readers) == list(keys)
+    for name, key in keys.items():
+        runs = readers[name]["runs"]
+        assert [run["workers"] for run in runs] == [0, 1] and readers[name]["disk_bytes"] > 1e4
+        assert found[key] == max(run["windows_per_core_s"] for run in runs)
+        assert runs[0]["worker_bytes"] is None and 2e7 < runs[1]["worker_bytes"] < 4e9
+    for latents, pixels, lerobot in zip(*(readers[name]["runs"] for name in keys)):
+        windows = [round(run["windows_per_core_s"] * run["cpu_seconds"], 6) for run in (latents, pixels, lerobot)]
+        assert windows[0] == windows[1] == windows[2] > 6
+        assert lerobot["frames"] >= 2 * 2 * windows[0]  # two views, and no window has fewer frames than two
+    assert found["pixels_times_lerobot"] == found["pixel_events_per_s"] / found["lerobot_events_per_s"] > 1
+    assert found["statistics"]["times_faster"] > 2
+    assert json.loads(json.dumps(found)) == found
+    assert f"latents {found['latents_times_lerobot']:.1f}, pixels" in loader.table(found)
+
+
+def test_the_peer_of_the_loader_has_no_history(clustered_store):
+    config = training_config(clustered_store)
+    with config.unlocked():
+        config.data.window_kind = "history"
+    with pytest.raises(UserError, match="--peer knows windows of kind event and fixed"):
+        loader.measure(config, store=str(clustered_store), peer=True)
 
 
 def test_inference_of_a_config_alone_runs_the_denoising_program():

@@ -20,6 +20,7 @@ from synthetic import synthetic_episode
 
 from wallwm_jax import build_events
 from wallwm_jax.benchmarks.planted_faults import paused
+from wallwm_jax.benchmarks.processes import memory
 from wallwm_jax.console import UserError
 from wallwm_jax.data import event_store, record_files
 from wallwm_jax.data.event_store import BadRecord, open_store, write_clusters
@@ -489,6 +490,9 @@ def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
     assert ["dropped", "episode", "2:", "no", "rows"] in lines
     assert ["episodes", "train", "3"] in lines and ["episodes", "heldout", "1"] in lines
     assert ["windows", "event/subtask", "12"] in lines and ["windows", "fixed/task", "8"] in lines
+    pace = f"{60 * 4 / built.cpu_seconds:,.1f}"
+    assert ["speed", pace, "episodes", "per", "minute", "of", "processor", "time"] in lines
+    assert built.peak_bytes[0] > 0.9 * memory(os.getpid()) > 1e7
 
 
 @pytest.mark.parametrize(

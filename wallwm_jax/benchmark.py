@@ -13,6 +13,11 @@ The loader on an event store, in threads and with worker processes:
 
     python -m wallwm_jax.benchmark loader --config=configs/ocbench_quickstart.py --store=runs/quickstart/store
 
+The same, and 20 of its episodes read as frames, as latents and by LeRobot with PyTorch's DataLoader, window by window
+(pip install --no-deps lerobot==0.4.4 torchvision accelerate; pip install datasets, torchcodec where there is FFmpeg):
+
+    python -m wallwm_jax.benchmark loader --config=configs/ocbench_quickstart.py --store=runs/quickstart/store --peer
+
 Event mode, one event at a time, of a run; or of a config with random parameters, with --store=DIR or --views=N:
 
     python -m wallwm_jax.benchmark inference --workdir=runs/quickstart/train
@@ -55,7 +60,7 @@ from wallwm_jax.console import UserError, run_command
 # import this file again: JAX stays out of them because only `main` imports a module.
 _PARTS = {
     "train_step": ("config", "steps", "store", "views", "peer"),
-    "loader": ("config", "steps", "store"),
+    "loader": ("config", "steps", "store", "peer", "episodes"),
     "inference": ("config", "steps", "store", "views", "workdir"),
     "serving": ("steps", "workdir"),
     "staircase": ("steps",),
@@ -71,12 +76,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer("steps", 20, "Steps, batches or calls that are timed.", 1)
     flags.DEFINE_string("store", "", "Event store, made by python -m wallwm_jax.build_events.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
-    flags.DEFINE_bool("peer", False, "train_step: time diffusers' twin of the video tower, too (extra parity).")
+    flags.DEFINE_bool("peer", False, "Time the public twin, too. train_step: diffusers' tower; loader: LeRobot.")
     flags.DEFINE_string("workdir", "", "inference, serving: a run of python -m wallwm_jax.train.")
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
     flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")
-    flags.DEFINE_integer("episodes", 20, "segment: episodes per OCBench family.", 1)
+    flags.DEFINE_integer("episodes", 20, "segment: episodes per OCBench family; loader: of the peer.", 1)
     flags.DEFINE_list("tasks", [], "segment: MetaWorld tasks to report, too.")
 
 

@@ -49,6 +49,7 @@ with `tfds.data_source("events", data_dir="runs/store/tfds", split="train")`.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ class Build:
       families: episodes per family or set of the source.
       size_on_disk: bytes of the store.
       seconds: per phase.
+      cpu_seconds: processor time of this process and its workers.
+      peak_bytes: the most memory of this process, and of the largest of its workers, since they began.
       prepared: what cleaning and synchronising found, where they were asked for.
       labelled: episodes whose events were found here.
     """
@@ -86,6 +89,8 @@ class Build:
     seconds: dict[str, float] = field(default_factory=dict)
     prepared: Summary | None = None
     labelled: int = 0
+    cpu_seconds: float = 0.0
+    peak_bytes: tuple[int, int] = (0, 0)
 
 
 def build(
@@ -110,6 +115,7 @@ def build(
 
     seconds: dict[str, float] = {}
     found = None
+    cpu = _used()[0]
     with atomic_directory(out, overwrite=overwrite) as directory:
         stream, families = open_source(source, recording or SourceOptions(seed=options.seed))
         if preparation:
@@ -128,7 +134,15 @@ def build(
 
             write_build_report(directory, found, f"Event store of {source}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return Build(summary, families(), size_on_disk, seconds, found, labelled.count)
+    spent, peak = _used()
+    return Build(summary, families(), size_on_disk, seconds, found, labelled.count, spent - cpu, peak)
+
+
+def _used() -> tuple[float, tuple[int, int]]:
+    """Processor seconds so far, and peak bytes, of this process and of those that it started and that have ended."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own, workers = (1024 * one.ru_maxrss for one in both)
+    return sum(one.ru_utime + one.ru_stime for one in both), (own, workers)
 
 
 def report(build: Build, out: str) -> str:
@@ -161,6 +175,10 @@ def report(build: Build, out: str) -> str:
     lines += [f"  windows   {f'{kind}/{level}':<16} {count:>6}" for (kind, level), count in summary.windows.items()]
     lines.append(f"  bytes     {build.size_on_disk:>23,} ({build.size_on_disk / windows:,.0f} per window)")
     lines += [f"  seconds   {name:<48} {spent:>7.1f}" for name, spent in build.seconds.items()]
+    pace = 60 * summary.episodes.total() / build.cpu_seconds
+    own, workers = (peak / 2**20 for peak in build.peak_bytes)
+    lines.append(f"  speed     {pace:>23,.1f} episodes per minute of processor time")
+    lines.append(f"  memory    {own:>23,.0f} MiB at most, {workers:,.0f} MiB in the largest worker")
     return "\n".join(lines)
 
 
