@@ -109,7 +109,7 @@ def build(
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
         if found:
-            from wallwm_jax.data.build_report import write_build_report
+            from wallwm_jax.evaluation.build_report import write_build_report
 
             for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
                 found.add_unreadable(name, count.reasons)
