@@ -47,7 +47,8 @@ class SourceOptions:
       views: cameras that a simulator renders; () takes all.
       workers: processes; 0 does the work in this one.
       embodiment: what the columns of a set mean: a name or the path of a TOML file.
-      video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
+      video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps the
+        source's own rates.
       damage_limit: share of a set's episodes that may be damaged before the build ends.
     """
 
@@ -98,13 +99,21 @@ def open_set(source: str) -> RecordedSet:
 
 
 def _open_simulator(name: str, families: list[str], options: SourceOptions) -> Opened:
+    from wallwm_jax.sources.clock import resample_episode, two_step_clock
     from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
-    if options.embodiment or options.video_fps:
-        raise UserError(f"--embodiment and --video_fps describe recorded sets; {name} has its own")
+    if options.embodiment:
+        raise UserError(f"--embodiment describes recorded sets; {name} has its own")
     simulator = {"ocbench": ocbench_demos, "metaworld": metaworld_demos}[name]
     if unknown := set(options.views) - set(simulator.VIEWS):
         raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
+    clock = two_step_clock(options.video_fps) if options.video_fps else None
+    own = simulator.CLOCK_HZ / simulator.VIDEO_STRIDE
+    if options.video_fps > own:
+        raise UserError(
+            f"--video_fps={options.video_fps:g}: {name} draws {own:g} frames per second; give at most that, or 0 for "
+            f"its own clock of {simulator.CLOCK_HZ:g} control steps per second"
+        )
     stream = simulator.demonstrations(
         families,
         _EPISODES if options.episodes is None else options.episodes,
@@ -113,7 +122,10 @@ def _open_simulator(name: str, families: list[str], options: SourceOptions) -> O
         views=options.views or simulator.VIEWS,
         workers=options.workers,
     )
-    return stream, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
+    episodes: Iterable[Episode] = stream
+    if clock:
+        episodes = (resample_episode(episode, clock) for episode in stream)
+    return episodes, lambda: {name: FamilyCount(count.kept, count.dropped) for name, count in stream.counts.items()}
 
 
 def _open_set(source: str, options: SourceOptions) -> Opened:
