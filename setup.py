@@ -19,7 +19,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["wallwm_jax", "wallwm_jax.*"]),
     package_data={
-        "wallwm_jax.data": ["templates/*.j2"],
         "wallwm_jax.evaluation": ["templates/*.j2"],
         "wallwm_jax.sources": ["embodiments/*.toml"],
     },

@@ -1,14 +1,31 @@
-"""Fixtures shared by all tests: one small event store, built once per test run from synthetic episodes."""
+"""Shared by all tests: how programs are compiled, and one small event store of synthetic episodes per test run."""
 
+import atexit
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
+# Compiling is most of the tests' time: few optimisations halve it, and a program that another test, worker process or
+# command under test has compiled is taken from a folder of this run (JAX reads these when it is imported).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="wallwm_test_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import jax
 import pytest
 from synthetic import synthetic_episode
 
 from wallwm_jax.data.clusters import cluster_store
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.store_writer import StoreOptions, atomic_directory, write_store
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """What the TPU compiler makes of a program is looked at as users get it: with all optimisations."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("tpu") is None)
 
 
 def build_small_store(target: Path) -> None:

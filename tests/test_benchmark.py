@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation, save_run, store_config
+from tiny_model import save_run, store_config
 from training_setup import subprocess_environment, training_config
 
 from wallwm_jax.benchmarks import figures, inference, loader, train_step
@@ -66,8 +66,7 @@ def lean_config(**sampling):
 
 def test_train_step_on_random_events():
     config = lean_config()
-    with quick_compilation():
-        found = train_step.measure(config, steps=3, views=2)
+    found = train_step.measure(config, steps=3, views=2)
     spread = check_spread(found["step_seconds"])
     assert spread.count == 3 and found["compile_seconds"] > 0 and math.isfinite(found["loss"])
     assert (found["latents"], found["events"], found["tokens"]) == (2 * 12, 2 * 2, 2 * 12 * 2 * 4)
@@ -87,8 +86,7 @@ def test_the_peer_is_the_same_tower_on_the_same_events():
     config = lean_config()
     with config.unlocked():
         config.model.text.pad_to = 16
-    with quick_compilation():
-        found = train_step.measure(config, steps=2, views=1, peer=True)
+    found = train_step.measure(config, steps=2, views=1, peer=True)
     ours = {key: leaf for key, leaf in wam.abstract_params(config.model)["video"].items() if key != "cameras"}
     assert found["peer"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(ours))
     assert check_spread(found["peer"]["step_seconds"]).count == 2
@@ -196,8 +194,7 @@ def test_the_peer_of_the_loader_has_no_history(clustered_store):
 
 
 def test_inference_of_a_config_alone_runs_the_denoising_program():
-    with quick_compilation():
-        found = inference.measure(lean_config(buckets=(3,), steps=2, video_steps=2), steps=3, views=2)
+    found = inference.measure(lean_config(buckets=(3,), steps=2, video_steps=2), steps=3, views=2)
     (bucket,) = found["buckets"]
     spread = check_spread(bucket["seconds"])
     assert (bucket["latents"], bucket["actions"], spread.count) == (3, 16, 3)
@@ -212,8 +209,7 @@ def test_inference_of_a_run_goes_the_whole_way(small_store, tmp_path):
     with config.unlocked():
         config.model.view_attention = config.model.sight_cone.on = False
     average = save_run(tmp_path, store, config)
-    with quick_compilation():
-        found = inference.measure(workdir=str(tmp_path), steps=2)
+    found = inference.measure(workdir=str(tmp_path), steps=2)
     assert found["includes"].startswith("encoding the pictures")
     assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(average))
     assert found["parameters_from"] == str(tmp_path) and len(found["buckets"]) == 1

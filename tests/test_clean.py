@@ -14,9 +14,9 @@ from wallwm_jax import build_events
 from wallwm_jax.benchmarks import sync as benchmark
 from wallwm_jax.benchmarks.planted_faults import FAULTS, begun, late_pictures
 from wallwm_jax.console import UserError
-from wallwm_jax.data.build_report import write_build_report
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.store_writer import StoreOptions
+from wallwm_jax.evaluation.build_report import write_build_report
 from wallwm_jax.events.clean import RULES, Limits, clean, explanation
 from wallwm_jax.events.preparing import EXPLANATIONS, PrepareOptions, prepare
 from wallwm_jax.events.schema import Episode, EpisodeError

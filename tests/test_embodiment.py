@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_motion import DESCRIPTION
 from scipy.spatial.transform import Rotation
+from synthetic import synthetic_episode
 
 from wallwm_jax.console import UserError
-from wallwm_jax.sources.clock import Clock, nearest_rows, resample
+from wallwm_jax.sources.clock import Clock, nearest_rows, resample, resample_episode
 from wallwm_jax.sources.columns import BadRecording, Column
 from wallwm_jax.sources.embodiment import FOLDER, Motion, load_embodiment
 from wallwm_jax.sources.labels import Label, spans
+from wallwm_jax.sources.opening import SourceOptions, open_source
 
 ROWS = 6
 RNG = np.random.default_rng(0)
@@ -185,6 +187,42 @@ def test_resampled_motion_lies_on_the_recorded_one(rows, hz, clock_hz, seed):
     assert np.abs(result.command_poses[:, 0, :3, 3] - due[:, None] * slope).max() <= tolerance
     nearest = nearest_rows(times, np.arange(steps + 1), clock)
     assert np.abs(times[nearest] - wanted).max() <= 0.5 / hz + 1e-9
+
+
+def test_an_episode_on_another_clock_keeps_its_motion_its_pictures_and_its_events():
+    episode = synthetic_episode(3, steps=61)
+    assert resample_episode(episode, Clock(10.0, 2)) is episode
+    slow = resample_episode(episode, Clock(5.0, 2))  # every second step, every second frame
+    assert (slow.clock_hz, slow.video_stride, slow.num_steps) == (5.0, 2, 30)
+    assert np.abs(slow.poses - episode.poses[:61:2]).max() < 1e-6
+    assert np.abs(slow.command_poses - episode.command_poses[1:60:2]).max() < 1e-6  # due at the same moments
+    assert np.array_equal(slow.command_grippers, episode.command_grippers[1:60:2])
+    for view, frames in episode.frames.items():
+        assert slow.frames[view] == frames[::2]
+        assert np.array_equal(slow.cameras[view].extrinsics, episode.cameras[view].extrinsics[::2])
+    for level in ("task", "subtask"):  # whose events are longer than two steps
+        assert [(span.end, span.caption, span.parent) for span in slow.spans[level][:-1]] == [
+            (round(span.end / 2), span.caption, span.parent) for span in episode.spans[level][:-1]
+        ]
+    assert slow.provenance[0] == "resampled from 10 to 5 Hz"
+
+
+def test_events_too_short_for_a_slow_clock_are_left_out_with_what_is_in_them():
+    episode = synthetic_episode(3, steps=61)
+    slow = resample_episode(episode, Clock(0.5, 1))  # a step is 20 old ones; the type checks nesting and gaps
+    lost = sum(len(tiles) - len(slow.spans[level]) for level, tiles in episode.spans.items())
+    assert slow.num_steps == 3 and len(slow.spans["segment"]) <= 3
+    assert slow.provenance[-1] == f"{lost} events left out: shorter than a control step" and lost > 3
+
+
+def test_a_simulator_brings_its_episodes_to_the_clock_asked_for(monkeypatch):
+    from wallwm_jax.sources.simulator import ocbench_demos
+
+    monkeypatch.setattr(ocbench_demos, "demonstrations", lambda *_, **__: [synthetic_episode(3)])
+    episodes, _ = open_source("ocbench:chamber", SourceOptions(video_fps=2.5))
+    assert [(episode.clock_hz, episode.video_stride) for episode in episodes] == [(5.0, 2)]
+    with pytest.raises(UserError, match=r"--video_fps=6: ocbench draws 5 frames per second; give at most that, or 0"):
+        open_source("ocbench:chamber", SourceOptions(video_fps=6))
 
 
 # Labels

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_model import quick_compilation, random_params, store_config
+from tiny_model import random_params, store_config
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
@@ -40,11 +40,10 @@ def make(store, batch_size=2, **sampling):
 @pytest.fixture(scope="module")
 def mode(store):
     """Warmed for its two buckets of 2 and 3 latents, that is, up to 16 actions."""
-    with quick_compilation():
-        mode = make(store)
-        mode.warm_up()
-        assert mode.compilations == 3  # two buckets and the duration head
-        yield mode
+    mode = make(store)
+    mode.warm_up()
+    assert mode.compilations == 3  # two buckets and the duration head
+    yield mode
 
 
 def test_the_batch_is_the_packed_row_of_training(store):
@@ -182,15 +181,13 @@ def test_configs_that_cannot_run_are_named(store):
 @pytest.mark.extended
 def test_the_symmetric_sampler_guidance_and_temperature_are_settings_of_the_same_call(mode, store):
     request = window_request(store, 0, duration_s=0.5)
-    with quick_compilation():
-        other = make(store, buckets=(2,), sampler="symmetric", guidance=2.0, action_temperature=0.0)
-        first, second = (other.plan([request], seeds=[seed], video=True)[0] for seed in (0, 1))
+    other = make(store, buckets=(2,), sampler="symmetric", guidance=2.0, action_temperature=0.0)
+    first, second = (other.plan([request], seeds=[seed], video=True)[0] for seed in (0, 1))
     plain, again = (mode.plan([request], seeds=[seed])[0] for seed in (0, 1))
     assert first.actions.shape == plain.actions.shape == (6, 32) and np.isfinite(first.actions).all()
     assert all(latents.shape == (2, 8, 8, 768) for latents in first.latents.values())  # already denoised
     # The mean of draws is steadier than one of them; at temperature 0 only the noise of the video is left.
-    with quick_compilation():
-        mean = make(store, buckets=(2,), action_draws=16)
-        one, two = (mean.plan([request], seeds=[seed])[0].actions for seed in (0, 1))
+    mean = make(store, buckets=(2,), action_draws=16)
+    one, two = (mean.plan([request], seeds=[seed])[0].actions for seed in (0, 1))
     assert np.abs(one - two).mean() < 0.5 * np.abs(plain.actions - again.actions).mean()
     assert np.abs(first.actions - second.actions).max() < 0.5 * np.abs(plain.actions - again.actions).max()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_batch import tiny_config
 from synthetic import synthetic_episode
-from tiny_model import quick_compilation, save_run
+from tiny_model import save_run
 from weight_files import write_umt5, write_wan22_vae
 
 from wallwm_jax.console import UserError
@@ -42,8 +42,7 @@ def episodes():
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    with quick_compilation():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

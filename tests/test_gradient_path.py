@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation, random_like, random_params
+from tiny_model import random_like, random_params
 
 from wallwm_jax.models import world_action_model as wam
 from wallwm_jax.models.vlm import language_model, staircase
@@ -56,21 +56,20 @@ def test_the_gradient_from_action_to_vlm_is_unbroken():
     rng = np.random.default_rng(5)
     noise = jnp.asarray(rng.normal(size=(1, *batch["actions"].shape)), jnp.float32)
     ids = jnp.asarray(rng.integers(0, 256, (1, 6)))
-    with quick_compilation():
-        loss = jax.jit(functools.partial(action_loss, towers=towers, batch=batch, ids=ids, noise=noise))
-        grads = jax.jit(jax.grad(lambda both: loss(*both)))((branch, backbone))
-        frozen = jax.jit(jax.grad(lambda both: loss(both[0], jax.lax.stop_gradient(both[1]))))((branch, backbone))
-        untouched = [set(), set()]
-        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-            assert bool(jnp.all(jnp.isfinite(grad))), path
-            if not bool(jnp.any(grad)):
-                untouched[path[0].idx].add(jax.tree_util.keystr(path[1:], simple=True, separator="/"))
-        assert untouched[0] == {"border/prefix/kernel", "border/prefix/bias"}  # which the small model reads
-        assert untouched[1] == ONLY_FOR_WORDS
-        direction = random_like(jax.eval_shape(lambda: (branch, backbone)), seed=6, scale=1.0)
-        moved = [
-            loss(*optax.apply_updates((branch, backbone), optax.tree.scale(step, direction))) for step in (2e-3, -2e-3)
-        ]
+    loss = jax.jit(functools.partial(action_loss, towers=towers, batch=batch, ids=ids, noise=noise))
+    grads = jax.jit(jax.grad(lambda both: loss(*both)))((branch, backbone))
+    frozen = jax.jit(jax.grad(lambda both: loss(both[0], jax.lax.stop_gradient(both[1]))))((branch, backbone))
+    untouched = [set(), set()]
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.all(jnp.isfinite(grad))), path
+        if not bool(jnp.any(grad)):
+            untouched[path[0].idx].add(jax.tree_util.keystr(path[1:], simple=True, separator="/"))
+    assert untouched[0] == {"border/prefix/kernel", "border/prefix/bias"}  # which the small model reads
+    assert untouched[1] == ONLY_FOR_WORDS
+    direction = random_like(jax.eval_shape(lambda: (branch, backbone)), seed=6, scale=1.0)
+    moved = [
+        loss(*optax.apply_updates((branch, backbone), optax.tree.scale(step, direction))) for step in (2e-3, -2e-3)
+    ]
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
     assert float(moved[0] - moved[1]) / 4e-3 == pytest.approx(slope, rel=0.03)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(frozen[1]))

@@ -8,7 +8,7 @@ from history_windows import HISTORY, PAST, STEPS, configured
 from ml_collections import ConfigDict
 from random_batch import tiny_config
 from synthetic import synthetic_episode
-from tiny_model import quick_compilation, random_params
+from tiny_model import random_params
 
 from configs import ocbench_chunk
 from wallwm_jax.console import UserError
@@ -148,12 +148,11 @@ def test_the_loss_counts_the_future_and_depends_on_the_past(store, batch):
         weight = jnp.ones(config.model.latent_channels)
         return objectives.compute_loss(params, {}, config, get_stage("joint"), arrays, jax.random.key(0), weight)[1]
 
-    with quick_compilation():
-        losses = jax.jit(losses)
-        plain = losses(arrays)
-        assert np.isfinite(plain["loss"])
-        past_latent = (arrays["latent_pos"] < 0)[:, None, :, None, None, None]
-        past_action = (arrays["action_pos"] < 0)[..., None]
-        for name, is_past in (("latents", past_latent), ("actions", past_action)):
-            other = losses({**arrays, name: jnp.where(is_past, arrays[name] + 1.0, arrays[name])})
-            assert abs(other["loss_action"] - plain["loss_action"]) > 1e-5, name
+    losses = jax.jit(losses)
+    plain = losses(arrays)
+    assert np.isfinite(plain["loss"])
+    past_latent = (arrays["latent_pos"] < 0)[:, None, :, None, None, None]
+    past_action = (arrays["action_pos"] < 0)[..., None]
+    for name, is_past in (("latents", past_latent), ("actions", past_action)):
+        other = losses({**arrays, name: jnp.where(is_past, arrays[name] + 1.0, arrays[name])})
+        assert abs(other["loss_action"] - plain["loss_action"]) > 1e-5, name

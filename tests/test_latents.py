@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from tiny_model import quick_compilation
 from vlm_setup import built_vlm_step, random_vlm_state, vlm_training_config
 
 from wallwm_jax.console import UserError
@@ -40,8 +39,7 @@ def test_a_run_is_measured_under_all_conditions(clustered_store):
     config, built = vlm_training_config(clustered_store, "staircase"), built_vlm_step(clustered_store, "staircase")
     state, store = random_vlm_state(built), open_store(clustered_store, "heldout")
     params = {**state.trainable, **jax.tree.map(lambda leaf: leaf.astype("float32"), state.frozen)}
-    with quick_compilation():
-        found = latents.measure(params, config, store, events=6, draws=2)
+    found = latents.measure(params, config, store, events=6, draws=2)
     assert found["events"] == 6 and set(found["action"]) == set(found["video"]) == set(CONDITIONS)
     assert all(entry["low"] <= entry["mean"] <= entry["high"] for entry in found["action"].values())
     assert found["match"]["latents"]["mean"] > 0
@@ -53,8 +51,7 @@ def test_a_run_is_measured_under_all_conditions(clustered_store):
 
     silent = params["staircase"]["border"]["projector"]
     silent["kernel"], silent["bias"] = silent["kernel"] * 0.0, silent["bias"] * 0.0
-    with quick_compilation():
-        same = latents.measure(params, config, store, events=6, draws=2)
+    same = latents.measure(params, config, store, events=6, draws=2)
     assert same["action"]["latents"] == same["action"]["other_latents"]
     assert same["action"]["caption"] == found["action"]["caption"]
     assert same["trace"]["latents"] == found["trace"]["latents"]  # the small model reads another projection

@@ -28,7 +28,7 @@ from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
 from wallwm_jax.sources.lerobot.dataset import LeRobotSet
 from wallwm_jax.sources.opening import SourceOptions, open_source
-from wallwm_jax.sources.recorded import read_episodes, read_motions
+from wallwm_jax.sources.recorded import read_episodes
 
 RAWS = recordings(3)
 VERSIONS = ("v2.1", "v3.0")
@@ -138,10 +138,11 @@ def test_pictures_may_be_images_in_the_rows(tmp_path, arm):
     assert count.damaged == [] and rows_seen(episodes[1].frames["wrist"]) == list(range(0, 44, 2))
 
 
-def test_statistics_need_no_pictures(good_sets, arm, tmp_path):
+def test_rows_and_what_they_mean_need_no_pictures(good_sets, arm, tmp_path):
     path = Path(shutil.copytree(good_sets["v3.0"], tmp_path / "set"))
     shutil.rmtree(path / "videos")
-    motions = [motion for _, motion in read_motions(LeRobotSet(path), arm, range(3))]
+    dataset = LeRobotSet(path)
+    motions = [arm.motion(dataset.recording(number, arm).columns) for number in range(3)]
     assert [len(motion.poses) for motion in motions] == [len(raw.times) for raw in RAWS]
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.fft
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation
 
 from wallwm_jax.models.flow_matching import anchor_sigma
 from wallwm_jax.training import objectives
@@ -19,8 +18,7 @@ JOINT, ACTION = STAGES["joint"], STAGES["action"]
 
 @pytest.fixture(autouse=True)
 def _quick():
-    with quick_compilation():
-        yield
+    yield
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from random_batch import tiny_config
-from tiny_model import quick_compilation
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models import param_axes, world_action_model
@@ -20,8 +19,7 @@ CONFIG = tiny_config()
 
 @pytest.fixture(autouse=True)
 def _quick():
-    with quick_compilation():
-        yield
+    yield
 
 
 def optim(**changes):

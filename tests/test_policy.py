@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_model import quick_compilation, save_run, store_config
+from tiny_model import save_run, store_config
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
@@ -37,8 +37,7 @@ def run(store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(run):
-    with quick_compilation():
-        yield Policy.from_checkpoint(run[0])
+    yield Policy.from_checkpoint(run[0])
 
 
 @pytest.fixture(scope="module")

@@ -140,16 +140,38 @@ def test_without_views_the_command_says_what_to_give():
     assert done.returncode == 2 and "give --views=N" in done.stderr
 
 
-@pytest.mark.tpu
-def test_a_small_step_fits_and_a_tiny_chip_does_not(monkeypatch):
+@pytest.fixture(scope="module")
+def small_step():
+    """The 5B layout's kinds of layers at small sizes, parameters over fsdp, rows over data and fsdp of four chips.
+
+    Compiled once: its config, the report, and the statistics that the report is made of.
+    """
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     config = sized_config()
     with config.unlocked():
         config.model.update(compute_dtype="bfloat16", remat="full")
-        config.data.update(rows=4)
+        config.data.update(rows=4, events_per_row=8)
+        config.objective.action_draws = 2
         config.mesh.update(data=2, fsdp=2)
         config.train.stage = "joint"
-    report = preflight.inspect(config, "v5p:2x2x1")
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "statistics", lambda program: found.append(statistics(program)) or found[0])
+        return config, preflight.inspect(config, "v5p:2x2x1"), *found
+
+
+@pytest.mark.tpu
+def test_the_train_step_runs_the_splash_kernel_once_per_layer_and_pass(small_step):
+    config, _, found = small_step
+    runs = {name: count for name, count in found.kernels.items() if "splash" in name}
+    assert set(runs.values()) == {config.model.depth}, found.table()
+    assert len(runs) >= 6, found.table()  # forward, recomputed and backward, of the video's cells and of the actions'
+    assert found.received["all-reduce"] > 0 and found.memory < 2 << 30
+
+
+@pytest.mark.tpu
+def test_a_small_step_fits_and_a_tiny_chip_does_not(small_step):
+    _, report, _ = small_step
     assert report.fits and report.chips == 4
     found = json.loads(json.dumps(report.to_json()))
     assert found["fits"] and 0 < found["projected_mfu"] < found["projected_mfu_bound"] < 1
@@ -204,22 +226,17 @@ def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
 
 
 @pytest.mark.tpu
-def test_muon_alone_and_event_mode_are_answered_too(capsys):
-    pytest.importorskip("libtpu", reason="needs the tpu extra")
-    config = sized_config()
-    with config.unlocked():
-        config.model.update(compute_dtype="bfloat16")
-        config.data.rows = 4
-        config.mesh.update(data=2, fsdp=2)
-        config.train.stage = "joint"
-        config.sampling.update(buckets=(5,), steps=3, video_steps=2)
+def test_muon_alone_and_event_mode_are_answered_too(small_step):
+    config, report, _ = small_step
+    config = config.copy_and_resolve_references()
     result = muon.measure_config(config, "v5p:2x2x1")
-    assert result["muon"]["matrices"] == preflight.inspect(config, "v5p:2x2x1").muon.matrices
+    assert result["muon"]["matrices"] == report.muon.matrices
     assert result["muon"]["plan"]["bytes_received_per_chip"] == pytest.approx(
         result["muon"]["bytes_received_per_chip"], rel=0.05
     )
     with config.unlocked():
         config.mesh.update(data=1, fsdp=1, tensor=2)
+        config.sampling.update(buckets=(5,), steps=3, video_steps=2)
     cost = event_mode_cost.inspect(config, "v5p:2x2x1")
     (bucket,) = cost.buckets
     assert cost.fits and cost.chips == 2 and bucket.actions == 4 * config.model.actions_per_latent

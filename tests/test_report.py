@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_model import quick_compilation, save_run, store_config
+from tiny_model import save_run, store_config
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.clusters import cluster_store
@@ -36,10 +36,9 @@ def made(small_store, tmp_path_factory):
         for s in range(40)
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses) + '{"step": 40, "lo')
-    with quick_compilation():
-        evaluate(
-            workdir, store, evaluation, Options(episodes=0, windows=4, batch=2, max_seconds=3600, sampling=["steps=3"])
-        )
+    evaluate(
+        workdir, store, evaluation, Options(episodes=0, windows=4, batch=2, max_seconds=3600, sampling=["steps=3"])
+    )
     content = json.loads((evaluation / "evaluation.json").read_text())
     for policy, won in (("trained", 3), ("untrained", 0), ("expert_replay", 4)):
         results = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation, random_params
+from tiny_model import random_params
 
 from wallwm_jax.inference import samplers
 from wallwm_jax.models import flow_matching
@@ -109,8 +109,7 @@ def model():
     null = {**batch, "text_ids": jnp.zeros_like(batch["text_ids"]).at[..., 0].set(1)}
     null["text_length"] = jnp.ones_like(batch["text_length"])
     encode = jax.jit(lambda params, batch: wam.encode_text(params, config.model, batch))
-    with quick_compilation():
-        yield config.model, batch, params, encode(params, batch), encode(params, null)
+    yield config.model, batch, params, encode(params, batch), encode(params, null)
 
 
 @pytest.mark.extended

@@ -21,7 +21,7 @@ import msgpack
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
-from tiny_model import quick_compilation, save_run, store_config
+from tiny_model import save_run, store_config
 from training_setup import subprocess_environment
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -55,10 +55,9 @@ def run(store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(run):
-    with quick_compilation():
-        policy = Policy.from_checkpoint(run)
-        policy.event_mode.warm_up(video=True)
-        yield policy
+    policy = Policy.from_checkpoint(run)
+    policy.event_mode.warm_up(video=True)
+    yield policy
 
 
 @pytest.fixture(scope="module")

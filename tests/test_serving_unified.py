@@ -14,7 +14,6 @@ import pytest
 from history_windows import HISTORY, STEPS, configured
 from scipy.spatial.transform import Rotation
 from tiny_model import random_like, random_params
-from training_setup import quick_shared_compilation
 from vlm_setup import vlm_training_config
 
 from wallwm_jax.benchmarks import serving
@@ -38,9 +37,8 @@ def policy(history_store):
     config = configured(history_store)
     with config.unlocked():
         config.sampling.update(steps=2, video_steps=2, action_draws=2, buckets=(3,))
-    with quick_shared_compilation():
-        params = random_params(config.model, seed=3)
-        yield Policy(EventMode(params, config, history_store.meta, history_store.stats))
+    params = random_params(config.model, seed=3)
+    yield Policy(EventMode(params, config, history_store.meta, history_store.stats))
 
 
 @pytest.fixture(scope="module")

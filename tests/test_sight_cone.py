@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation, random_params
+from tiny_model import random_params
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
@@ -154,9 +154,8 @@ def test_the_tower_masks_with_calibration_and_is_open_without():
         frozen, inputs = model.copy_and_resolve_references().lock(), {**batch, "view_geometry": geometry}
         sigma = jnp.full(batch["text_length"].shape, 0.5)
         text = wam.encode_text(params, frozen, inputs)
-        with quick_compilation():
-            run = jax.jit(lambda params: wam.video_context(params, frozen, inputs, batch["latents"], sigma, text)[0])
-            return np.asarray(run(params))
+        run = jax.jit(lambda params: wam.video_context(params, frozen, inputs, batch["latents"], sigma, text)[0])
+        return np.asarray(run(params))
 
     without = velocity(False, calibrated)
     np.testing.assert_array_equal(without, velocity(True, jnp.zeros_like(calibrated)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import quick_compilation, random_like
+from tiny_model import random_like
 
 from wallwm_jax.benchmarks import staircase as benchmark
 from wallwm_jax.console import UserError
@@ -30,8 +30,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def quickly():
-    with quick_compilation():
-        yield
+    yield
 
 
 def setup(config, lengths=(5, 7)):

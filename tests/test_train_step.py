@@ -17,7 +17,6 @@ from training_setup import (
     built_step,
     compiled_step,
     device_batch,
-    quick_shared_compilation,
     random_state,
     subprocess_environment,
     training_config,
@@ -80,8 +79,7 @@ def test_the_average_follows_with_its_warm_up(joint):
 
 def test_the_loss_comes_down_on_rows_seen_again_and_again(joint):
     config, built, step = joint
-    with quick_shared_compilation():
-        state = built.init()
+    state = built.init()
     batch = device_batch(config, built)
     losses = []
     for _ in range(6):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_batch import random_batch, tiny_config
-from tiny_model import quick_compilation
 
 from wallwm_jax.training import objectives
 from wallwm_jax.training.stages import STAGES
@@ -15,8 +14,7 @@ ROWS = 8
 
 @pytest.fixture(autouse=True)
 def _quick():
-    with quick_compilation():
-        yield
+    yield
 
 
 def example(prob=1.0, clean_prob=0.5, sides=(1, 2), patch=(1, 1)):

@@ -9,7 +9,7 @@ import jax
 import pytest
 from history_windows import STEPS, configured
 from ml_collections import ConfigDict
-from tiny_model import quick_compilation, random_like, save_params, save_run
+from tiny_model import random_like, save_params, save_run
 from vlm_setup import vlm_training_config
 
 from wallwm_jax.console import UserError
@@ -47,8 +47,7 @@ def test_an_untrained_model_acts_in_chunks_under_words_and_latents(runs, history
         episodes=2, families=(ENV,), mode="unified", text=staircase, execute=8, windows=2, batch=2, max_seconds=3600,
         patience=1.0,
     )  # fmt: skip
-    with quick_compilation():
-        evaluate(chunk, history_store.path, tmp_path / "evaluation", options)
+    evaluate(chunk, history_store.path, tmp_path / "evaluation", options)
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert found["options"]["mode"] == "unified" and found["open_loop"]["windows"] == 2
     assert found["open_loop"]["model"] == found["open_loop"]["model_predicted_duration"] > 0
@@ -69,13 +68,12 @@ def test_arms_of_one_run_act_on_the_same_trials_and_a_second_call_finds_them_don
         arms.parse_arm(f"staircase:run={chunk},mode=unified,text={staircase}"),
     ]
     how = arms.Options(episodes=2, families=(ENV,), batch=2, patience=1.0, processes=1)
-    with quick_compilation():
-        result, whole = arms.compare_arms(compared, history_store.path, tmp_path / "arms", how)
-        assert whole and result["episodes"] == 2 and len(result["pairs"]) == 1
-        again, _ = arms.compare_arms(compared, history_store.path, tmp_path / "arms", how)
-        assert again == result
-        with pytest.raises(UserError, match="made with another patience"):
-            arms.compare_arms(compared, history_store.path, tmp_path / "arms", dataclasses.replace(how, patience=2.0))
+    result, whole = arms.compare_arms(compared, history_store.path, tmp_path / "arms", how)
+    assert whole and result["episodes"] == 2 and len(result["pairs"]) == 1
+    again, _ = arms.compare_arms(compared, history_store.path, tmp_path / "arms", how)
+    assert again == result
+    with pytest.raises(UserError, match="made with another patience"):
+        arms.compare_arms(compared, history_store.path, tmp_path / "arms", dataclasses.replace(how, patience=2.0))
     trials = json.loads((tmp_path / "arms" / "trials" / "staircase.json").read_text())["trials"]
     for trial in trials:  # whole chunks, but for one in which the episode ends
         assert sum(subtask["events"] for subtask in trial["subtasks"]) == -(-trial["steps"] // STEPS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from history_windows import HISTORY, PAST, STEPS, configured
 from synthetic import synthetic_episode
-from tiny_model import quick_compilation, random_params
+from tiny_model import random_params
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import pack_row
@@ -22,8 +22,7 @@ from wallwm_jax.inference.unified_mode import History, UnifiedMode
 
 @pytest.fixture(autouse=True)
 def quickly():
-    with quick_compilation():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

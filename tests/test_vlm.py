@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import quick_compilation
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models.convert.qwen3_5 import language_aliases, language_rules
@@ -33,8 +32,7 @@ JSON = dict(
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    with quick_compilation():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

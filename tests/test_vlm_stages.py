@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import quick_compilation, save_run
+from tiny_model import save_run
 from training_setup import STEPS, training_config
 from vlm_setup import (
     built_vlm_step,
@@ -253,10 +253,9 @@ def test_the_action_tie_alone_lowers_the_towers_loss(clustered_store):
     built = build_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
     batch, state = jax.device_put(vlm_batch(clustered_store, config), built.rows), random_vlm_state(built)
     lines = []
-    with quick_compilation():
-        for _ in range(STEPS):
-            state, metrics = built.step(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), batch)
-            lines.append(metrics)
+    for _ in range(STEPS):
+        state, metrics = built.step(dataclasses.replace(state, step=jnp.zeros((), jnp.int32)), batch)
+        lines.append(metrics)
     assert "loss_trace" not in lines[0] and "loss_match" not in lines[0]
     assert float(lines[0]["loss"]) == float(lines[0]["loss_latent_action"])
     assert float(lines[-1]["loss"]) < float(lines[0]["loss"])
@@ -411,8 +410,7 @@ def test_the_time_head_of_a_text_run_is_what_training_regressed(clustered_store,
     params = {**state.trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.frozen)}
     planner, questions = VlmPlanner(params, config, batch_size=2), Questions(store, config)
     asked = [questions.ask(window, moment=moment) for window, moment in _moments(store, config)]
-    with quick_compilation():
-        told = planner.time_left([planner_accuracy.request_of(question, config.data.views) for question in asked])
+    told = planner.time_left([planner_accuracy.request_of(question, config.data.views) for question in asked])
     _, metrics = compiled_vlm_step(clustered_store, "vlm_text")(state, jax.device_put(batch, built.rows))
     errors = optax.huber_loss(jnp.log(jnp.array(told)), jnp.log(batch["remaining_s"]))
     assert float(metrics["loss_time"]) == pytest.approx(float(errors.mean()), rel=1e-4)

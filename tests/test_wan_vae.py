@@ -25,14 +25,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_codec(kind, **changes):
     config = dataclasses.replace(KINDS[kind], **changes)
     return wan_vae.BatchCodec(config, wan_vae.init(config, jax.random.key(0)), batch=2, devices=jax.devices()[:1])

@@ -44,12 +44,8 @@ SHORT = {"dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [Tru
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def one_torch_thread():
     torch.set_num_threads(1)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_twins(sizes):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +53,6 @@ def save_params(
     assets = {"store": store.meta, "stats": store.stats.to_dict()}
     checkpointer.save(step, state, assets, json.loads(to_json(config)))
     checkpointer.close()
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Compiles without most optimisations inside the block."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def store_config(store: EventStore, **sampling: Any) -> ConfigDict:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import functools
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from random_batch import random_batch
-from tiny_model import quick_compilation, random_params, store_config
+from tiny_model import random_params, store_config
 
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import batch_spec
@@ -45,35 +41,10 @@ def training_config(store_path: str | Path, stage: str = "joint") -> ConfigDict:
     return config.lock()
 
 
-@functools.cache
-def compile_cache() -> Path:
-    """Directory of compiled programs, shared by this process and the ones it starts; gone at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="wallwm_test_programs_"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
-
-
-@contextlib.contextmanager
-def quick_shared_compilation() -> Iterator[None]:
-    """Few optimisations, and programs of the other tests are found in `compile_cache`."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(compile_cache()))
-    try:
-        with quick_compilation():
-            yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
 def subprocess_environment() -> dict[str, str]:
-    """For processes that import the tests' modules and compile as `quick_shared_compilation` does."""
+    """For processes that import the tests' modules; they compile as conftest.py says."""
     here = Path(__file__).parent
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
-        "JAX_COMPILATION_CACHE_DIR": str(compile_cache()),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    return {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
 
 
 @functools.cache
@@ -88,9 +59,8 @@ def built_step(store_path: Path, stage: str) -> TrainStep:
 def compiled_step(store_path: Path, stage: str) -> Any:
     """The compiled program of `built_step`."""
     config, built = training_config(store_path, stage), built_step(store_path, stage)
-    with quick_shared_compilation():
-        shapes = built.abstract_batch(batch_spec(config, config.data.rows))
-        return built.step.lower(built.abstract_state, shapes).compile()
+    shapes = built.abstract_batch(batch_spec(config, config.data.rows))
+    return built.step.lower(built.abstract_state, shapes).compile()
 
 
 def use_prepared_steps(monkeypatch: Any, store_path: Path) -> None:
@@ -131,12 +101,12 @@ def random_state(config: ConfigDict, built: TrainStep, seed: int = 0) -> TrainSt
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
-        opt_state=built.optimizer.init(trainable),
+        opt_state=jax.jit(built.optimizer.init)(trainable),
         ema=trainable,
         frozen=frozen,
     )
     return jax.tree.map(
-        lambda leaf, like: jax.device_put(jnp.array(leaf, like.dtype, copy=True), like.sharding),
+        lambda leaf, like: jax.device_put(np.asarray(leaf, like.dtype), like.sharding, may_alias=False),
         state,
         built.abstract_state,
     )

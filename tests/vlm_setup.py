@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tiny_model import random_like
-from training_setup import quick_shared_compilation, training_config
+from training_setup import training_config
 
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.vlm_batches import VlmRows
@@ -56,18 +56,19 @@ def built_vlm_step(store_path: Path, stage: str) -> TrainStep:
 def compiled_vlm_step(store_path: Path, stage: str) -> Any:
     """The compiled program of `built_vlm_step`."""
     config, built = vlm_training_config(store_path, stage), built_vlm_step(store_path, stage)
-    with quick_shared_compilation():
-        shapes = built.abstract_batch(VlmRows.spec(config, config.data.rows))
-        return built.step.lower(built.abstract_state, shapes).compile()
+    shapes = built.abstract_batch(VlmRows.spec(config, config.data.rows))
+    return built.step.lower(built.abstract_state, shapes).compile()
 
 
 def random_vlm_state(built: TrainStep, seed: int = 0) -> TrainState:
     """A state at step 0 with every parameter random."""
     abstract = built.abstract_state
     trainable, frozen = (random_like(tree, seed, 0.1) for tree in (abstract.trainable, abstract.frozen))
-    opt_state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, trainable, frozen)
-    return jax.tree.map(lambda leaf, like: jax.device_put(jnp.array(leaf, copy=True), like.sharding), state, abstract)
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding, may_alias=False), state, abstract
+    )
 
 
 def use_prepared_vlm_steps(monkeypatch: Any, store_path: Path) -> None:

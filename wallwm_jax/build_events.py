@@ -127,7 +127,7 @@ def build(
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
         if found:
-            from wallwm_jax.data.build_report import write_build_report
+            from wallwm_jax.evaluation.build_report import write_build_report
 
             for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
                 found.add_unreadable(name, count.reasons)
@@ -191,7 +191,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float(
-        "video_fps", 0.0, "Frames per second, two commands each, that a set is brought to; 0 keeps its own"
+        "video_fps", 0.0, "Frames per second, two commands each, that the source is brought to; 0 keeps its own"
     )
     flags.DEFINE_float(
         "damage_limit", 0.1, "Share of a set's episodes that may be damaged, counted and named", 0.0, 1.0

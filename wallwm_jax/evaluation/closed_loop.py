@@ -215,13 +215,20 @@ def draw_trials(store: EventStore, families: Sequence[str], episodes: int, seed:
       seed: that the trials' seeds are drawn from; more episodes of one seed begin with the same.
 
     Raises:
-      UserError: the simulator is not there, or the store was not recorded in it and no family is given.
+      UserError: the simulator is not there, the store has another clock, or it was not recorded in the simulator and
+        no family is given.
     """
     if not episodes:
         return []
     from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
+    from wallwm_jax.sources.simulator.ocbench_env import CLOCK_HZ
     from wallwm_jax.sources.simulator.rendering import check_rendering
 
+    if store.meta["clock_hz"] != CLOCK_HZ:
+        raise UserError(
+            f"event store {str(store.path)!r} has {store.meta['clock_hz']:g} control steps per second, OCBench takes "
+            f"{CLOCK_HZ:g}: build it without --video_fps to act there"
+        )
     check_rendering()
     asked = [env_id for family in families for env_id in environments(family)]
     env_ids = asked or recorded_environments(store.meta["sources"])

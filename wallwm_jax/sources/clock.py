@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEVELS, Episode, Span
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import Embodiment, Motion
 
@@ -25,10 +27,15 @@ class Clock:
 
 
 def choose_clock(embodiment: Embodiment, video_fps: float) -> Clock:
-    """Two control steps per frame at `video_fps` frames per second; the set's own clock where that is 0."""
-    if video_fps < 0:
-        raise UserError(f"--video_fps is {video_fps}; give frames per second, or 0 for the set's own rate")
-    return Clock(2 * video_fps, 2) if video_fps else Clock(float(embodiment.control_hz), embodiment.video_stride)
+    """`two_step_clock(video_fps)`; the set's own clock where that is 0."""
+    return two_step_clock(video_fps) if video_fps else Clock(float(embodiment.control_hz), embodiment.video_stride)
+
+
+def two_step_clock(video_fps: float) -> Clock:
+    """Two control steps per frame at `video_fps` frames per second; raises `UserError` where that is not positive."""
+    if not video_fps > 0:
+        raise UserError(f"--video_fps is {video_fps}; give frames per second, or 0 for the source's own rate")
+    return Clock(2 * video_fps, 2)
 
 
 def row_rate(times: np.ndarray) -> float:
@@ -92,6 +99,41 @@ def resample(motion: Motion, times: np.ndarray, clock: Clock) -> tuple[Motion, b
     )
 
 
+def resample_episode(episode: Episode, clock: Clock) -> Episode:
+    """An episode on another clock, for sources that have one of their own; the same one where that is `clock`.
+
+    Each frame is the nearest one that was stored. Boundaries of events go to the nearest step; events that would not
+    keep one step are left out and counted in the provenance.
+    """
+    if (episode.clock_hz, episode.video_stride) == (clock.hz, clock.video_stride):
+        return episode
+    times = np.arange(episode.num_steps + 1) / episode.clock_hz
+    last = np.minimum(np.arange(episode.num_steps + 1), episode.num_steps - 1)  # a row for the final observation
+    rows = Motion(episode.poses, episode.grippers, episode.command_poses[last], episode.command_grippers[last])
+    motion, _ = resample(rows, times, clock)
+    steps = len(motion.command_poses)
+    shown = nearest_rows(times[:: episode.video_stride], np.arange(0, steps + 1, clock.video_stride), clock)
+    spans, lost = _retimed(episode, clock.hz / episode.clock_hz, steps)
+    notes = [f"resampled from {episode.clock_hz:g} to {clock.hz:g} Hz"]
+    notes += [f"{lost} events left out: shorter than a control step"] if lost else []
+    return dataclasses.replace(
+        episode,
+        clock_hz=clock.hz,
+        video_stride=clock.video_stride,
+        frames={view: [frames[row] for row in shown] for view, frames in episode.frames.items()},
+        poses=motion.poses,
+        grippers=motion.grippers,
+        command_poses=motion.command_poses,
+        command_grippers=motion.command_grippers,
+        spans=spans,
+        cameras={
+            view: dataclasses.replace(camera, extrinsics=camera.extrinsics[shown])
+            for view, camera in episode.cameras.items()
+        },
+        provenance=(*episode.provenance, *notes),
+    )
+
+
 def nearest_rows(times: np.ndarray, steps: np.ndarray, clock: Clock) -> np.ndarray:
     """The row nearest in time to each control step."""
     seconds, wanted = times - times[0], steps / clock.hz
@@ -110,3 +152,23 @@ def _interpolate(poses: np.ndarray, seconds: np.ndarray, wanted: np.ndarray) -> 
     turns = Slerp(seconds, Rotation.from_matrix(poses[:, :3, :3]))
     result[:, :3, :3] = turns(np.clip(wanted, seconds[0], seconds[-1])).as_matrix()
     return result
+
+
+def _retimed(episode: Episode, ratio: float, steps: int) -> tuple[dict[str, list[Span]], int]:
+    """Spans on a clock `ratio` times as fast, and how many vanish; one map of all boundaries keeps levels nested."""
+    levels: dict[str, list[Span]] = {}
+    places: dict[int, int] = {}  # of the coarser level's spans that are left
+    lost = 0
+    for level in (level for level in LEVELS if level in episode.spans):
+        kept: list[Span] = []
+        here: dict[int, int] = {}
+        for number, span in enumerate(episode.spans[level]):
+            start, end = (min(round(step * ratio), steps) for step in (span.start, span.end))
+            if start == end:
+                lost += 1
+                continue
+            here[number] = len(kept)
+            parent = None if span.parent is None else places[span.parent]
+            kept.append(dataclasses.replace(span, start=start, end=end, parent=parent))
+        levels[level], places = kept, here
+    return levels, lost

@@ -27,6 +27,24 @@
                                                  # the command is the pose measured one row later
     frame = "base"                               # axes of a delta: "base", or "tool"
 
+A set that holds joint positions alone (ALOHA, SO-100) names a model of the robot in place of position and rotation; the
+end effector's poses follow from it (needs MuJoCo, extra `sim`):
+
+    [[arms]]
+    [arms.kinematics]
+    model = "so100.xml"                          # MJCF or URDF, its path from this file's folder
+    joints = ["Rotation", "Pitch", "Elbow", "Wrist_Pitch", "Wrist_Roll"]    # of the model, in the columns' order
+    site = "gripper"                             # the end effector: a site of the model, or body = "..."
+    [arms.state]
+    joints = "observation.state[0:5]"
+    joint_unit = "deg"                           # or rad; radians per unit (slides: metres), for all or for each; a
+                                                 # negative one turns a joint round
+    joint_zero = [0, 90, 90, 0, 0]               # values in the data where the model's joints are at 0; default 0
+    gripper = "observation.state[5]"             # as above
+    [arms.action]
+    joints = "action[0:5]"                       # unit and zero are the state's unless given; mode "absolute", "delta"
+                                                 # from the measured joints, or "next_state" without joints
+
 Descriptions of `wallwm_jax/sources/embodiments/` are known by their names, others by the paths of their files.
 `python -m wallwm_jax.sources.lint` holds a description against the data.
 """
@@ -46,6 +64,7 @@ from scipy.spatial.transform import Rotation
 from wallwm_jax.console import UserError
 from wallwm_jax.events.actions import MAX_ARMS, rotation_from_columns
 from wallwm_jax.sources.columns import BadRecording, Column
+from wallwm_jax.sources.kinematics import Kinematics
 
 FOLDER = Path(__file__).parent / "embodiments"
 MODES = ("absolute", "delta", "next_state")
@@ -75,7 +94,10 @@ class Camera:
 
 @dataclass(frozen=True)
 class PoseColumns:
-    """Columns of one end-effector pose and its gripper; units are metres and radians per unit of the data."""
+    """Columns of one end-effector pose and its gripper; units are metres and radians per unit of the data.
+
+    The pose is in `position` and `rotation`, or follows from `joints` through `kinematics`.
+    """
 
     position: Column | None = None
     position_unit: float = 1.0
@@ -85,11 +107,28 @@ class PoseColumns:
     gripper: Column | None = None
     gripper_open: float = 0.0
     gripper_closed: float = 1.0
+    joints: Column | None = None
+    joint_unit: tuple[float, ...] = (1.0,)
+    joint_zero: tuple[float, ...] = (0.0,)
+    kinematics: Kinematics | None = None
+
+    @property
+    def place(self) -> Column | None:
+        """The column that says where the end effector is, for messages."""
+        return self.joints or self.position
 
     def positions(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """`[N, 3]` metres."""
+        """`[N, 3]` metres; of `joints`, through the model."""
+        if self.kinematics is not None:
+            return self.kinematics.poses(self.angles(columns))[:, :3, 3]
         assert self.position is not None
         return self.position.of(columns, 3) * self.position_unit
+
+    def angles(self, columns: Mapping[str, np.ndarray], *, shifts: bool = False) -> np.ndarray:
+        """`[N, J]` joint positions as the model has them, radians or metres; `shifts` have no zero."""
+        assert self.joints is not None and self.kinematics is not None
+        raw = self.joints.of(columns, len(self.kinematics.joints))
+        return (raw - (0.0 if shifts else np.array(self.joint_zero))) * np.array(self.joint_unit)
 
     def rotations(self, columns: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """`[N, 3, 3]`; None where the description names no rotation."""
@@ -107,7 +146,9 @@ class PoseColumns:
     @property
     def keys(self) -> set[str]:
         """The columns that are read."""
-        return {column.key for column in (self.position, self.rotation, self.gripper) if column is not None}
+        return {
+            column.key for column in (self.position, self.rotation, self.gripper, self.joints) if column is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -225,14 +266,23 @@ def rotation_width(kind: str) -> int:
 
 def _arm_motion(arm: Arm, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """poses `[N, 4, 4]`, grippers `[N]`, commands likewise, of one arm."""
-    position, rotation = arm.state.positions(columns), arm.state.rotations(columns)
-    rotation = np.broadcast_to(np.eye(3), (len(position), 3, 3)) if rotation is None else rotation
+    if arm.state.kinematics is not None:
+        measured = arm.state.angles(columns)
+        poses = arm.state.kinematics.poses(measured)
+        position, rotation = poses[:, :3, 3], poses[:, :3, :3]
+    else:
+        position, turned = arm.state.positions(columns), arm.state.rotations(columns)
+        rotation = np.broadcast_to(np.eye(3), (len(position), 3, 3)) if turned is None else turned
     closing = arm.state.closing(columns)
     closing = np.zeros(len(position)) if closing is None else closing
     following = np.minimum(np.arange(len(position)) + 1, len(position) - 1)
     action = arm.action
     if action.mode == "next_state":
         position_command, rotation_command = position[following], rotation[following]
+    elif action.kinematics is not None:
+        delta = action.mode == "delta"
+        poses = action.kinematics.poses(action.angles(columns, shifts=delta) + (measured if delta else 0.0))
+        position_command, rotation_command = poses[:, :3, 3], poses[:, :3, :3]
     else:
         position_command, turn = action.positions(columns), action.rotations(columns)
         rotation_command = rotation if turn is None else turn
@@ -268,7 +318,7 @@ def _embodiment(raw: dict[str, Any], path: str) -> Embodiment:
         table,
         "the file",
         cameras={view: _fill(Camera, entry, f"[cameras.{view}]") for view, entry in cameras.items()},
-        arms=tuple(_arm(entry, f"arm {number}") for number, entry in enumerate(arms)),
+        arms=tuple(_arm(entry, f"arm {number}", Path(path).parent) for number, entry in enumerate(arms)),
         path=path,
     )
     if not described.control_hz > 0 or described.video_stride < 1:
@@ -284,23 +334,46 @@ def _list_of(table: dict[str, Any], key: str, kind: type) -> Any:
     return entries
 
 
-def _arm(raw: dict[str, Any], where: str) -> Arm:
-    unknown = sorted(set(raw) - {"state", "action"})
+def _arm(raw: dict[str, Any], where: str, folder: Path) -> Arm:
+    unknown = sorted(set(raw) - {"state", "action", "kinematics"})
     if unknown or not all(isinstance(raw.get(part), dict) for part in ("state", "action")):
         raise UserError(
             f"{where}: {f'unknown {unknown[0]!r}; ' if unknown else ''}needs [arms.state] and [arms.action]"
         )
-    state = _fill(PoseColumns, raw["state"], f"{where}, [arms.state]")
-    action = _fill(ActionColumns, raw["action"], f"{where}, [arms.action]")
-    if state.position is None:
-        raise UserError(f"{where}, [arms.state]: lacks position, the columns of the end effector's place in metres")
-    if action.mode == "next_state" and action.position:
+    model = _kinematics(raw["kinematics"], f"{where}, [arms.kinematics]", folder) if "kinematics" in raw else None
+    of_state = {key: raw["state"][key] for key in ("joint_unit", "joint_zero") if model and key in raw["state"]}
+    state = _fill(PoseColumns, raw["state"], f"{where}, [arms.state]", kinematics=model)
+    action = _fill(ActionColumns, {**of_state, **raw["action"]}, f"{where}, [arms.action]", kinematics=model)
+    if state.place is None:
+        wanted = "position, the columns of the end effector's place in metres (of joints alone: [arms.kinematics])"
+        raise UserError(f"{where}, [arms.state]: lacks {'joints' if model else wanted}")
+    if action.mode == "next_state" and action.place:
+        name = "joints" if action.joints else "position"
         raise UserError(
-            f"{where}, [arms.action]: mode next_state reads no position; leave it out, or choose another mode"
+            f"{where}, [arms.action]: mode next_state reads no {name}; leave it out, or choose another mode"
         )
-    if action.mode != "next_state" and action.position is None:
-        raise UserError(f'{where}, [arms.action]: lacks position; a set without commands has mode = "next_state"')
+    if action.mode != "next_state" and action.place is None:
+        name = "joints" if model else "position"
+        raise UserError(f'{where}, [arms.action]: lacks {name}; a set without commands has mode = "next_state"')
     return Arm(state, action)
+
+
+def _kinematics(raw: Any, where: str, folder: Path) -> Kinematics:
+    known = [entry.name for entry in fields(Kinematics)]
+    if not isinstance(raw, dict) or set(raw) - set(known):
+        raise UserError(f"{where}: known keys are {', '.join(known)}")
+    joints = raw.get("joints")
+    if not isinstance(joints, list) or not joints or not all(isinstance(name, str) for name in joints):
+        raise UserError(f"{where}: joints is {joints!r}, expected a list of the model's joints")
+    texts = {key: raw.get(key, "") for key in ("model", "site", "body")}
+    if not all(isinstance(text, str) for text in texts.values()) or not texts["model"]:
+        raise UserError(f"{where}: needs model, the path of an MJCF or URDF file")
+    if bool(texts["site"]) == bool(texts["body"]):
+        raise UserError(f"{where}: name the end effector by site or by body")
+    texts["model"] = str((folder / Path(texts["model"]).expanduser()).absolute())
+    model = Kinematics(joints=tuple(joints), **texts)
+    model.check()
+    return model
 
 
 def _fill(kind: type, raw: dict[str, Any], where: str, **given: Any) -> Any:
@@ -315,6 +388,7 @@ def _fill(kind: type, raw: dict[str, Any], where: str, **given: Any) -> Any:
     values = {key: _value(key, value, f"{where}: {key}") for key, value in raw.items()}
     filled = kind(**values, **given)
     if isinstance(filled, PoseColumns):
+        _check_joints(filled, raw, where)
         if filled.rotation is not None:
             width = rotation_width(filled.rotation_as)
             column = filled.rotation
@@ -327,13 +401,37 @@ def _fill(kind: type, raw: dict[str, Any], where: str, **given: Any) -> Any:
     return filled
 
 
+def _check_joints(pose: PoseColumns, raw: dict[str, Any], where: str) -> None:
+    """Raises `UserError` where joints and poses are mixed, or their numbers differ."""
+    if pose.kinematics is None:
+        if given := [key for key in raw if key.startswith("joint")]:
+            raise UserError(f"{where}: {given[0]} needs [arms.kinematics], a model of the robot")
+        return
+    if given := [key for key in raw if key.startswith(("position", "rotation"))]:
+        raise UserError(f"{where}: {given[0]} beside [arms.kinematics]; poses follow from joints, or are in columns")
+    names, column = pose.kinematics.joints, pose.joints
+    if column is not None and column.last is not None and column.last - column.first != len(names):
+        raise UserError(f"{where}: [arms.kinematics] has {len(names)} joints, not {column}")
+    for key in ("joint_unit", "joint_zero"):
+        if len(getattr(pose, key)) not in (1, len(names)):
+            raise UserError(f"{where}: {key} has {len(getattr(pose, key))} numbers for {len(names)} joints")
+
+
 def _value(key: str, value: Any, where: str) -> Any:
     """One TOML value as its dataclass wants it."""
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             raise UserError(f"{where} is {value!r}; choose of {', '.join(_CHOICES[key])}")
         return value
-    if key in ("position", "rotation", "gripper"):
+    if key in ("joint_unit", "joint_zero"):
+        each = [
+            _UNITS.get(one) if isinstance(one, str) and key == "joint_unit" else one
+            for one in (value if isinstance(value, list) else [value])
+        ]
+        if not each or not all(type(one) in (int, float) for one in each) or (key == "joint_unit" and 0 in each):
+            raise UserError(f"{where} is {value!r}; give rad, deg, a number, or a list with one for each joint")
+        return tuple(each)
+    if key in ("position", "rotation", "gripper", "joints"):
         if not isinstance(value, str):
             raise UserError(f"{where} is {value!r}, not the name of a column")
         return Column.parse(value)

@@ -4,9 +4,10 @@ r"""Holds an embodiment description against a recorded set, and names what does 
     python -m wallwm_jax.sources.lint --source=rlds:oxe/bridge/1.0.0 --embodiment=bridge --episodes=64
 
 Reads the rows of some episodes, spread over the set, and a few pictures of each camera. It finds rates and strides that
-disagree, wrong units (degrees for radians, millimetres for metres), dimensions that hardly move, poses for shifts and
-shifts for poses, shifts in the axes of the other frame, rotations of another kind, a gripper of wrong sign or range,
-cameras that are swapped, flipped or frozen, and damaged episodes. Exit code 1 where it finds something, else 0.
+disagree, wrong units (degrees for radians, millimetres for metres), joints beyond their model's limits, dimensions that
+hardly move, poses for shifts and shifts for poses, shifts in the axes of the other frame, rotations of another kind, a
+gripper of wrong sign or range, cameras that are swapped, flipped or frozen, and damaged episodes. Exit code 1 where it
+finds something, else 0.
 
 Thresholds are meant for arms on tables; a finding is a reason to look, and its evidence says at what.
 """
@@ -30,6 +31,7 @@ from wallwm_jax.sources.recorded import RecordedSet
 
 TINY_RANGE = 1e-3  # metres, or share of the gripper's way, between the 1 % and 99 % quantiles
 _REACH_M = 3.0  # no arm on a table moves further
+_BEYOND = 0.2  # radians or metres that a joint may be outside the model's limits: they are never quite the arm's
 _ALIGNED = 0.7  # cosine from which two motions go the same way
 _RIVALS = ("euler_xyz", "euler_XYZ", "euler_zyx", "euler_ZYX", "rotvec", "quat_xyzw", "quat_wxyz")
 
@@ -105,30 +107,30 @@ def _arm_findings(sample: Sample, number: int) -> Iterator[Finding]:
     if arm.action.mode == "absolute":
         yield from _ranges(sample, arm.action)
     yield from _units_of_turns(sample, arm)
-    if arm.action.position is not None:
+    if arm.action.place is not None:
         yield from _meaning(sample, number)
     yield from _rotation_kind(sample, arm)
     yield from _gripper(sample, number)
 
 
 def _ranges(sample: Sample, pose: PoseColumns) -> Iterator[Finding]:
-    assert pose.position is not None
+    where = str(pose.place)
     positions = np.concatenate([pose.positions(recording.columns) for recording in sample.recordings])
     low, high = np.quantile(positions, (0.01, 0.99), axis=0)
     spans = ", ".join(f"{axis} {a:.4g}..{b:.4g}" for axis, a, b in zip("xyz", low, high))
     if (high - low).max() > _REACH_M:
         yield Finding(
             "unit",
-            str(pose.position),
+            where,
             f"1 % to 99 % of positions are {spans} m: {(high - low).max():.3g} m wide",
             'no arm reaches that far; position_unit is likely "mm" or "cm"',
         )
     elif (high - low).max() < 5 * TINY_RANGE:
         yield Finding(
             "unit",
-            str(pose.position),
+            where,
             f"1 % to 99 % of positions are {spans} m: the arm hardly moves",
-            "position_unit is too small, or these are other columns (shifts instead of poses?)",
+            f"{'joint' if pose.joints else 'position'}_unit is too small, or these are other columns (shifts?)",
         )
     else:
         for axis in np.flatnonzero(high - low < TINY_RANGE).tolist():
@@ -136,7 +138,7 @@ def _ranges(sample: Sample, pose: PoseColumns) -> Iterator[Finding]:
             times = extreme / max(float(high[axis] - low[axis]) / 2, 1e-9)
             yield Finding(
                 "range",
-                f"{pose.position}, {'xyz'[axis]}",
+                f"{where}, {'xyz'[axis]}",
                 f"1 % to 99 % span {high[axis] - low[axis]:.2g} m, the extreme is {extreme:.3g} m from their middle: "
                 f"scaled by quantiles it would be {times:.3g}",
                 "a dead or almost dead column: name the right one, or take the outliers out of the set",
@@ -145,6 +147,9 @@ def _ranges(sample: Sample, pose: PoseColumns) -> Iterator[Finding]:
 
 def _units_of_turns(sample: Sample, arm: Arm) -> Iterator[Finding]:
     for name, pose in (("state", arm.state), ("action", arm.action)):
+        shifts = name == "action" and arm.action.mode == "delta"
+        if pose.joints is not None:
+            yield from _units_of_joints(sample, pose, shifts)
         if pose.rotation is None:
             continue
         width = rotation_width(pose.rotation_as)
@@ -158,41 +163,73 @@ def _units_of_turns(sample: Sample, arm: Arm) -> Iterator[Finding]:
                     f"lengths {norms.min():.3g}..{norms.max():.3g}, but quaternions have length 1",
                     "these are other columns, or the set was averaged or scaled; correct rotation or rotation_as",
                 )
-        if not (pose.rotation_as == "rotvec" or pose.rotation_as.startswith("euler_")):
-            continue
-        shifts = name == "action" and arm.action.mode == "delta"
-        largest = float(np.quantile(np.abs(raw), 0.99))
-        limit = 0.7 if shifts else 2 * np.pi + 0.1  # a turn in one step, or a whole turn
-        said = "per row" if shifts else "at most"
-        if largest * pose.rotation_unit > limit:
+        if pose.rotation_as == "rotvec" or pose.rotation_as.startswith("euler_"):
+            yield from _unit_of_angles("rotation_unit", str(pose.rotation), raw, pose.rotation_unit, shifts)
+
+
+def _units_of_joints(sample: Sample, pose: PoseColumns, shifts: bool) -> Iterator[Finding]:
+    assert pose.joints is not None and pose.kinematics is not None
+    names, limits = pose.kinematics.joints, pose.kinematics.limits()
+    raw = np.concatenate([pose.joints.of(recording.columns, len(names)) for recording in sample.recordings])
+    units = set(np.abs(pose.joint_unit))
+    found = []
+    if len(units) == 1:  # of slides and hinges together nothing is said
+        found = list(_unit_of_angles("joint_unit", str(pose.joints), raw, units.pop(), shifts))
+    yield from found
+    if found or shifts:
+        return
+    angles = np.concatenate([pose.angles(recording.columns) for recording in sample.recordings])
+    low, high = np.quantile(angles, (0.01, 0.99), axis=0)
+    for number, name in enumerate(names):
+        least, most = limits[number]
+        if low[number] < least - _BEYOND or high[number] > most + _BEYOND:
             yield Finding(
-                "unit",
-                str(pose.rotation),
-                f"99 % of its numbers are up to {largest:.3g}, read as {largest * pose.rotation_unit:.3g} rad {said}; "
-                f"as degrees that would be {largest * np.pi / 180:.3g} rad",
-                'degrees for radians: rotation_unit = "deg"'
-                if pose.rotation_unit == 1.0
-                else "rotation_unit is too large",
+                "joint limits",
+                f"{pose.joints}, {name}",
+                f"1 % to 99 % are {low[number]:.3g}..{high[number]:.3g}, the model ends at {least:.3g}..{most:.3g} rad",
+                "the order of the joints, joint_zero or the sign of joint_unit is not the model's",
             )
-        elif np.isclose(pose.rotation_unit, np.pi / 180) and not shifts and 0.1 < largest <= np.pi + 0.1:
-            yield Finding(
-                "unit",
-                str(pose.rotation),
-                f"99 % of its numbers are up to {largest:.3g}: read as degrees the arm hardly turns",
-                'radians for degrees: rotation_unit = "rad"',
-            )
+
+
+def _unit_of_angles(key: str, where: str, raw: np.ndarray, unit: float, shifts: bool) -> Iterator[Finding]:
+    """Degrees for radians and the reverse, in raw angles `[N, ...]` read as `unit` radians each."""
+    largest = float(np.quantile(np.abs(raw), 0.99))
+    limit = 0.7 if shifts else 2 * np.pi + 0.1  # a turn in one step, or a whole turn
+    said = "per row" if shifts else "at most"
+    if largest * unit > limit:
+        yield Finding(
+            "unit",
+            where,
+            f"99 % of its numbers are up to {largest:.3g}, read as {largest * unit:.3g} rad {said}; "
+            f"as degrees that would be {largest * np.pi / 180:.3g} rad",
+            f'degrees for radians: {key} = "deg"' if unit == 1.0 else f"{key} is too large",
+        )
+    elif np.isclose(unit, np.pi / 180) and not shifts and 0.1 < largest <= np.pi + 0.1:
+        yield Finding(
+            "unit",
+            where,
+            f"99 % of its numbers are up to {largest:.3g}: read as degrees the arm hardly turns",
+            f'radians for degrees: {key} = "rad"',
+        )
 
 
 def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
-    """Are commands poses or shifts, in which axes, of how many rows?"""
+    """Are commands poses or shifts, in which axes, of how many rows? Commands of joints likewise."""
     arm = sample.embodiment.arms[number]
-    where, declared = str(arm.action.position), arm.action.mode
-    given = [arm.action.positions(recording.columns)[:-1] for recording in sample.recordings]
-    place = [motion.poses[:, number, :3, 3] for motion in sample.motions]
-    turned = [
-        np.einsum("nij,nj->ni", motion.poses[:-1, number, :3, :3], shift)
-        for motion, shift in zip(sample.motions, given)
-    ]
+    where, declared = str(arm.action.place), arm.action.mode
+    unit = "rad" if arm.action.joints else "m"
+    if arm.action.joints:
+        shifts = declared == "delta"
+        given = [arm.action.angles(recording.columns, shifts=shifts)[:-1] for recording in sample.recordings]
+        place = [arm.state.angles(recording.columns) for recording in sample.recordings]
+        turned = given
+    else:
+        given = [arm.action.positions(recording.columns)[:-1] for recording in sample.recordings]
+        place = [motion.poses[:, number, :3, 3] for motion in sample.motions]
+        turned = [
+            np.einsum("nij,nj->ni", motion.poses[:-1, number, :3, :3], shift)
+            for motion, shift in zip(sample.motions, given)
+        ]
     steps = np.concatenate([np.diff(positions, axis=0) for positions in place])
     length = np.linalg.norm(steps, axis=1)
     moving = length > 0.2 * np.quantile(length, 0.9)
@@ -209,8 +246,8 @@ def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
             yield Finding(
                 "double delta",
                 where,
-                f"read as poses, commands are {as_pose:.3g} m from the pose a row later; read as shifts they point "
-                f"along the motion (cosine {cosine[best]:.2f})",
+                f"read as poses, commands are {as_pose:.3g} {unit} from the pose a row later; read as shifts they "
+                f"point along the motion (cosine {cosine[best]:.2f})",
                 f'these are shifts: mode = "delta", frame = "{best}" (a further step would make shifts of shifts)',
             )
         return
@@ -218,8 +255,8 @@ def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
         yield Finding(
             "double delta",
             where,
-            f"read as poses, commands are {as_pose:.3g} m from the pose a row later; added to the pose they are "
-            f"{as_shift[arm.action.frame]:.3g} m from it",
+            f"read as poses, commands are {as_pose:.3g} {unit} from the pose a row later; added to the pose they are "
+            f"{as_shift[arm.action.frame]:.3g} {unit} from it",
             'these are poses already: mode = "absolute"',
         )
         return
@@ -232,10 +269,12 @@ def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
             f'frame = "{best}"',
         )
         return
-    yield from _scale(where, given if arm.action.frame == "base" else turned, place, cosine[best])
+    yield from _scale(where, unit, given if arm.action.frame == "base" else turned, place, cosine[best])
 
 
-def _scale(where: str, shifts: Sequence[np.ndarray], place: Sequence[np.ndarray], cosine: float) -> Iterator[Finding]:
+def _scale(
+    where: str, unit: str, shifts: Sequence[np.ndarray], place: Sequence[np.ndarray], cosine: float
+) -> Iterator[Finding]:
     """Is a commanded shift as long as the motion that follows it?"""
     residual = {}
     for rows in range(1, 9):
@@ -254,12 +293,12 @@ def _scale(where: str, shifts: Sequence[np.ndarray], place: Sequence[np.ndarray]
             "stride",
             where,
             f"shifts are {1 / ratio:.2f} times the motion of the next row, and fit the motion of the next {best} rows "
-            f"(mean error {residual[best]:.2g} m against {residual[1]:.2g} m)",
+            f"(mean error {residual[best]:.2g} {unit} against {residual[1]:.2g} {unit})",
             f"they were computed at 1/{best} of the rows' rate: keep every {best}th row and divide control_hz, or "
             "compute them again",
         )
     else:
-        remedy = f"position_unit is off by about {ratio:.3g}"
+        remedy = f"{'position_unit' if unit == 'm' else 'joint_unit'} is off by about {ratio:.3g}"
         if 1.7 <= ratio < 16.5:
             remedy += (
                 f"; or {round(ratio)} rows were made one without adding their shifts up: add them, or keep all rows"

@@ -55,7 +55,8 @@ class SourceOptions:
       views: cameras that a simulator renders; () takes all.
       workers: processes; 0 does the work in this one.
       embodiment: what the columns of a set mean: a name or the path of a TOML file.
-      video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps a set's own rates.
+      video_fps: frames per second of the episodes, with two control steps per frame; 0 keeps the
+        source's own rates.
       damage_limit: share of a set's episodes that may be damaged before the build ends.
       recoveries: disturbances to try of each recorded episode, see `sources.simulator.recovery`.
     """
@@ -143,13 +144,21 @@ def families_of(argument: str, episodes: int | None) -> dict[str, int]:
 
 
 def _open_simulator(name: str, families: dict[str, int], options: SourceOptions) -> Opened:
+    from wallwm_jax.sources.clock import resample_episode, two_step_clock
     from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
-    if options.embodiment or options.video_fps:
-        raise UserError(f"--embodiment and --video_fps describe recorded sets; {name} has its own")
+    if options.embodiment:
+        raise UserError(f"--embodiment describes recorded sets; {name} has its own")
     simulator = {"ocbench": ocbench_demos, "metaworld": metaworld_demos}[name]
     if unknown := set(options.views) - set(simulator.VIEWS):
         raise UserError(f"--views names {min(unknown)!r}; {name} has {', '.join(simulator.VIEWS)}")
+    clock = two_step_clock(options.video_fps) if options.video_fps else None
+    own = simulator.CLOCK_HZ / simulator.VIDEO_STRIDE
+    if options.video_fps > own:
+        raise UserError(
+            f"--video_fps={options.video_fps:g}: {name} draws {own:g} frames per second; give at most that, or 0 for "
+            f"its own clock of {simulator.CLOCK_HZ:g} control steps per second"
+        )
     more = {"recoveries": options.recoveries} if options.recoveries else {}
     stream = simulator.demonstrations(
         list(families),
@@ -160,7 +169,10 @@ def _open_simulator(name: str, families: dict[str, int], options: SourceOptions)
         workers=options.workers,
         **more,
     )
-    return stream, lambda: {
+    episodes: Iterable[Episode] = stream
+    if clock:
+        episodes = (resample_episode(episode, clock) for episode in stream)
+    return episodes, lambda: {
         name: FamilyCount(count.kept, count.dropped, recoveries=count.recoveries)
         for name, count in stream.counts.items()
     }

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from wallwm_jax.console import UserError, progress
 from wallwm_jax.events.schema import Episode
 from wallwm_jax.sources.clock import RATE_TOLERANCE, Clock, check_times, control_steps, nearest_rows, resample
 from wallwm_jax.sources.columns import BadRecording
-from wallwm_jax.sources.embodiment import FLIPS, Camera, Embodiment, Motion
+from wallwm_jax.sources.embodiment import FLIPS, Camera, Embodiment
 from wallwm_jax.sources.labels import Label, spans
 
 JPEG_QUALITY = 92
@@ -175,18 +175,6 @@ def to_episode(recording: Recording, source: str, embodiment: Embodiment, clock:
         spans=levels,
         provenance=((rate,) if resampled else ()) + repairs,
     )
-
-
-def read_motions(
-    dataset: RecordedSet, embodiment: Embodiment, numbers: Iterable[int]
-) -> Iterator[tuple[Recording, Motion]]:
-    """Rows of episodes and what they mean, without decoding a picture, for statistics; damaged ones are left out."""
-    for number in numbers:
-        try:
-            recording = dataset.recording(number, embodiment)
-            yield recording, embodiment.motion(recording.columns)
-        except BadRecording:
-            continue
 
 
 def fit_picture(picture: np.ndarray, camera: Camera, size: int) -> np.ndarray:

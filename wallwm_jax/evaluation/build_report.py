@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from wallwm_jax.console import write_text
+from wallwm_jax.evaluation.figures import BLUE, MUTED, ORANGE, STYLE, to_png
+from wallwm_jax.evaluation.timelines import data_uri
 from wallwm_jax.events.clean import DROPPED, NOTED, REPAIRED
 from wallwm_jax.events.motion import decode
 from wallwm_jax.events.preparing import EXPLANATIONS, Example, Summary
 
-_BLUE, _ORANGE, _MUTED, _GRID = "#2f6db5", "#d9822b", "#8592a0", "#e4e9ee"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "legend.frameon": False,
-}
 _WIDTH = 8.6  # inches of a full-width figure
 _BINS = 61
 _ACTIONS = (DROPPED, REPAIRED, NOTED)
@@ -49,7 +38,7 @@ def write_build_report(directory: Path, summary: Summary, title: str) -> dict[st
     """
     data = _data(summary)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("wallwm_jax.data"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("wallwm_jax.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("build_report.html.j2").render(title=title, **_content(summary, data))
     write_text(directory / "build_report.json", json.dumps(data, indent=1) + "\n")
@@ -142,7 +131,7 @@ def _shown(example: Example) -> dict[str, Any]:
         "evidence": numbers,
         "action": finding.action,
         "view": example.view,
-        "curve": _png(_motion_curves(example)) if curve else None,
+        "curve": data_uri(_motion_curves(example), "png") if curve else None,
         "strip": [
             {
                 "number": number,
@@ -165,36 +154,36 @@ def _lags(summary: Summary) -> dict[str, str] | None:
         low, middle, high = np.quantile(seconds[believed], (0.05, 0.5, 0.95))
         caption += f"Of those believed: median {middle:+.3f} s, 5 to 95 % from {low:+.2f} to {high:+.2f} s. "
     caption += f"Positive: the pictures are late. Dotted: the longest lag that is corrected, {limits.max_lag_s:g} s."
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         axes = figure.subplots()
         bins = np.linspace(-limits.search_s, limits.search_s, _BINS).tolist()
         parts, labels = [seconds[believed], seconds[~believed]], ["believed", "quarantined"]
-        axes.hist(parts, bins, stacked=True, color=[_BLUE, _ORANGE], label=labels)
+        axes.hist(parts, bins, stacked=True, color=[BLUE, ORANGE], label=labels)
         for edge in (-limits.max_lag_s, limits.max_lag_s):
-            axes.axvline(edge, color=_MUTED, linestyle=":")
+            axes.axvline(edge, color=MUTED, linestyle=":")
         axes.legend(loc="upper right")
         axes.set_xlabel("seconds that the pictures are behind the actions")
         axes.set_ylabel("episodes")
         axes.grid(axis="x", visible=False)
-        return {"picture": _png(figure), "caption": caption}
+        return {"picture": data_uri(to_png(figure), "png"), "caption": caption}
 
 
-def _motion_curves(example: Example) -> Figure:
+def _motion_curves(example: Example) -> bytes:
     """How much the pictures changed and how far the hands went, over the seconds of an episode."""
     assert example.seconds is not None and example.change is not None and example.travel is not None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1.7), layout="constrained")
         axes = figure.subplots()
-        axes.plot(example.seconds, example.change, color=_BLUE, linewidth=1.4, label="pictures, all cameras")
-        axes.plot(example.seconds, example.travel, color=_ORANGE, linewidth=1.4, label="hands, as recorded")
+        axes.plot(example.seconds, example.change, color=BLUE, linewidth=1.4, label="pictures, all cameras")
+        axes.plot(example.seconds, example.travel, color=ORANGE, linewidth=1.4, label="hands, as recorded")
         axes.set_xlabel("seconds")
         axes.set_ylabel("motion")
         axes.set_yticks([])
         axes.set_xlim(0, example.seconds[-1])
         axes.set_ylim(0, 1.35)
         axes.legend(loc="upper right", ncols=2)
-        return figure
+        return to_png(figure)
 
 
 def _thumbnail(data: bytes) -> str | None:
@@ -206,10 +195,4 @@ def _thumbnail(data: bytes) -> str | None:
         width = round(picture.shape[1] * 128 / len(picture))
         small = cv2.resize(picture, (width, 128), interpolation=cv2.INTER_AREA)
         data = cv2.imencode(".jpg", small)[1].tobytes()
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
-def _png(figure: Figure) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=140)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return data_uri(data, "jpeg")
