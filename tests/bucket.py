@@ -6,8 +6,10 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
+from types import ModuleType
 
 import pytest
 
@@ -19,7 +21,7 @@ def emulated_bucket() -> Iterator[str]:
     """Address of an empty bucket; skips where the emulator or gcsfs is not installed."""
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
-    _teach_moving(server)
+    _complete(server)
     port = _free_port()
     emulator = server.create_server("localhost", port, in_memory=True, default_bucket=BUCKET.removeprefix("gs://"))
     for name in ("gcsfs", "gcp_storage_emulator", "api"):  # they log what is not there, which is what clients ask for
@@ -70,18 +72,48 @@ def _reached_at(port: int) -> Iterator[None]:
         backend.fsspec_backend._get_filesystem.cache_clear()
 
 
-def _teach_moving(server) -> None:
-    """The emulator lacks objects.moveTo, with which gcsfs renames."""
+def _complete(server: ModuleType) -> None:
+    """Teaches the emulator what it lacks: TensorStore's generations of objects, and moving, as gcsfs renames."""
+    from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
+
+    writing = Lock()
+
+    def generation(storage, bucket, name):
+        try:
+            return storage.get_file_obj(bucket, name)["generation"]
+        except NotFound:
+            return "0"
+
+    def get(request, response, storage, **_):
+        found = generation(storage, request.params["bucket_name"], request.params["object_id"])
+        if found == request.query.get("ifGenerationNotMatch", ["none"])[0]:
+            response.status = HTTPStatus.NOT_MODIFIED
+            return
+        response["x-goog-generation"] = found
+        objects.get(request, response, storage)
+
+    def insert(request, response, storage, **_):
+        with writing:
+            found = generation(storage, request.params["bucket_name"], request.query.get("name", [""])[0])
+            if found != request.query.get("ifGenerationMatch", [found])[0]:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+            objects.insert(request, response, storage)
 
     def move(request, response, storage, **_):
         request.params["dest_bucket_name"] = request.params["bucket_name"]
         objects.copy(request, response, storage)
         storage.delete_file(request.params["bucket_name"], request.params["object_id"])
 
-    route = r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
-    if server.HANDLERS[0][0] != route:
-        server.HANDLERS = ((route, {"POST": move}), *server.HANDLERS)
+    inside = r"/storage/v1/b/(?P<bucket_name>[^/]+)/o"
+    routes = (
+        (rf"^{inside}/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$", {"POST": move}),
+        (rf"^{inside}/(?P<object_id>(?!.*/copyTo/|.*/rewriteTo/).+)$", {"GET": get, "DELETE": objects.delete}),
+        (rf"^/upload{inside}$", {"POST": insert, "PUT": objects.upload_partial}),
+    )
+    if server.HANDLERS[0][0] != routes[0][0]:
+        server.HANDLERS = (*routes, *server.HANDLERS)
 
 
 def _free_port() -> int:
