@@ -8,6 +8,7 @@ r"""Shows the checkpoints of a run: which there are, whether they are whole, wha
 
 Below that stand, for the newest: parameters and dtypes of each group, the event store that it was trained on, and
 what its config has otherwise than the run's last start (or than a config file: --config=configs/wan5b.py:video).
+The workdir may be gs://BUCKET/... too.
 
 A size is compared with the manifest that was written with the checkpoint, which takes a moment. To read all arrays
 and compare their checksums, as resuming does with the one that it takes:

@@ -44,6 +44,14 @@ tensorboard/, config.json, run_card.json (code, versions, devices of every start
 went). To look into a run that goes on, `touch WORKDIR/profile`: it traces its next steps to WORKDIR/profiles/;
 --config.train.dump_hlo writes the compiled step to WORKDIR/hlo/. On several hosts run the same command on each with
 --distributed.
+
+The workdir may be in a bucket, and so may train.init_from and train.text_from; the event store is on a disk or mount:
+
+    ... --workdir=gs://bucket/a --resume
+
+That takes pip install 'wallwm_jax[gcs]' and credentials of Google Cloud. Checkpoints are written to the bucket itself.
+What grows (metrics.jsonl, tensorboard/, reports, profiles) is written to a directory of this machine that the run names
+at its start, and copied each half minute, before each checkpoint and at the end; put `profile` there.
 """
 
 from __future__ import annotations
@@ -65,7 +73,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import define_config_flag, to_json
 from wallwm_jax.console import UserError, phase, run_command
-from wallwm_jax.paths import open_path
+from wallwm_jax.paths import is_remote, open_path
 
 # The loader's worker processes import this module again; JAX stays out of them because `run` imports it.
 if TYPE_CHECKING:
@@ -162,6 +170,8 @@ def run(
         earlier = (METRICS_FILE, GOODPUT_FILE, RUN_CARD_FILE) if host.is_first else ()
         mirror = stack.enter_context(Mirror(workdir, fetch=earlier))
         files = mirror.local
+        if host.is_first and is_remote(workdir):
+            print(f"    reports are written to {files} and copied from there")
         goodput = Goodput(files, since=began, writes=host.is_first)
         stack.callback(goodput.close)
         profiler = stack.enter_context(Profiler(files, watches=host.is_first))
@@ -348,7 +358,7 @@ def _reason_to_stop(
 def _define_flags() -> None:
     define_config_flag()
     flags.mark_flag_as_required("config")
-    flags.DEFINE_string("workdir", "", "Directory of the run: checkpoints, metrics, TensorBoard")
+    flags.DEFINE_string("workdir", "", "Directory of the run, or gs://BUCKET/...: checkpoints, metrics, TensorBoard")
     flags.DEFINE_bool("resume", False, "Go on with the run in --workdir, or start it if there is none yet")
     flags.DEFINE_bool("overwrite", False, "Delete the run in --workdir and start anew")
     flags.DEFINE_bool("distributed", False, "Several processes form one run (see wallwm_jax/parallel/distributed.py)")
