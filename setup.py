@@ -1,4 +1,4 @@
-"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), captions, vlm (tokenizer), serve, and those for work here."""
+"""Extras: sim (OCBench, MetaWorld), data (LeRobot, RLDS), captions, vlm (tokenizer), serve, gcs, and for work here."""
 
 from setuptools import find_packages, setup
 
@@ -8,6 +8,7 @@ SIMULATOR = ["ocbench>=1.0.2,<2", "metaworld>=3.1.1,<3.2", "mujoco==3.3.0", "gym
 DATA = ["pyarrow>=18", "av>=14,<19", "crc32c>=2.7", "wordllama>=0.4,<0.5"]
 CAPTIONS = ["httpx>=0.27"]
 NOTEBOOKS = ["ipykernel>=6", "nbclient>=0.10", "nbformat>=5"]
+GCS = ["gcsfs>=2026.4"]
 VLM = ["tokenizers>=0.22"]
 PARITY = ["torch>=2.6", "diffusers>=0.36", "transformers>=5", "safetensors>=0.4"]
 
@@ -33,6 +34,8 @@ setup(
         "ml-collections>=1.1",
         "chex>=0.1.92",
         "absl-py>=2.1",
+        "etils[epath]>=1.13",
+        "fsspec",
         "numpy>=2.0",
         "scipy>=1.15",
         "scikit-learn>=1.5",
@@ -52,7 +55,8 @@ setup(
         "vlm": VLM,
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": GCS,
+        "tpu": ["jax[tpu]>=0.10.2", *GCS],
         "gpu": ["jax[cuda12]>=0.10.2"],
         "serve": SERVE,
         "dev": [
@@ -61,6 +65,8 @@ setup(
             "ruff>=0.8",
             "mypy>=1.11",
             "hypothesis>=6.100",
+            "gcp-storage-emulator>=2026.7",
+            *GCS,
             *CAPTIONS,
             *DATA,
             *SERVE,

@@ -5,7 +5,7 @@
 #   bash launch/gke_xpk.sh up --name=wan14b --cluster=pod --topology=v5p:8x8x8 --slices=2 \
 #       --capacity=reserved:RESERVATION --project=P --zone=us-east5-a -- \
 #       python -m wallwm_jax.train --config=configs/wan14b.py:video --config.data.store=/mnt/bucket/store \
-#       --workdir=/mnt/bucket/wan14b --distributed --config.mesh.slice=2 "--config.model.latent_shape=(12, 12)"
+#       --workdir=gs://bucket/wan14b --distributed --config.mesh.slice=2 "--config.model.latent_shape=(12, 12)"
 #
 # Actions
 #   create    make the cluster with these slices, or change the one that is there to them
@@ -31,8 +31,9 @@
 #   --run-flag=FLAG       passed on to xpk workload create, such as --storage=bucket or --priority=high (again for more)
 #   --dry-run             print every command instead of running it
 #
-# Every host must reach store and workdir: attach the bucket once with xpk storage attach. Compiler flags come from
-# launch/xla_flags.sh; others in their place go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
+# Every host must reach the store: attach its bucket once with xpk storage attach. The workdir may be gs://BUCKET/...,
+# with no mount. Compiler flags come from launch/xla_flags.sh; others in their place go in front of the command:
+# -- env LIBTPU_INIT_ARGS=... python -m ...
 set -euo pipefail
 declare -A FLAG=([name]="" [cluster]="" [topology]="" [slices]=1 [capacity]=on-demand [image]="" [ref]=HEAD
   [project]=${CLOUDSDK_CORE_PROJECT:-} [zone]=${CLOUDSDK_COMPUTE_ZONE:-}

@@ -4,7 +4,7 @@
 #
 #   bash launch/tpu_queued.sh up --name=wan5b --topology=v5p:4x4x8 --capacity=spot --project=P --zone=us-east5-a -- \
 #       python -m wallwm_jax.train --config=configs/wan5b.py:video --config.data.store=/mnt/bucket/store \
-#       --workdir=/mnt/bucket/wan5b --resume --distributed "--config.model.latent_shape=(12, 12)"
+#       --workdir=gs://bucket/wan5b --resume --distributed "--config.model.latent_shape=(12, 12)"
 #
 # Actions
 #   create    ask for the slices, unless they are there, and wait until they are active
@@ -33,9 +33,10 @@
 #   --run-flag=FLAG       passed on to gcloud ... ssh and scp, such as --tunnel-through-iap (again for more)
 #   --dry-run             print every command instead of running it
 #
-# Every worker must reach store and workdir: a bucket or a shared file system. ssh to several workers needs your key in
-# the agent: ssh-add ~/.ssh/google_compute_engine. Compiler flags come from launch/xla_flags.sh; others in their place
-# go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
+# Every worker must reach store and workdir. The store lies on a shared file system or in a mounted bucket (gcsfuse); the
+# workdir may be gs://BUCKET/..., with no mount, where the machines' service account may write. ssh to several workers
+# needs your key in the agent: ssh-add ~/.ssh/google_compute_engine. Compiler flags come from launch/xla_flags.sh; others
+# in their place go in front of the command: -- env LIBTPU_INIT_ARGS=... python -m ...
 set -euo pipefail
 declare -A FLAG=([name]="" [topology]="" [slices]=1 [capacity]=on-demand [ref]=HEAD [node]=0 [worker]=0 [keep]=false
   [project]=${CLOUDSDK_CORE_PROJECT:-} [zone]=${CLOUDSDK_COMPUTE_ZONE:-}

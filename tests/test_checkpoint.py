@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -196,7 +197,8 @@ def test_frozen_parameters_are_written_once_and_come_back_for_inference_and_resu
     assert checksum(restored.frozen) == checksum(state.frozen)
     assert checksum(restored.trainable) == checksum(state.trainable)
     sizes = {
-        item: sum(file.stat().st_size for file in (workdir / item).rglob("*")) for item in ("frozen", "checkpoints/3")
+        item: sum(file.stat().st_size for file in Path(workdir / item).rglob("*"))
+        for item in ("frozen", "checkpoints/3")
     }
     assert sizes["frozen"] > 100_000 > 0
     assert saved_steps(workdir) == [2, 3]
@@ -331,13 +333,13 @@ def test_a_save_that_fails_leaves_nothing_behind_and_the_next_one_works(tmp_path
     saver = Checkpointer(workdir, keep=1, save_every=1, max_failed=2)
     saver.save(1, state, ASSETS, CONFIG)
     saver.wait()
-    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints" / "1").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path(workdir / "checkpoints" / "1").rglob("*")}
     with files_of_at_most(20_000):
         for step in (2, 3):
             saver.save(step, state, ASSETS, CONFIG)
             with pytest.raises(UserError, match=r"could not be saved in .* newest checkpoint is that of step 1\. Make"):
                 saver.wait()
-    assert {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints" / "1").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path(workdir / "checkpoints" / "1").rglob("*")} == before
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert [line.partition(" was not written")[0] for line in said] == [
         "warning: checkpoint of step 2",

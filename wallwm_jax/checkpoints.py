@@ -8,6 +8,7 @@ r"""Shows the checkpoints of a run: which there are, whether they are whole, wha
 
 Below that stand, for the newest: parameters and dtypes of each group, the event store that it was trained on, and
 what its config has otherwise than the run's last start (or than a config file: --config=configs/wan5b.py:video).
+The workdir may be gs://BUCKET/... too.
 
 A size is compared with the manifest that was written with the checkpoint, which takes a moment. To read all arrays
 and compare their checksums, as resuming does with the one that it takes:
@@ -33,6 +34,7 @@ from absl import flags
 
 from wallwm_jax.config import define_config_flag, to_json
 from wallwm_jax.console import UserError, run_command
+from wallwm_jax.paths import file_sizes, open_path
 from wallwm_jax.training.starting import config_changes
 
 DAMAGED_EXIT = 3
@@ -50,15 +52,15 @@ def report(workdir: str | Path, config: dict[str, Any] | None = None, *, verify:
       UserError: not the workdir of a run.
     """
     from wallwm_jax.training.checkpoint import CHECKPOINTS, CONFIG_FILE, FROZEN, describe_checkpoints
-    from wallwm_jax.training.integrity import sizes
 
-    workdir = Path(workdir).expanduser().absolute()
-    found = describe_checkpoints(workdir, verify=verify)
-    if config is None and (workdir / CONFIG_FILE).is_file():
-        config = json.loads((workdir / CONFIG_FILE).read_text())
-    others = [path for path in sorted((workdir / CHECKPOINTS).iterdir()) if path.is_dir() and not path.name.isdigit()]
+    run = open_path(workdir)
+    found = describe_checkpoints(run, verify=verify)
+    if config is None and (run / CONFIG_FILE).is_file():
+        config = json.loads((run / CONFIG_FILE).read_text())
+    steps = {str(one.step) for one in found}
+    others = [path for path in sorted((run / CHECKPOINTS).iterdir()) if path.is_dir() and path.name not in steps]
     return {
-        "workdir": str(workdir),
+        "workdir": str(run),
         "checkpoints": [
             {
                 "step": one.step,
@@ -74,8 +76,8 @@ def report(workdir: str | Path, config: dict[str, Any] | None = None, *, verify:
             }
             for one in found
         ],
-        "frozen_bytes": sum(sizes(workdir / FROZEN).values()),
-        "not_used": {path.name: sum(sizes(path).values()) for path in others},
+        "frozen_bytes": sum(file_sizes(run / FROZEN).values()),
+        "not_used": {path.name: sum(file_sizes(path).values()) for path in others},
     }
 
 

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from wallwm_jax.console import UserError
+from wallwm_jax.paths import require_local
 
 
 def define_config_flag(default: str | None = None) -> flags.FlagHolder[ConfigDict]:
@@ -40,6 +41,7 @@ def require_directory(path: str, what: str, remedy: str) -> Path:
     """Returns `path` as an existing directory, or raises `UserError` with the remedy."""
     if not path:
         raise UserError(f"no {what} given; {remedy}")
+    require_local(path, what)
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise UserError(f"{what} {str(directory)!r} does not exist; {remedy}")

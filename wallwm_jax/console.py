@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from absl import app, flags
+from etils import epath
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -51,11 +51,11 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     print(f"    {name}: done in {spent:.1f} s", flush=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | epath.Path, text: str) -> None:
     """Replaces a file at once, so that nobody ever reads half of it; for files that one process writes."""
     temporary = path.with_name(f"{path.name}.partial")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def run_command(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None:

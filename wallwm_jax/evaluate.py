@@ -46,8 +46,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from wallwm_jax.config import require_directory, settings
+from wallwm_jax.config import settings
 from wallwm_jax.console import UserError, phase, run_command, write_text
+from wallwm_jax.paths import open_path, open_run, require_local
 
 # Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ def evaluate(workdir: str | Path, store_path: str | Path, out: str | Path, optio
       UserError: a path is missing, the store has no heldout split or no clusters, or the simulator is not there.
     """
     begun = time.monotonic()
-    run = require_directory(str(workdir), "workdir", "pass --workdir=DIR, the workdir of wallwm_jax.train")
+    run = open_run(workdir)
     if not str(out):
         raise UserError("no --out given; pass a directory for the results")
+    require_local(out, "out")
     seconds: dict[str, float] = {}
 
     def deadline(share: float) -> float:
@@ -294,9 +296,7 @@ def main(_: list[str]) -> int:
 
     values = flags.FLAGS
     if values.workdir and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where training keeps its own
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(values.workdir).expanduser().absolute() / "compile_cache")
-        )
+        jax.config.update("jax_compilation_cache_dir", str(open_path(values.workdir) / "compile_cache"))
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
     result = evaluate(values.workdir, values.store, values.out, Options(**chosen))
     _print(result)

@@ -62,13 +62,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from wallwm_jax.config import require_directory, settings
+from wallwm_jax.config import settings
 from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.paths import open_path, open_run
 
 if TYPE_CHECKING:
     from wallwm_jax.inference.latent_conditioner import LatentConditioner
@@ -104,7 +104,7 @@ def _define_flags() -> None:
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
     values = flags.FLAGS
-    workdir = require_directory(values.workdir, "workdir", "pass --workdir=DIR, the workdir of wallwm_jax.train")
+    workdir = open_run(values.workdir)
     if values.calibrate != bool(values.store):
         raise UserError("--calibrate and --store=DIR go together")
     if values.latents and values.mode == "event":
@@ -119,7 +119,7 @@ def main(_: list[str]) -> int:
     from wallwm_jax.serving.watchdog import CALIBRATION_FILE, Calibration
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where training keeps its own
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compile_cache"))
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     with phase("load"):
         policy = Policy.from_checkpoint(
             workdir,
@@ -130,7 +130,7 @@ def main(_: list[str]) -> int:
         )
     if values.mode and values.mode not in policy.modes:
         raise UserError(f"{str(workdir)!r} was not trained on windows with history, so it cannot serve --mode=unified")
-    path = Path(values.calibration or Path(workdir) / CALIBRATION_FILE)
+    path = open_path(values.calibration or workdir / CALIBRATION_FILE)
     if values.calibrate:
         from wallwm_jax.data.event_store import open_store
         from wallwm_jax.evaluation.watchdog import calibrate

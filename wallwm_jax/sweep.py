@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 
 from wallwm_jax.console import UserError, progress, run_command, write_text
+from wallwm_jax.paths import require_local
 
 if TYPE_CHECKING:
     from wallwm_jax.evaluation.sweeps import Run, Sweep
@@ -128,6 +129,7 @@ def main(argv: list[str]) -> int:
     store = str(require_directory(values.store, "store", "pass --store=DIR, made by python -m wallwm_jax.build_events"))
     if not values.out:
         raise UserError("no --out given; pass a directory for the runs and the results")
+    require_local(values.out, "out")
     out = Path(values.out).expanduser()
     if values.commands:
         print("\n".join(shell_lines(sweep, out, store)))

@@ -44,6 +44,14 @@ tensorboard/, config.json, run_card.json (code, versions, devices of every start
 went). To look into a run that goes on, `touch WORKDIR/profile`: it traces its next steps to WORKDIR/profiles/;
 --config.train.dump_hlo writes the compiled step to WORKDIR/hlo/. On several hosts run the same command on each with
 --distributed.
+
+The workdir may be in a bucket, and so may train.init_from and train.text_from; the event store is on a disk or mount:
+
+    ... --workdir=gs://bucket/a --resume
+
+That takes pip install 'wallwm_jax[gcs]' and credentials of Google Cloud. Checkpoints are written to the bucket itself.
+What grows (metrics.jsonl, tensorboard/, reports, profiles) is written to a directory of this machine that the run names
+at its start, and copied each half minute, before each checkpoint and at the end; put `profile` there.
 """
 
 from __future__ import annotations
@@ -65,6 +73,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import define_config_flag, to_json
 from wallwm_jax.console import UserError, phase, run_command
+from wallwm_jax.paths import is_remote, open_path
 
 # The loader's worker processes import this module again; JAX stays out of them because `run` imports it.
 if TYPE_CHECKING:
@@ -121,13 +130,14 @@ def run(
     from wallwm_jax.parallel.sharding import host_rows
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
     from wallwm_jax.training.families import family_of
-    from wallwm_jax.training.goodput import Goodput
+    from wallwm_jax.training.goodput import GOODPUT_FILE, Goodput
     from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
+    from wallwm_jax.training.mirror import Mirror
     from wallwm_jax.training.profiling import Profiler, dump_program
-    from wallwm_jax.training.run_card import add_start
+    from wallwm_jax.training.run_card import RUN_CARD_FILE, add_start
     from wallwm_jax.training.stages import get_stage
     from wallwm_jax.training.starting import check_resumed, fresh_state
-    from wallwm_jax.training.telemetry import Telemetry, ideal_step_s
+    from wallwm_jax.training.telemetry import METRICS_FILE, Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
     began = time.monotonic()
@@ -157,9 +167,14 @@ def run(
         )
 
     with contextlib.ExitStack() as stack:
-        goodput = Goodput(workdir, since=began, writes=host.is_first)
+        earlier = (METRICS_FILE, GOODPUT_FILE, RUN_CARD_FILE) if host.is_first else ()
+        mirror = stack.enter_context(Mirror(workdir, fetch=earlier))
+        files = mirror.local
+        if host.is_first and is_remote(workdir):
+            print(f"    reports are written to {files} and copied from there")
+        goodput = Goodput(files, since=began, writes=host.is_first)
         stack.callback(goodput.close)
-        profiler = stack.enter_context(Profiler(workdir, watches=host.is_first))
+        profiler = stack.enter_context(Profiler(files, watches=host.is_first))
         checkpointer = Checkpointer(
             workdir,
             keep=config.train.keep_checkpoints,
@@ -181,7 +196,7 @@ def run(
             print(f"    already trained: step {first} of {config.train.steps}")
             return Outcome(first, "", {})
         if host.is_first:
-            (workdir / CONFIG_FILE).write_text(to_json(config) + "\n")
+            (files / CONFIG_FILE).write_text(to_json(config) + "\n")
 
         # State.
         watchdog.enter("initialise")
@@ -200,7 +215,7 @@ def run(
             blind = uncalibrated_views(store, config.data.views) if looks else ()
             if blind:
                 print(f"    no camera calibration of {', '.join(blind)}: the sight-cone mask leaves them open")
-            print(add_start(workdir, config, mesh, state, store=store.fingerprint, first_step=first))
+            print(add_start(files, config, mesh, state, store=store.fingerprint, first_step=first))
             if built.muon_cost is not None and mesh.size > 1:
                 print(textwrap.indent(built.muon_cost.table(), "    "))
 
@@ -210,12 +225,12 @@ def run(
         with phase("compile"), goodput.span("compile"):
             program = built.step.lower(built.abstract_state, batch_shapes).compile()
         if config.train.dump_hlo and host.is_first:
-            dump_program(program, workdir)
+            dump_program(program, files)
         step_fn = profiler.around(program, first)
 
         # Loop.
         telemetry = Telemetry(
-            workdir,
+            files,
             goodput,
             first_step=first,
             last_step=config.train.steps,
@@ -240,6 +255,7 @@ def run(
                     telemetry.flush()
                     watchdog.enter(f"checkpoint of step {done}")
                     with goodput.span("checkpoint"):
+                        mirror.upload()  # first the metrics: a checkpoint never has steps without
                         checkpointer.save(done, state, assets, saved_config)
                     telemetry.start()
                 stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
@@ -250,6 +266,7 @@ def run(
         # The last checkpoint.
         watchdog.enter("last checkpoint")
         with goodput.span("checkpoint"):
+            mirror.upload()
             checkpointer.save(done, state, assets, saved_config)
             checkpointer.wait()
     if host.is_first:
@@ -341,7 +358,7 @@ def _reason_to_stop(
 def _define_flags() -> None:
     define_config_flag()
     flags.mark_flag_as_required("config")
-    flags.DEFINE_string("workdir", "", "Directory of the run: checkpoints, metrics, TensorBoard")
+    flags.DEFINE_string("workdir", "", "Directory of the run, or gs://BUCKET/...: checkpoints, metrics, TensorBoard")
     flags.DEFINE_bool("resume", False, "Go on with the run in --workdir, or start it if there is none yet")
     flags.DEFINE_bool("overwrite", False, "Delete the run in --workdir and start anew")
     flags.DEFINE_bool("distributed", False, "Several processes form one run (see wallwm_jax/parallel/distributed.py)")
@@ -362,9 +379,7 @@ def main(_: list[str]) -> int:
         initialize()
     # A resumed run finds its compiled step here, unless the environment names a shared place.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(values.workdir).expanduser().absolute() / COMPILE_CACHE)
-        )
+        jax.config.update("jax_compilation_cache_dir", str(open_path(values.workdir) / COMPILE_CACHE))
     with contextlib.ExitStack() as stack:
         # With several processes JAX itself listens for SIGTERM and agrees on a step with the others.
         stop = None if values.distributed else stack.enter_context(stop_on_sigterm())

@@ -39,6 +39,7 @@ from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import GROUP, KINDS
 from wallwm_jax.models.codecs import Codec, get_codec, to_uint8
+from wallwm_jax.paths import require_local
 
 SCHEMA_VERSION = 1
 GEOMETRY_DIM = 21  # fx/W fy/H cx/W cy/H, k1 k2 p1 p2 k3, world-from-camera 3x4 row-major
@@ -350,6 +351,7 @@ def open_store(path: str | Path, split: str = "train") -> EventStore:
       UserError: no store there, an unfinished build, another schema version, an unknown split, a missing or damaged
         part; the message says which and what to do.
     """
+    require_local(path, "event store")
     path = Path(path).expanduser()
     meta = _read_meta(path)
     if split not in meta["splits"]:

@@ -33,6 +33,7 @@ from wallwm_jax.evaluation import figures
 from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, PREDICTORS
 from wallwm_jax.evaluation.timelines import data_uri, frames_along, level_bars
 from wallwm_jax.events.windows import KINDS
+from wallwm_jax.paths import open_run
 from wallwm_jax.training.telemetry import METRICS_FILE, read_metrics
 
 POLICIES = ("trained", "untrained", "expert_replay")
@@ -69,7 +70,7 @@ def build_report(
     if not evaluations:
         raise UserError("no evaluation given; pass --evaluation=DIR, the --out of wallwm_jax.evaluate")
     directories = [require_directory(str(evaluation), "evaluation", remedy) for evaluation in evaluations]
-    workdir = require_directory(str(workdir), "workdir", "pass the workdir of wallwm_jax.train")
+    run = open_run(workdir)
     results = [_read_json(directory / "evaluation.json", remedy) for directory in directories]
     result = results[0]
     store = open_store(store_path, "train")
@@ -77,7 +78,7 @@ def build_report(
     seconds = {**phases, **{f"evaluation: {name}": value for name, value in result["phase_seconds"].items()}}
     packing = Sampler(store.index, config, sources=store.meta["sources"]).report(_PACKING_BLOCKS)
     balance = _balance(store, config)
-    metrics = read_metrics(workdir) if (workdir / METRICS_FILE).is_file() else []
+    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
     data = {
         **{key: value for key, value in result.items() if key not in ("strips", "phase_seconds")},
         "phase_seconds": seconds,

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from wallwm_jax.config import require_directory
 from wallwm_jax.console import UserError, progress, run_command, write_text
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.evaluation.open_loop import recorded_request
@@ -36,6 +35,7 @@ from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.events.windows import KINDS
 from wallwm_jax.inference.event_mode import EventMode, EventRequest
 from wallwm_jax.inference.policy import Policy, request
+from wallwm_jax.paths import open_run
 from wallwm_jax.serving.watchdog import CALIBRATION_FILE, Calibration, EventWatch
 
 if TYPE_CHECKING:
@@ -230,14 +230,14 @@ def main(_: list[str]) -> int:
     from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
 
     values = flags.FLAGS
-    workdir = require_directory(values.workdir, "workdir", "pass --workdir=DIR, the workdir of wallwm_jax.train")
+    workdir = open_run(values.workdir)
     if not values.out:
         raise UserError("no --out given; pass a JSON file for the figures")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compile_cache"))
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     store = open_store(values.store, "heldout")
     policy = Policy.from_checkpoint(workdir)
-    calibration = Calibration.load(Path(workdir) / CALIBRATION_FILE, policy.step)
+    calibration = Calibration.load(workdir / CALIBRATION_FILE, policy.step)
     asked = [env_id for family in values.families for env_id in environments(family)]
     env_ids = asked or recorded_environments(store.meta["sources"])
     if not env_ids:

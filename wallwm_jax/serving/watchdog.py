@@ -16,10 +16,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
+from etils import epath
 
 from wallwm_jax.console import UserError, write_text
 from wallwm_jax.inference.event_mode import EventMode
@@ -51,12 +51,12 @@ class Calibration:
     events: int
     store: str
 
-    def save(self, path: Path) -> None:
+    def save(self, path: epath.Path) -> None:
         """Writes JSON."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path, step: int) -> Calibration:
+    def load(cls, path: epath.Path, step: int) -> Calibration:
         """Reads what `save` wrote. Raises UserError: no such file, damaged, or of another checkpoint than `step`."""
         try:
             found = cls(**json.loads(path.read_text()))

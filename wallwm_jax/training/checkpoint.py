@@ -7,9 +7,10 @@
                               /manifest.json  sizes of all files, checksum of the arrays, when it was written
     workdir/frozen                            frozen parameters, written once, referred to by checksum
 
-Steps are written to a temporary directory and renamed, so a killed run leaves only whole checkpoints. What happens to
-one afterwards is found out by its manifest: sizes before it is read, the checksum of the arrays, which does not
-depend on the mesh, after it. Resuming takes the newest whole one and renames what is newer to `<step>.damaged`.
+Steps are written to a temporary directory and renamed, or in a bucket closed with a last object, so a killed run leaves
+only whole checkpoints. What happens to one afterwards is found out by its manifest: sizes before it is read, the
+checksum of the arrays, which does not depend on the mesh, after it. Resuming takes the newest whole one and renames
+what is newer to `<step>.damaged`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import datetime
 import json
 import logging
 import math
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -29,13 +29,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from wallwm_jax.console import UserError
 from wallwm_jax.models.convert import stream
 from wallwm_jax.models.view_attention import from_self_attention
 from wallwm_jax.parallel.distributed import barrier, first_says, this_host
-from wallwm_jax.training.integrity import Checksum, changed_bits, checksum, damage, read_manifest, sizes, write_manifest
+from wallwm_jax.paths import check_writable, delete_tree, disk_errors, file_sizes, open_path
+from wallwm_jax.training.integrity import (
+    UNFINISHED,
+    Checksum,
+    changed_bits,
+    checksum,
+    damage,
+    delete_unfinished,
+    is_finished,
+    read_manifest,
+    unfinished,
+    write_manifest,
+)
 from wallwm_jax.training.telemetry import METRICS_FILE
 from wallwm_jax.training.train_state import TrainState, flatten
 
@@ -51,10 +64,7 @@ _OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS
 
 _ITEMS = ("state", "ema", "assets", "config")
 _FOR_INFERENCE = ("ema", "assets", "config")
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _DAMAGED = ".damaged"
-_DISK_ERRORS = (OSError, ValueError, LookupError)
-"""What Orbax and TensorStore raise when files cannot be written, or hold something else than they should."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,12 @@ class Loaded:
     step: int
 
 
-def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
+def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> epath.Path:
     """The run's directory, made if absent; in it either nothing yet, or (with `resume`) a run to go on with.
 
     Raises:
-      UserError: no path; both flags; the directory holds something and neither flag is given; or `overwrite` of a
-        directory that no training run made.
+      UserError: no path; both flags; the directory holds something and neither flag is given; `overwrite` of a
+        directory that no training run made; or an object store that cannot be used.
     """
     if not str(path):
         raise UserError("no workdir given; pass --workdir=DIR, where checkpoints and metrics go")
@@ -110,7 +120,7 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
         raise UserError(
             "--resume and --overwrite exclude each other: the first goes on with a run, the second deletes it"
         )
-    workdir = Path(path).expanduser().absolute()
+    workdir = open_path(path)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {str(workdir)!r} is a file; pass a directory")
     entries = sorted({entry.name for entry in workdir.iterdir()} - {COMPILE_CACHE}) if workdir.is_dir() else []
@@ -119,6 +129,8 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
             f"workdir {str(workdir)!r} exists; add --resume to go on with its run, or --overwrite to delete it"
         )
     barrier("workdir looked at")  # before any process writes into it
+    if this_host().is_first:
+        check_writable(workdir)
     if entries and overwrite:
         if not set(entries) & {CHECKPOINTS, METRICS_FILE, CONFIG_FILE}:
             raise UserError(
@@ -127,7 +139,7 @@ def prepare_workdir(path: str | Path, *, resume: bool, overwrite: bool) -> Path:
         if this_host().is_first:
             for name in _OWN:
                 target = workdir / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                target.rmtree() if target.is_dir() else target.unlink(missing_ok=True)
         barrier("workdir overwritten")
     workdir.mkdir(parents=True, exist_ok=True)
     return workdir
@@ -138,7 +150,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: epath.Path,
         *,
         keep: int,
         save_every: int,
@@ -161,7 +173,7 @@ class Checkpointer:
         Raises:
           UserError: there are checkpoints, and none of them is whole.
         """
-        self.workdir = workdir
+        self.workdir = workdir = open_path(workdir)
         self._frozen_checksum = ""
         self._minutes, self._look_every, self._last_save = save_minutes, look_every, time.monotonic()
         self._saving: int | None = None
@@ -170,7 +182,7 @@ class Checkpointer:
         kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
         if keep_every:
             kept.append(preservation_policy.EveryNSteps(keep_every))
-        _delete_unfinished(workdir / CHECKPOINTS)  # what a killed run was writing
+        delete_unfinished(workdir / CHECKPOINTS)  # what a killed run was writing
         self._manager = _open(
             workdir,
             ocp.CheckpointManagerOptions(
@@ -215,13 +227,13 @@ class Checkpointer:
         if not frozen:
             return
         self._frozen_checksum = checksum(frozen)
-        if (self.workdir / FROZEN).exists():
+        if is_finished(self.workdir / FROZEN):
             return
         try:
             with ocp.StandardCheckpointer() as writer:
-                writer.save(self.workdir / FROZEN, frozen)
-        except _DISK_ERRORS as error:
-            _delete_unfinished(self.workdir)
+                writer.save(self.workdir / FROZEN, frozen, force=True)  # over what a killed run left in a bucket
+        except disk_errors() as error:
+            delete_unfinished(self.workdir)
             raise UserError(f"{str(self.workdir / FROZEN)!r} could not be written: {_line(error)}") from error
 
     def save(self, step: int, state: TrainState, assets: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -254,7 +266,7 @@ class Checkpointer:
                 ),
                 force=True,
             )
-        except _DISK_ERRORS as error:
+        except disk_errors() as error:
             self._report_failure(error)
             return False
         return True
@@ -319,24 +331,25 @@ class Checkpointer:
         assert self._checksum is not None
         digits = self._checksum.digits()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        for directory in (self.workdir / CHECKPOINTS).glob(f"{self._saving}{_UNFINISHED}*"):
-            write_manifest(directory, _ITEMS, checksum=digits, written=now)
+        for directory in unfinished(self.workdir / CHECKPOINTS):
+            if directory.name.partition(UNFINISHED)[0] == str(self._saving):
+                write_manifest(directory, _ITEMS, checksum=digits, written=now)
 
     def _settle(self) -> None:
         """Waits for the save in the background, and counts it if it failed."""
         try:
             self._manager.wait_until_finished()
-        except _DISK_ERRORS as error:
+        except disk_errors() as error:
             self._report_failure(error)
         else:
             self._failed = 0 if self._saving is not None else self._failed
             self._saving = None
-            _delete_unfinished(self.workdir / CHECKPOINTS)  # also what threads of a failed save wrote after it
+            delete_unfinished(self.workdir / CHECKPOINTS)  # also what threads of a failed save wrote after it
 
     def _report_failure(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         self._failed += 1
-        _delete_unfinished(self.workdir / CHECKPOINTS)
+        delete_unfinished(self.workdir / CHECKPOINTS)
         self._manager.reload()
         what = (
             f"checkpoint of step {step} was not written: {_line(error)}; the newest one is of step "
@@ -375,7 +388,7 @@ class Checkpointer:
                     assets=ocp.args.JsonRestore(),
                 ),
             )
-        except _DISK_ERRORS as error:
+        except disk_errors() as error:
             host = this_host()
             if host.count > 1:  # the others have read their parts and wait for this one
                 raise UserError(
@@ -390,7 +403,7 @@ class Checkpointer:
             for step, reason in sorted(self._damaged.items()):
                 source = self.workdir / CHECKPOINTS / str(step)
                 target = source.with_name(f"{step}{_DAMAGED}")
-                shutil.rmtree(target, ignore_errors=True)
+                delete_tree(target)
                 source.rename(target)
                 print(
                     f"warning: checkpoint of step {step} is damaged ({reason}); it is now {str(target)!r}, and the run "
@@ -413,11 +426,11 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
     Raises:
       UserError: no such directory, no checkpoint, no such step, or damaged frozen parameters.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = open_path(path)
     if workdir.parent.name == CHECKPOINTS and workdir.name.isdigit():
         workdir, step = workdir.parent.parent, int(workdir.name)
     if not (workdir / CHECKPOINTS).is_dir():
-        raise UserError(f"{str(path)!r} is not the workdir of a training run: it has no {CHECKPOINTS}/")
+        raise UserError(f"{str(workdir)!r} is not the workdir of a training run: it has no {CHECKPOINTS}/")
     with _open(workdir, ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
@@ -445,7 +458,7 @@ def load_params(path: str | Path, step: int | None = None) -> Loaded:
     return Loaded(params=params, assets=items.assets, config=items.config, step=step)
 
 
-def describe_checkpoints(workdir: Path, *, verify: bool = False) -> list[Described]:
+def describe_checkpoints(workdir: str | Path | epath.Path, *, verify: bool = False) -> list[Described]:
     """All checkpoints of a run, oldest first; changes nothing.
 
     Args:
@@ -455,13 +468,14 @@ def describe_checkpoints(workdir: Path, *, verify: bool = False) -> list[Describ
     Raises:
       UserError: no checkpoints directory.
     """
+    workdir = open_path(workdir)
     if not (workdir / CHECKPOINTS).is_dir():
         raise UserError(f"{str(workdir)!r} is not the workdir of a training run: it has no {CHECKPOINTS}/")
     with _open(workdir, ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)) as manager:
         return [_describe(manager, workdir / CHECKPOINTS / str(step), verify) for step in sorted(manager.all_steps())]
 
 
-def _describe(manager: ocp.CheckpointManager, directory: Path, verify: bool) -> Described:
+def _describe(manager: ocp.CheckpointManager, directory: epath.Path, verify: bool) -> Described:
     step, reason = int(directory.name), damage(directory)
     arrays: dict[str, dict[str, int]] = {}
     texts: dict[str, Any] = {"assets": {}, "config": {}}
@@ -478,10 +492,10 @@ def _describe(manager: ocp.CheckpointManager, directory: Path, verify: bool) -> 
         if verify and not reason:
             wanted = {name: ocp.args.StandardRestore(_abstract_local(shapes[name])) for name in ("state", "ema")}
             reason = changed_bits(directory, dict(manager.restore(step, args=ocp.args.Composite(**wanted)).items()))
-    except (*_DISK_ERRORS, TypeError, AttributeError) as error:  # metadata that is missing is None
+    except disk_errors(TypeError, AttributeError) as error:  # metadata that is missing is None
         reason = reason or _line(error)
     item_bytes = dict.fromkeys(_ITEMS, 0)
-    for name, size in sizes(directory).items():
+    for name, size in file_sizes(directory).items():
         item = name.split("/")[0]
         item_bytes[item] = item_bytes.get(item, 0) + size
     return Described(
@@ -503,10 +517,11 @@ def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
     Raises:
       UserError: neither is there (see `load_params`).
     """
-    if not (Path(path).expanduser() / stream.CONVERSION).is_file():
+    conversion = open_path(path) / stream.CONVERSION
+    if not conversion.is_file():
         loaded = load_params(path)
         return loaded.params, f"step {loaded.step}"
-    if json.loads((Path(path).expanduser() / stream.CONVERSION).read_text())["kind"] == "qwen3_5":
+    if json.loads(conversion.read_text())["kind"] == "qwen3_5":
         params = stream.load(path, "qwen3_5").params
         return {"vlm": {part: params[part] for part in ("language", "vision")}}, "converted weights"
     params = stream.load(path, "wan").params
@@ -515,7 +530,7 @@ def load_start(path: str | Path) -> tuple[dict[str, Any], str]:
     return {**params, "video": video}, "converted weights"
 
 
-def _open(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _open(workdir: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {
         "state": ocp.StandardCheckpointHandler(),
         "ema": ocp.StandardCheckpointHandler(),
@@ -529,19 +544,12 @@ def _open(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpoin
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs remarks on its own options, and failures with the stacks of its threads; those we report in a line."""
-    return "orbax" not in record.pathname and _UNFINISHED not in record.getMessage()
+    return "orbax" not in record.pathname and UNFINISHED not in record.getMessage()
 
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 240 else f"{text[:80]} ... {text[-140:]}"
-
-
-def _delete_unfinished(directory: Path) -> None:
-    """Deletes what saves that ended early left in `directory`; for a moment when none is under way."""
-    if this_host().is_first:
-        for rest in directory.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _state_item(state: TrainState) -> dict[str, Any]:
@@ -575,7 +583,7 @@ def _abstract_local(metadata: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), metadata)
 
 
-def _read_frozen(workdir: Path, expected: str, abstract: PyTree | None = None) -> dict[str, Any]:
+def _read_frozen(workdir: epath.Path, expected: str, abstract: PyTree | None = None) -> dict[str, Any]:
     """Frozen parameters of a run, placed as `abstract` says (None: on this host); `UserError` if not those expected."""
     directory = workdir / FROZEN
     if not directory.is_dir():

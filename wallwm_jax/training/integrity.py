@@ -12,41 +12,59 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from wallwm_jax.parallel.distributed import this_host
+from wallwm_jax.paths import delete_tree, disk_errors, file_sizes, is_remote
 from wallwm_jax.training.train_state import flatten
 
 PyTree = Any
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".orbax-checkpoint-tmp"
+_FINISHED = "commit_success.txt"
 
 
-def write_manifest(directory: Path, parts: Sequence[str], **notes: Any) -> None:
+def is_finished(directory: epath.Path) -> bool:
+    """Whether Orbax has finished writing it: on a disk it has its name only then, in a bucket a last object says so."""
+    return directory.exists() and (not is_remote(directory) or (directory / _FINISHED).exists())
+
+
+def unfinished(directory: epath.Path) -> list[epath.Path]:
+    """The steps in `directory` that are being written, or were when a save ended early."""
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    if is_remote(directory):
+        return [path for path in paths if path.name.isdigit() and not is_finished(path)]
+    return [path for path in paths if UNFINISHED in path.name]
+
+
+def delete_unfinished(directory: epath.Path) -> None:
+    """Deletes what saves that ended early left in `directory`; for a moment when none is under way."""
+    if this_host().is_first:
+        for rest in unfinished(directory):
+            delete_tree(rest)
+
+
+def write_manifest(directory: epath.Path, parts: Sequence[str], **notes: Any) -> None:
     """Notes the size in bytes of each file in the entries `parts` of `directory`, and `notes`, plain JSON."""
-    files = {name: size for name, size in sizes(directory).items() if name.split("/")[0] in parts}
+    files = {name: size for name, size in file_sizes(directory).items() if name.split("/")[0] in parts}
     (directory / MANIFEST).write_text(json.dumps({"files": files, **notes}, indent=1, sort_keys=True))
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """The "files" and the notes of a directory; empty where there is no manifest, or a torn one."""
     try:
         return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except disk_errors():
         return {}
 
 
-def sizes(directory: Path) -> dict[str, int]:
-    """Bytes of each file below `directory`, by its relative path."""
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-
-
-def damage(directory: Path, parts: Sequence[str] = ()) -> str:
+def damage(directory: epath.Path, parts: Sequence[str] = ()) -> str:
     """What is wrong with the files of `directory`, in a few words; "" if all are there with their sizes.
 
     Args:
@@ -56,7 +74,7 @@ def damage(directory: Path, parts: Sequence[str] = ()) -> str:
     manifest = read_manifest(directory)
     if not manifest and (directory / MANIFEST).exists():
         return f"{MANIFEST} is torn"
-    found = sizes(directory)
+    found = file_sizes(directory)
     for name, size in sorted(manifest.get("files", {}).items()):
         if parts and name.split("/")[0] not in parts:
             continue
@@ -67,7 +85,7 @@ def damage(directory: Path, parts: Sequence[str] = ()) -> str:
     return ""
 
 
-def changed_bits(directory: Path, arrays: PyTree) -> str:
+def changed_bits(directory: epath.Path, arrays: PyTree) -> str:
     """What is wrong with `arrays`, read from `directory`, by the "checksum" in its manifest; "" if nothing."""
     noted = read_manifest(directory).get("checksum")
     return "its arrays are not those that were saved" if noted and checksum(arrays) != noted else ""

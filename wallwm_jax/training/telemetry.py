@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from wallwm_jax.console import UserError, write_text
 from wallwm_jax.parallel.chips import peak_flops
+from wallwm_jax.paths import open_path
 from wallwm_jax.training.families import family_of
 from wallwm_jax.training.goodput import Goodput
 from wallwm_jax.training.stages import get_stage
@@ -189,7 +191,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
       UserError: the workdir has no metrics.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = open_path(workdir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; is this the workdir of a training run?")
     return _lines(path)
@@ -202,7 +204,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path | epath.Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines():
         try:

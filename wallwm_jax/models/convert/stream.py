@@ -36,6 +36,7 @@ from wallwm_jax.console import UserError, progress
 from wallwm_jax.models.convert import qwen3_5, umt5, wan, wan_vae
 from wallwm_jax.models.convert.rules import Rule, Table
 from wallwm_jax.models.convert.safetensors_files import CONFIG, INDEX_SUFFIX, SUFFIX, Folder
+from wallwm_jax.paths import open_path
 
 KINDS: dict[str, ModuleType] = {"wan": wan, "wan_vae": wan_vae, "umt5": umt5, "qwen3_5": qwen3_5}
 PARAMS = "params"
@@ -145,18 +146,17 @@ def load(directory: str | Path, kind: str, sharding: Any = None) -> Loaded:
     Raises:
       UserError: no conversion there, or one of another kind.
     """
-    directory = Path(directory).expanduser().absolute()
-    conversion = read_conversion(directory, kind)
+    conversion, place = read_conversion(directory, kind), open_path(directory) / PARAMS
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as reader:
-        tree = dict(reader.metadata(directory / PARAMS).item_metadata.tree)
+        tree = dict(reader.metadata(place).item_metadata.tree)
         if isinstance(sharding, jax.sharding.Sharding):
             sharding = jax.tree.map(lambda _: sharding, tree)
         abstract = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, sharding
         )
-        params = reader.restore(directory / PARAMS, abstract)
+        params = reader.restore(place, abstract)
     return Loaded(params, conversion["sizes"], conversion["layout"])
 
 
@@ -166,7 +166,7 @@ def read_conversion(directory: str | Path, kind: str) -> dict[str, Any]:
     Raises:
       UserError: no conversion there, or one of another kind.
     """
-    path = Path(directory).expanduser() / CONVERSION
+    path = open_path(directory) / CONVERSION
     if not path.is_file():
         raise UserError(
             f"{str(directory)!r} holds no converted weights; make them with python -m wallwm_jax.convert {kind} "
@@ -185,7 +185,7 @@ def weights_fingerprint(directory: str | Path, kind: str) -> str:
       UserError: no conversion there, or one of another kind.
     """
     read_conversion(directory, kind)
-    return hashlib.sha256((Path(directory).expanduser() / TENSORS).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((open_path(directory) / TENSORS).read_bytes()).hexdigest()[:12]
 
 
 def same_weights(built_with: Mapping[str, str], weights: str, kind: str, flag: str) -> str:
