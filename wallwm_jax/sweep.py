@@ -127,6 +127,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--seeds={','.join(values.seeds)}: give whole numbers, for example --seeds=0,1,2")
         sweep = replace(sweep, seeds=tuple(int(seed) for seed in values.seeds))
     store = str(require_directory(values.store, "store", "pass --store=DIR, made by python -m wallwm_jax.build_events"))
+    if sweep.measure_store:
+        require_directory(sweep.measure_store, "store to measure on", "build it as the docstring of the sweep says")
     if not values.out:
         raise UserError("no --out given; pass a directory for the runs and the results")
     require_local(values.out, "out")
