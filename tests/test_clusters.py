@@ -141,6 +141,7 @@ def no_records(monkeypatch):
     monkeypatch.setattr(clusters, "describe", lambda store, windows: store.describe(windows))
 
 
+@pytest.mark.extended
 def test_memory_grows_by_a_few_bytes_per_window(no_records):
     def peak(windows, held):
         splits = {"train": ManyWindows(windows)}
@@ -175,9 +176,9 @@ def test_streamed_centres_are_nearly_as_good_as_those_of_all_windows_at_once():
 
 
 def test_a_stream_of_windows_gives_clusters_as_pure_as_holding_them_all(no_records):
-    splits = {"train": ManyWindows(1200)}
-    for held in (200, 1200):
-        tables, ids = find_clusters(splits, open_embedder("hashed", splits), 0, 1.0, (8, 8), held, chunk=400)
+    splits = {"train": ManyWindows(600)}
+    for held in (150, 600):
+        tables, ids = find_clusters(splits, open_embedder("hashed", splits), 0, 1.0, (8, 8), held, chunk=150)
         assert adjusted_mutual_info_score(splits["train"].topics, ids["train"][0]) > 0.99
         for table, own in zip(tables, ids["train"]):
             assert [row["train"] for row in table] == np.bincount(own).tolist()

@@ -54,7 +54,11 @@ def test_the_table_names_every_part_and_a_store_without_clusters_has_none(cluste
     text = table(found)
     for word in ("dataset", "synthetic", "subtask", "latents", "seen and said", "motion", "residual"):
         assert word in text
-    assert picture(found).startswith(b"\x89PNG")
     assert json.loads(json.dumps(found)) == found
     uniform = coverage(open_store(small_store), configured(vl_power=0.0, action_power=0.0), steps=10)
     assert set(uniform["parts"]) == {"dataset", "level", "length"}
+
+
+@pytest.mark.extended
+def test_the_picture_is_a_png(clustered_store):
+    assert picture(coverage(open_store(clustered_store), configured(), steps=10)).startswith(b"\x89PNG")

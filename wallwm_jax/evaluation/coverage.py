@@ -157,7 +157,7 @@ def picture(found: Mapping[str, Any]) -> bytes:
                 panel.set_xlabel("cluster, largest first")
             else:
                 panel.set_xticks(place, [_wrapped(entry["name"]) for entry in order], fontsize=7)
-            panel.legend(loc="upper right", ncols=2)
+            panel.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2)
         return to_png(figure)
 
 
