@@ -7,6 +7,10 @@ balanced; the report gives no formula. Ours is for clusters of `n` windows to be
   motion of a rare scene is raised twice, and neither clustering ends at its shares;
 - raking: weights are fitted until both hold (iterative proportional fitting, Deming and Stephan 1940).
 
+Raking is no default: scenes without most motions make the shares contradict each other, and the fit then pays in
+effective sample size. Of the 3272 action events of OCBench's quickstart store it leaves 1419, and the worst cluster is
+0.004 off its share; the product leaves 2809 and is 0.010 off (python -m wallwm_jax.evaluation.coverage --json).
+
 Shares of levels, datasets and lengths are of drawn windows, not of latents, and are fitted the same way, all at once.
 """
 

@@ -115,9 +115,9 @@ def cluster_store(
     The train split is fitted; held-out windows go to the nearest centre of their kind and level. Records that cannot be
     read keep -1. Running it again replaces the earlier clusters; the same seed gives the same ones.
 
-    Memory does not grow with the records: of all windows only numbers are held, 24 bytes each beside the memory-mapped
-    index (tests/test_clusters.py::test_memory_grows_by_a_few_bytes_per_window measures it), so 240 MB for ten million;
-    and 6 kB for each of `held_windows`.
+    Memory does not grow with the records: of all windows only numbers are held, some 40 bytes each beside the
+    memory-mapped index (tests/test_clusters.py::test_memory_grows_by_a_few_bytes_per_window measures them), which is
+    0.4 GB for ten million; and what k-means needs for `held_windows`, some 24 kB each.
 
     Args:
       path: the event store.
