@@ -7,11 +7,12 @@ what a kill loses belongs to steps that come again. A resumed run begins with wh
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -61,16 +62,11 @@ class Mirror:
             return True
         with self._lock:
             try:
-                for path in sorted(self.local.rglob("*")):
-                    name = path.relative_to(self.local).as_posix()
-                    if path.is_file() and not name.endswith(".partial") and self._copied.get(name) != _version(path):
-                        version = _version(path)  # before reading: what is appended meanwhile is copied next time
-                        (self._remote / name).write_bytes(path.read_bytes())
-                        self._copied[name] = version
+                for name, version, content in self._changed():
+                    (self._remote / name).write_bytes(content)
+                    self._copied[name] = version
                 self._warned = False
                 return True
-            except FileNotFoundError:  # renamed while we looked
-                return False
             except disk_errors() as error:
                 if not self._warned:
                     print(f"warning: {unreachable(self._remote, error)}; meanwhile see {self.local}", file=sys.stderr)
@@ -91,6 +87,15 @@ class Mirror:
         self._thread.join()
         if self.upload():
             shutil.rmtree(self.local, ignore_errors=True)
+
+    def _changed(self) -> Iterator[tuple[str, tuple[int, int], bytes]]:
+        """Name, version and content of each file that is another than when it was copied."""
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local).as_posix()
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # renamed while we look
+                version = _version(path)  # before reading: what is appended meanwhile is copied next time
+                if not name.endswith(".partial") and self._copied.get(name) != version:
+                    yield name, version, path.read_bytes()
 
     def _copy_on(self) -> None:
         while not self._ended.wait(_EVERY_S):
