@@ -148,6 +148,7 @@ def _check_peer(store: EventStore, config: ConfigDict) -> None:
         raise UserError(f"--peer needs frames, and event store {str(store.path)!r} keeps latents; give one of haar8")
     if config.data.window_kind == "history":
         raise UserError("--peer knows windows of kind event and fixed; give --config.data.window_kind=event")
+    lerobot_peer.check()
 
 
 def _numbers_of_workers(config: ConfigDict) -> tuple[int, int]:
