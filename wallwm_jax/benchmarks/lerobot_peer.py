@@ -7,6 +7,7 @@ its frames of every camera and its actions. Items of a batch are laid end to end
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -23,6 +24,10 @@ from wallwm_jax.console import UserError
 
 Window = tuple[int, int, int]
 """Row of the set at which a window begins, its frames and its actions."""
+
+_NEEDS = (
+    "it needs pip install --no-deps lerobot==0.4.4 torchvision accelerate, torch, av and datasets, or leave --peer out"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,12 @@ class Job:
     batches: Sequence[Sequence[Window]]
 
 
+def check() -> None:
+    """Raises `UserError` where LeRobot is not installed."""
+    if importlib.util.find_spec("lerobot") is None:
+        raise UserError(f"--peer: LeRobot is not installed; {_NEEDS}")
+
+
 def run(job: Job) -> dict[str, Any]:
     """Times the twin.
 
@@ -62,10 +73,7 @@ def run(job: Job) -> dict[str, Any]:
     done = subprocess.run(line, input=json.dumps(asdict(job)), env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(
-            f"--peer failed: {reason}; it needs pip install --no-deps lerobot==0.4.4 torchvision accelerate, torch, av "
-            "and datasets, or leave --peer out"
-        )
+        raise UserError(f"--peer failed: {reason}; {_NEEDS}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
