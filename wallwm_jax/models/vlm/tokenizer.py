@@ -123,10 +123,10 @@ class FolderTokenizer:
         self._tokenizer.encode_special_tokens = True  # text never yields a special id
         self.vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
         names = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-        ids = [self._tokenizer.token_to_id(name) for name in names]
-        if None in ids:
-            raise UserError(f"tokenizer {str(file)!r} has no {names[ids.index(None)]}; is it Qwen3.5's?")
-        self.pad_id, self.end_id, self.start_id, self.vision_start_id, self.image_id, self.vision_end_id = ids
+        ids = {name: number for name in names if (number := self._tokenizer.token_to_id(name)) is not None}
+        if missing := [name for name in names if name not in ids]:
+            raise UserError(f"tokenizer {str(file)!r} has no {missing[0]}; is it Qwen3.5's?")
+        self.pad_id, self.end_id, self.start_id, self.vision_start_id, self.image_id, self.vision_end_id = ids.values()
         thinks = self._tokenizer.token_to_id("<think>") is not None
         self.no_thinking = "<think>\n\n</think>\n\n" if thinks else ""
 
