@@ -11,7 +11,8 @@ from tiny_model import store_config
 from training_setup import subprocess_environment
 
 from wallwm_jax.console import UserError
-from wallwm_jax.data.clusters import cluster_store, load_clusters, sampling_weights
+from wallwm_jax.data.balance import sampling_weights
+from wallwm_jax.data.clusters import cluster_store, load_clusters
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.pipeline import check_store
 from wallwm_jax.data.sampler import Sampler
