@@ -29,8 +29,12 @@ def test_weights_are_clipped_around_their_mean():
     weights = sampling_weights(index, 1.0, 0.0, 4.0)
     assert weights[-1] == 4.0  # unclipped: 500
     assert weights[0] == pytest.approx(0.5005, rel=1e-3)
-    with pytest.raises(UserError, match=r"weight_clip=0\.5"):
-        sampling_weights(index, 1.0, 0.0, 0.5)
+    for clip in (0.5, float("nan")):
+        with pytest.raises(UserError, match=f"weight_clip={clip}"):
+            sampling_weights(index, 1.0, 0.0, clip)
+    for power in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"vl_power={power}"):
+            sampling_weights(index, power, 0.0, 10.0)
 
 
 def test_cluster_sizes_count_the_windows_of_the_same_level_only():

@@ -129,7 +129,8 @@ def test_errors_are_paired_event_by_event_over_the_seeds_that_both_arms_have(tmp
     for run in sweeps.plan(sweep)[:3]:  # the second seed has one arm
         write_run(tmp_path, run, np.ones(20))
         values = harder + (0.5 if run.arm == "b 2" else [0.4, 0.4, 0.3, 0.1])
-        found = {"figures": {"error": values.mean()}, "paired": {"error": {"episodes": episodes, "values": [*values]}}}
+        errors = {"windows": [0, 1, 4, 7], "episodes": episodes, "values": [*values]}
+        found = {"figures": {"error": values.mean()}, "paired": {"error": errors}}
         (tmp_path / run.directory / "figures.json").write_text(json.dumps(found))
     results = sweeps.collect(sweep, tmp_path)
     assert set(results.pairs) == {"a 1"}
@@ -137,8 +138,17 @@ def test_errors_are_paired_event_by_event_over_the_seeds_that_both_arms_have(tmp
     assert pair["difference"] == pytest.approx(np.mean([0.1, 0.1, 0.2, 0.4]))
     assert pair["low"] == pytest.approx(0.1) and pair["high"] == pytest.approx(0.4)  # three episodes, hardness apart
     assert results.table().splitlines()[-1] == "| a 1 | +0.2000 [+0.1000, +0.4000] |"
+    found["paired"]["error"]["windows"] = [0, 1, 4, 8]
+    (tmp_path / sweeps.plan(sweep)[0].directory / "figures.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="measured on different events"):
+        sweeps.collect(sweep, tmp_path)
+
+
+def test_a_sweep_pairs_arms_that_it_measures():
     with pytest.raises(UserError, match="'c 3' is none of the arms"):
         small(paired_with="c 3")
+    with pytest.raises(UserError, match="measure="):
+        small(paired_with="b 2")
 
 
 def test_the_arms_of_the_window_kinds_see_as_many_latents():

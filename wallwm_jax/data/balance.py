@@ -129,9 +129,11 @@ def sampling_weights(index: np.ndarray, a: float, b: float, clip: float, balance
       `[n]` float64, mean 1 within each kind and level before clipping.
 
     Raises:
-      UserError: `clip` below 1, or an unknown balance.
+      UserError: a power below 0, `clip` below 1, or an unknown balance.
     """
-    if clip < 1:
+    if not (math.isfinite(a + b) and min(a, b) >= 0):
+        raise UserError(f"data.vl_power={a} and data.action_power={b} must be numbers of at least 0")
+    if not clip >= 1:
         raise UserError(f"data.weight_clip={clip} must be at least 1")
     if balance not in BALANCES:
         raise UserError(f"data.balance={balance!r} is not one of {BALANCES}")

@@ -38,8 +38,9 @@ FIGURE = "action error"
 
 @dataclass(frozen=True)
 class EventError:
-    """The error on one event, of an episode by its name."""
+    """The error on one event, the window `window` of its store, of an episode by its name."""
 
+    window: int
     episode: str
     family: str
     level: str
@@ -93,7 +94,7 @@ def summarize(errors: Sequence[EventError]) -> dict[str, Any]:
 
     Returns:
       `figures`: name → mean error, over all events and, where there are several, of each level and family; `paired`:
-      the same names → {"episodes", "values"}, an entry per event in the order of the store.
+      the same names → {"windows", "episodes", "values"}, an entry per event.
     """
     groups: dict[str, list[EventError]] = defaultdict(list)
     groups[FIGURE] = list(errors)
@@ -104,7 +105,11 @@ def summarize(errors: Sequence[EventError]) -> dict[str, Any]:
     return {
         "figures": {name: float(np.mean([error.error for error in group])) for name, group in groups.items()},
         "paired": {
-            name: {"episodes": [error.episode for error in group], "values": [error.error for error in group]}
+            name: {
+                "windows": [error.window for error in group],
+                "episodes": [error.episode for error in group],
+                "values": [error.error for error in group],
+            }
             for name, group in groups.items()
         },
     }
@@ -124,7 +129,7 @@ def _error(mode: EventMode, store: EventStore, record: WindowRecord, actions: np
     episode, stats = store.episodes[record.episode_id], mode.stats
     predicted, true = (stats.normalize_actions(part) for part in (held(actions, record.num_actions), record.actions))
     error = normalized_error(predicted, true, record.action_valid)
-    return EventError(episode["name"], family_of(episode["source"]), record.level, error)
+    return EventError(int(record.index), episode["name"], family_of(episode["source"]), record.level, error)
 
 
 def main(_: list[str]) -> int:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import require_directory
 from wallwm_jax.console import UserError, run_command, write_text
-from wallwm_jax.data.balance import balance_report, sampling_weights
+from wallwm_jax.data.balance import balance_report, plan_draw
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.evaluation import figures
@@ -314,14 +314,10 @@ def _timeline(store: EventStore) -> dict[str, Any] | None:
 
 
 def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
-    """Balance of the event windows, before and after weighting as the config says."""
-    index = store.index[store.index["kind"] == KINDS.index("event")]
-    if not len(index):
-        return []
-    data = config.data
-    powers = data.vl_power, data.action_power
-    weights = sampling_weights(index, *powers, data.weight_clip, data.get("balance", "product"))
-    return balance_report(index, weights, *powers)
+    """Balance of the windows that the config's training draws, before and after weighting."""
+    draw = plan_draw(store.index, config.data, store.meta["sources"])
+    powers = config.data.vl_power, config.data.action_power
+    return balance_report(store.index[draw.candidates], draw.target, *powers)
 
 
 def _cluster_pictures(balance: Sequence[Mapping[str, Any]]) -> list[str]:

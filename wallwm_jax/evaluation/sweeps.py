@@ -67,6 +67,8 @@ class Sweep:
         for name in (self.reference, self.paired_with):
             if name and name not in self.arms:
                 raise UserError(f"reference {name!r} is none of the arms {', '.join(self.arms)}")
+        if self.paired_with and not self.measure:
+            raise UserError("a sweep that pairs its arms needs the module that measures them, measure=...")
         folders = [_folder(arm) for arm in self.arms]
         if len(set(folders)) < len(folders):
             raise UserError(f"arms {', '.join(self.arms)} do not differ in letters and digits; rename one")
@@ -217,6 +219,9 @@ def _pairs(sweep: Sweep, finished: Sequence[Run], out: Path) -> dict[str, dict[s
         if arm == sweep.paired_with or not seeds:
             continue
         sides = [[found[name, seed] for seed in seeds] for name in (sweep.paired_with, arm)]
+        measured = [{figure: run[figure]["windows"] for figure in run} for side in sides for run in side]
+        if any(events != measured[0] for events in measured):
+            raise UserError(f"{arm!r} and {sweep.paired_with!r} were measured on different events; they do not pair")
         pairs[arm] = {
             figure: asdict(paired_rate_difference(*([*_by_episode(side, figure).values()] for side in sides)))
             for figure in sides[0][0]
