@@ -21,11 +21,14 @@ from wallwm_jax.data.clusters import cluster_store
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.store_writer import StoreOptions, atomic_directory, write_store
 
+_FEW_OPTIMISATIONS = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """What the TPU compiler makes of a program is looked at as users get it: with all optimisations."""
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("tpu") is None)
+    """Parity and what the TPU compiler makes of a program are looked at as users get them: with all optimisations."""
+    as_users = any(item.get_closest_marker(name) for name in ("tpu", "parity"))
+    jax.config.update("jax_disable_most_optimizations", not as_users and _FEW_OPTIMISATIONS)
 
 
 def build_small_store(target: Path) -> None:

@@ -105,7 +105,7 @@ def _end_to_end(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _decoder(package: Any) -> str:
-    """The quicker of the video decoders that are installed; LeRobot's own way to PyAV left torchvision with 0.25."""
+    """LeRobot's preferred video decoder, else ours by PyAV; its own way to PyAV left torchvision with 0.25."""
     try:
         import torchcodec
     except (ImportError, RuntimeError):  # RuntimeError: no FFmpeg
