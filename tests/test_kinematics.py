@@ -156,6 +156,19 @@ def test_the_linter_reads_joints(in_joints, tmp_path, change, expected):
         assert any(finding.check == check and remedy in finding.remedy for finding in findings), findings
 
 
+def test_the_linter_finds_poses_read_as_shifts_of_joints_that_have_a_zero(in_joints, tmp_path):
+    raws, _, path = in_joints
+    turned = copy.deepcopy(raws)
+    for raw in turned:
+        raw.state[:, 1:3] += 90
+        raw.action[:, 1:3] += 90
+    zero = ('joint_unit = "deg"', 'joint_unit = "deg"\njoint_zero = [0, 90, 90, 0]')
+    dataset = LeRobotSet(lerobot_files.write_set(tmp_path / "zero", turned, videos_of=path))
+    assert lint(dataset, described(tmp_path, zero)) == []
+    found = lint(dataset, described(tmp_path, zero, ('mode = "absolute"', 'mode = "delta"')))
+    assert any(finding.check == "double delta" and 'mode = "absolute"' in finding.remedy for finding in found), found
+
+
 def test_the_linter_finds_radians_read_as_degrees_and_shifts_read_as_joints(in_joints, tmp_path):
     raws, _, path = in_joints
     turned, shifts = copy.deepcopy(raws), copy.deepcopy(raws)
