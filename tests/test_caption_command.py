@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from test_vlm_captioner import StandIn, answering
 from training_setup import subprocess_environment
 
 from wallwm_jax.console import TRY_AGAIN
+from wallwm_jax.data.clusters import cluster_store
 from wallwm_jax.data.event_store import open_store
 
 
@@ -62,6 +64,20 @@ def test_a_limit_leaves_the_store_alone_until_the_answers_are_all_there(clustere
     assert {span["provenance"] for span in subtasks} == {"vlm:tiny"}
     lines = [json.loads(line) for line in (store / "captions" / "journal.jsonl").read_text().splitlines()]
     assert len(server.bodies) == sum("answer" in line for line in lines) > asked > 0  # nothing was asked twice
+
+
+@pytest.mark.extended
+def test_vectors_of_the_old_captions_are_found_before_the_captions_change(clustered_store, tmp_path):
+    store, file = shutil.copytree(clustered_store, tmp_path / "store"), tmp_path / "vectors.npz"
+    captions = open_store(store).captions
+    np.savez(file, caption=np.array(captions), features=np.eye(len(captions), dtype=np.float32))
+    cluster_store(store, embedder=f"features:{file}")
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    refused = run("caption", "templates", f"--store={store}", "--levels=subtask")
+    assert refused.returncode == 2 and "vectors of its present captions; give --nocluster" in refused.stderr
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    done = run("caption", "templates", f"--store={store}", "--levels=subtask", "--nocluster")
+    assert done.returncode == 0 and open_store(store).meta["captions"]["captioner"] == "templates"
 
 
 @pytest.mark.extended

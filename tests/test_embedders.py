@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wallwm_jax.console import UserError
-from wallwm_jax.data.clusters import FILE_NAME, cluster_again, cluster_store, load_clusters
+from wallwm_jax.data.clusters import FILE_NAME, check_cluster_again, cluster_again, cluster_store, load_clusters
 from wallwm_jax.data.embedders import describe, open_embedder
 from wallwm_jax.data.event_store import open_store
 
@@ -96,6 +96,29 @@ def test_vectors_of_captions_are_found_by_order_or_by_text(small_store, tmp_path
         pyarrow.parquet.write_table(pa.table(columns), file)
     features, seen = points(small_store, f"features:{file}")
     assert (features[:, : len(captions)].argmax(1) == seen.captions).all()
+
+
+def test_a_store_clustered_by_vectors_of_its_captions_is_not_clustered_by_them_again(store, tmp_path, monkeypatch):
+    np.save(tmp_path / "captions.npy", np.eye(len(open_store(store).captions), dtype=np.float32))
+    monkeypatch.chdir(tmp_path)
+    found = cluster_store(store, embedder="features:captions.npy")
+    assert found.made_by["embedder"]["name"] == f"features:{tmp_path}/captions.npy"  # from any folder
+    before = (store / FILE_NAME).read_bytes()
+    for again in (check_cluster_again, cluster_again):
+        with pytest.raises(UserError, match=r"clustered by 'features:.*captions.npy'.*give --nocluster.*data.clusters"):
+            again(store)
+    assert (store / FILE_NAME).read_bytes() == before
+
+
+def test_a_store_clustered_by_vectors_of_its_windows_is_clustered_by_them_again(store, tmp_path, monkeypatch):
+    for split, opened in splits_of(store).items():
+        vectors = np.random.default_rng(0).normal(size=(len(opened), 4))
+        np.save(tmp_path / f"{split}.npy", vectors.astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    found = cluster_store(store, embedder="features:{split}.npy")
+    monkeypatch.chdir("/")
+    check_cluster_again(store)
+    assert cluster_again(store) == found
 
 
 def test_an_unknown_embedder_is_named(small_store):

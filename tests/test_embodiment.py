@@ -1,5 +1,7 @@
 """Embodiment descriptions: columns become poses as the file says, and a file that says nonsense is explained."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -223,6 +225,33 @@ def test_a_simulator_brings_its_episodes_to_the_clock_asked_for(monkeypatch):
     assert [(episode.clock_hz, episode.video_stride) for episode in episodes] == [(5.0, 2)]
     with pytest.raises(UserError, match=r"--video_fps=6: ocbench draws 5 frames per second; give at most that, or 0"):
         open_source("ocbench:chamber", SourceOptions(video_fps=6))
+
+
+def test_an_episode_too_short_for_the_clock_is_dropped_counted_and_named(monkeypatch):
+    from wallwm_jax.sources.simulator.ocbench_demos import Demonstrations, FamilyCount
+
+    whole, brief = (
+        synthetic_episode(seed, steps=steps, source="ocbench/chamber-cpu-lite-easy-task1-v0")
+        for seed, steps in ((3, 64), (4, 12))
+    )
+    recovery = dataclasses.replace(
+        brief,
+        episode_id="chamber/0/0/recovery-0",
+        source="ocbench-recovery/chamber-cpu-lite-easy-task1-v0",
+        derived_from=whole.episode_id,
+    )
+
+    def demonstrations(*_, **__):
+        counts = {"chamber": FamilyCount(attempted=3, kept=2), "switch": FamilyCount(attempted=1, kept=1)}
+        return Demonstrations(iter([brief, whole, recovery]), counts)
+
+    monkeypatch.setattr("wallwm_jax.sources.simulator.ocbench_demos.demonstrations", demonstrations)
+    episodes, counts = open_source("ocbench:chamber,switch", SourceOptions(video_fps=0.3))
+    assert [episode.episode_id for episode in episodes] == [whole.episode_id]
+    chamber, switch = counts()["chamber"], counts()["switch"]
+    assert (chamber.kept, chamber.dropped) == (1, 3) and (switch.kept, switch.dropped, switch.reasons) == (1, 0, ())
+    told = "timestamp: lasts 1.200 s, not one control step at 0.6 Hz"
+    assert chamber.reasons == (f"{brief.episode_id}: {told}", f"chamber/0/0/recovery-0: {told}")
 
 
 # Labels

@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from wallwm_jax.console import UserError
 from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
+from wallwm_jax.sources.kinematics import Kinematics
 from wallwm_jax.sources.lerobot.dataset import LeRobotSet
 from wallwm_jax.sources.lint import lint
 from wallwm_jax.sources.recorded import read_episodes
@@ -80,6 +81,36 @@ def test_the_end_effector_may_be_a_body(tmp_path):
     assert np.allclose(place, [0.5, 0.0, 0.1])
 
 
+URDF = """
+<robot name="arm">
+  <link name="base_link"/>
+  <joint name="mount" type="fixed">
+    <parent link="base_link"/><child link="pedestal"/><origin xyz="0 0.1 0.3" rpy="0 0 1.5707963267948966"/>
+  </joint>
+  <link name="pedestal"/>
+  <joint name="turn" type="revolute">
+    <parent link="pedestal"/><child link="arm"/><axis xyz="0 0 1"/><limit lower="-3" upper="3" effort="1" velocity="1"/>
+  </joint>
+  <link name="arm">
+    <inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/></inertial>
+  </link>
+  <joint name="flange" type="fixed"><parent link="arm"/><child link="tool0"/><origin xyz="0.5 0 0"/></joint>
+  <link name="tool0"/>
+</robot>
+"""
+
+
+@pytest.mark.parametrize(("base", "origin", "turned"), [("", [0, 0.1, 0.3], np.pi / 2), ("pedestal", [0, 0, 0], 0.0)])
+def test_links_behind_fixed_joints_may_be_the_end_effector_and_the_base(tmp_path, base, origin, turned):
+    (tmp_path / "arm.urdf").write_text(URDF)
+    angles = np.array([0.0, 0.7])
+    poses = Kinematics(str(tmp_path / "arm.urdf"), ("turn",), body="tool0", base=base).poses(angles[:, None])
+    heading = angles + turned
+    reach = 0.5 * np.column_stack([np.cos(heading), np.sin(heading), np.zeros(2)])
+    assert np.abs(poses[:, :3, 3] - (origin + reach)).max() < 1e-9
+    assert np.abs(poses[:, :3, :3] - Rotation.from_euler("z", heading[:, None]).as_matrix()).max() < 1e-9
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -88,8 +119,11 @@ def test_the_end_effector_may_be_a_body(tmp_path):
         ('"pan"', '"hip"', r"has no joint 'hip'; it has pan, shoulder, elbow, roll, loose"),
         ('"pan"', '"loose"', r"joint 'loose' of .* is no hinge and no slide"),
         ('site = "tip"', 'site = "nail"', r"has no site 'nail'; it has tip"),
+        ('"elbow"', '"pan"', r"joints names 'pan' twice"),
+        ('site = "tip"', 'site = "tip"\nbase = "floor"', r"has no body 'floor'; it has world, turntable"),
+        ('mode = "absolute"', 'mode = "delta"\nframe = "tool"', r'frame = "tool" beside \[arms.kinematics\]'),
         ('site = "tip"', "", r"name the end effector by site or by body"),
-        ('site = "tip"', 'tool = "tip"', r"\[arms.kinematics\]: known keys are model, joints, site, body"),
+        ('site = "tip"', 'tool = "tip"', r"\[arms.kinematics\]: known keys are model, joints, site, body, base"),
         ("state[0:4]", "state[0:3]", r"has 4 joints, not observation.state\[0:3\]"),
         ('"deg"', "[1, 2]", r"joint_unit has 2 numbers for 4 joints"),
         ('"deg"', '"m/s"', r"give rad, deg, a number, or a list"),
@@ -154,6 +188,19 @@ def test_the_linter_reads_joints(in_joints, tmp_path, change, expected):
     else:
         check, remedy = expected
         assert any(finding.check == check and remedy in finding.remedy for finding in findings), findings
+
+
+def test_the_linter_finds_poses_read_as_shifts_of_joints_that_have_a_zero(in_joints, tmp_path):
+    raws, _, path = in_joints
+    turned = copy.deepcopy(raws)
+    for raw in turned:
+        raw.state[:, 1:3] += 90
+        raw.action[:, 1:3] += 90
+    zero = ('joint_unit = "deg"', 'joint_unit = "deg"\njoint_zero = [0, 90, 90, 0]')
+    dataset = LeRobotSet(lerobot_files.write_set(tmp_path / "zero", turned, videos_of=path))
+    assert lint(dataset, described(tmp_path, zero)) == []
+    found = lint(dataset, described(tmp_path, zero, ('mode = "absolute"', 'mode = "delta"')))
+    assert any(finding.check == "double delta" and 'mode = "absolute"' in finding.remedy for finding in found), found
 
 
 def test_the_linter_finds_radians_read_as_degrees_and_shifts_read_as_joints(in_joints, tmp_path):

@@ -25,7 +25,7 @@ there is). An event without a valid answer keeps its caption with confidence 0.1
 the old ones, in use from one moment to the next; to go back, delete "captions" in store.json. Runs that have the store
 open see the old ones, and a run that is resumed notices that the store changed. Text features are computed again where
 the store has them, and the store is clustered again, since what is said is part of what is clustered (--nocluster
-leaves the clusters).
+leaves the clusters; a store that is clustered by your own vectors of its captions needs it).
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ def main(argv: list[str]) -> int:
         return _write_out(values.store, values.file)
     if part == "sheets":
         return _draw_sheets(values.store, values.levels, values.episodes, Path(values.out))
+    if not values.dry_run and _clusters_follow(values):
+        from wallwm_jax.data.clusters import check_cluster_again
+
+        check_cluster_again(values.store)
     if part == "vlm":
         return _ask(values)
     if part == "human":
@@ -153,12 +157,18 @@ def _captioned(store: str, captioner: Captioner) -> list[Spans]:
         return [episode.spans for episode in captioner.caption(read_episodes(store))]
 
 
+def _clusters_follow(values: flags.FlagValues) -> bool:
+    """Whether the store is clustered again after its captions."""
+    from wallwm_jax.data.event_store import open_store
+
+    return values.cluster and bool((open_store(values.store).index["cluster_vl"] >= 0).any())
+
+
 def _apply(
     values: flags.FlagValues, before: Iterable[tuple[str, str, Spans]], spans: list[Spans], captioner: str
 ) -> int:
     """Shows the changes, and writes them unless it is a dry run."""
     from wallwm_jax.data.clusters import cluster_again
-    from wallwm_jax.data.event_store import open_store
     from wallwm_jax.data.recaption import write_layer
 
     for line in _changes(before, spans):
@@ -167,7 +177,7 @@ def _apply(
         return 0
     with phase("write captions"):
         summary = write_layer(values.store, spans, captioner, text_weights=values.text_weights)
-    if values.cluster and (open_store(values.store).index["cluster_vl"] >= 0).any():
+    if _clusters_follow(values):
         with phase("cluster windows"):
             cluster_again(values.store)
     told = ", ".join(f"{count} on level {level}" for level, count in summary.changed.items() if count)

@@ -150,15 +150,35 @@ def cluster_store(
     return found
 
 
-def cluster_again(path: str | Path) -> Clusters:
-    """Clusters a store as it was clustered before, after its captions have changed.
+def check_cluster_again(path: str | Path) -> None:
+    """Finds out, before captions change, whether `cluster_again` can follow.
 
     Raises:
-      UserError: it was never clustered; what `cluster_store` raises.
+      UserError: the store was never clustered, or by vectors per caption, which new captions do not have.
     """
-    made_by = dict(load_clusters(path).made_by)
-    embedder = made_by.pop("embedder", {"name": "hashed"})["name"]
-    return cluster_store(path, embedder=embedder, **made_by)
+    name = _embedder_of(load_clusters(path))
+    if name.startswith("features:") and "{split}" not in name:
+        raise UserError(
+            f"event store {str(path)!r} is clustered by {name!r}, vectors of its present captions; give --nocluster, "
+            f"and once there are vectors of the new ones: python -m wallwm_jax.data.clusters --store={path} "
+            "--embedder=features:FILE"
+        )
+
+
+def cluster_again(path: str | Path) -> Clusters:
+    """Clusters a store as it was clustered before, after its captions have changed; see `check_cluster_again`.
+
+    Raises:
+      UserError: it was never clustered, or by vectors per caption; what `cluster_store` raises.
+    """
+    check_cluster_again(path)
+    before = load_clusters(path)
+    made_by = {name: value for name, value in before.made_by.items() if name != "embedder"}
+    return cluster_store(path, embedder=_embedder_of(before), **made_by)
+
+
+def _embedder_of(found: Clusters) -> str:
+    return found.made_by.get("embedder", {"name": "hashed"})["name"]
 
 
 def find_clusters(

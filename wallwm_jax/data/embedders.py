@@ -138,6 +138,8 @@ def open_embedder(name: str, splits: Mapping[str, EventStore]) -> Embedder:
     kind, _, path = name.partition(":")
     if kind != "features" or not path:
         raise UserError(f"unknown embedder {name!r}; choose of {', '.join(NAMES)}")
+    path = str(Path(path).expanduser().absolute())  # recorded, and opened again from other folders
+    name = f"features:{path}"
     if "{split}" in path:
         arrays = {
             split: _load_rows(path.replace("{split}", split), len(store), "windows") for split, store in splits.items()

@@ -35,6 +35,7 @@ end effector's poses follow from it (needs MuJoCo, extra `sim`):
     model = "so100.xml"                          # MJCF or URDF, its path from this file's folder
     joints = ["Rotation", "Pitch", "Elbow", "Wrist_Pitch", "Wrist_Roll"]    # of the model, in the columns' order
     site = "gripper"                             # the end effector: a site of the model, or body = "..."
+    base = "base_link"                           # the body in whose frame poses are; default the model's world
     [arms.state]
     joints = "observation.state[0:5]"
     joint_unit = "deg"                           # or rad; radians per unit (slides: metres), for all or for each; a
@@ -365,7 +366,9 @@ def _kinematics(raw: Any, where: str, folder: Path) -> Kinematics:
     joints = raw.get("joints")
     if not isinstance(joints, list) or not joints or not all(isinstance(name, str) for name in joints):
         raise UserError(f"{where}: joints is {joints!r}, expected a list of the model's joints")
-    texts = {key: raw.get(key, "") for key in ("model", "site", "body")}
+    if len(set(joints)) < len(joints):
+        raise UserError(f"{where}: joints names {max(joints, key=joints.count)!r} twice; each column has its own")
+    texts = {key: raw.get(key, "") for key in ("model", "site", "body", "base")}
     if not all(isinstance(text, str) for text in texts.values()) or not texts["model"]:
         raise UserError(f"{where}: needs model, the path of an MJCF or URDF file")
     if bool(texts["site"]) == bool(texts["body"]):
@@ -409,6 +412,8 @@ def _check_joints(pose: PoseColumns, raw: dict[str, Any], where: str) -> None:
         return
     if given := [key for key in raw if key.startswith(("position", "rotation"))]:
         raise UserError(f"{where}: {given[0]} beside [arms.kinematics]; poses follow from joints, or are in columns")
+    if raw.get("frame") == "tool":
+        raise UserError(f'{where}: frame = "tool" beside [arms.kinematics]; shifts of joints have no axes')
     names, column = pose.kinematics.joints, pose.joints
     if column is not None and column.last is not None and column.last - column.first != len(names):
         raise UserError(f"{where}: [arms.kinematics] has {len(names)} joints, not {column}")

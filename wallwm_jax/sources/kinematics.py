@@ -20,29 +20,33 @@ class Kinematics:
       model: path of an MJCF or URDF file.
       joints: names of its hinges and slides, in the order of the data's columns; others stay as the model has them.
       site, body: name of the end effector; the other one is "".
+      base: body in whose frame poses are told; "" is the model's world.
     """
 
     model: str
     joints: tuple[str, ...]
     site: str = ""
     body: str = ""
+    base: str = ""
 
     def check(self) -> None:
         """Raises `UserError` where MuJoCo or the model is not there, or the model has not what is named."""
         _load(self)
 
     def poses(self, joints: np.ndarray) -> np.ndarray:
-        """`[N, 4, 4]` of the end effector in the model's world frame, metres, from `[N, J]` radians or metres."""
+        """`[N, 4, 4]` of the end effector in the frame of `base`, metres, from `[N, J]` radians or metres."""
         import mujoco
 
         model, addresses, _ = _load(self)
         data = mujoco.MjData(model)
         place = data.site(self.site) if self.site else data.body(self.body)
+        base = data.body(self.base or "world")
         poses = np.tile(np.eye(4), (len(joints), 1, 1))
         for pose, row in zip(poses, joints):
             data.qpos[addresses] = row
             mujoco.mj_kinematics(model, data)
-            pose[:3, :3], pose[:3, 3] = place.xmat.reshape(3, 3), place.xpos
+            turn = base.xmat.reshape(3, 3).T
+            pose[:3, :3], pose[:3, 3] = turn @ place.xmat.reshape(3, 3), turn @ (place.xpos - base.xpos)
         return poses
 
     def limits(self) -> np.ndarray:
@@ -61,13 +65,15 @@ def _load(arm: Kinematics) -> tuple[Any, np.ndarray, np.ndarray]:
     if not Path(arm.model).is_file():
         raise UserError(f"there is no robot model {arm.model!r}; its path is taken from the folder of the description")
     try:
-        model = mujoco.MjModel.from_xml_path(arm.model)
+        spec = mujoco.MjSpec.from_file(arm.model)
+        spec.compiler.fusestatic = 0  # of a URDF, links behind fixed joints, such as tool0, would lose their names
+        model = spec.compile()
     except ValueError as error:
         raise UserError(f"MuJoCo cannot read {arm.model!r}: {' '.join(str(error).split())}") from None
     names = {kind: [getattr(model, kind)(n).name for n in range(getattr(model, f"n{count}"))]
              for kind, count in (("joint", "jnt"), ("site", "site"), ("body", "body"))}  # fmt: skip
     wanted = [("joint", name) for name in arm.joints] + [("site", arm.site)] * bool(arm.site)
-    for kind, name in wanted + [("body", arm.body)] * bool(arm.body):
+    for kind, name in wanted + [("body", name) for name in (arm.body, arm.base) if name]:
         if name not in names[kind]:
             known = ", ".join(filter(None, names[kind])) or "none"
             raise UserError(f"{arm.model!r} has no {kind} {name!r}; it has {known}")

@@ -221,10 +221,11 @@ def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
     if arm.action.joints:
         shifts = declared == "delta"
         given = [arm.action.angles(recording.columns, shifts=shifts)[:-1] for recording in sample.recordings]
+        posed = [arm.action.angles(recording.columns)[:-1] for recording in sample.recordings]  # less the joints' zero
         place = [arm.state.angles(recording.columns) for recording in sample.recordings]
         turned = given
     else:
-        given = [arm.action.positions(recording.columns)[:-1] for recording in sample.recordings]
+        given = posed = [arm.action.positions(recording.columns)[:-1] for recording in sample.recordings]
         place = [motion.poses[:, number, :3, 3] for motion in sample.motions]
         turned = [
             np.einsum("nij,nj->ni", motion.poses[:-1, number, :3, :3], shift)
@@ -236,7 +237,7 @@ def _meaning(sample: Sample, number: int) -> Iterator[Finding]:
     if moving.sum() < 8 or not length.max() > 0:
         return
     base, tool, here = np.concatenate(given), np.concatenate(turned), np.concatenate([p[:-1] for p in place])
-    as_pose = _median(base - here - steps, moving)
+    as_pose = _median(np.concatenate(posed) - here - steps, moving)
     as_shift = {"base": _median(base - steps, moving), "tool": _median(tool - steps, moving)}
     cosine = {"base": _cosine(base, steps, moving), "tool": _cosine(tool, steps, moving)}
     best = max(cosine, key=lambda frame: cosine[frame])

@@ -10,7 +10,8 @@ A simulator records as many episodes of each family or task, or shares of one to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ _EPISODES = 40  # of each family that is recorded, where the command does not sa
 @dataclass
 class FamilyCount:
     """Episodes of one family or set: those the source kept, those it dropped, and why, where it says so; and what came
-    of its recoveries, by kind."""
+    of its recoveries in the simulator, by kind. A recovery that is too short for the clock is among the dropped."""
 
     kept: int = 0
     dropped: int = 0
@@ -145,6 +146,7 @@ def families_of(argument: str, episodes: int | None) -> dict[str, int]:
 
 def _open_simulator(name: str, families: dict[str, int], options: SourceOptions) -> Opened:
     from wallwm_jax.sources.clock import resample_episode, two_step_clock
+    from wallwm_jax.sources.columns import BadRecording
     from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
     if options.embodiment:
@@ -169,11 +171,25 @@ def _open_simulator(name: str, families: dict[str, int], options: SourceOptions)
         workers=options.workers,
         **more,
     )
-    episodes: Iterable[Episode] = stream
-    if clock:
-        episodes = (resample_episode(episode, clock) for episode in stream)
-    return episodes, lambda: {
-        name: FamilyCount(count.kept, count.dropped, recoveries=count.recoveries)
+    short: dict[str, list[str]] = {family: [] for family in families}  # why, of each episode
+    lost: Counter[str] = Counter()  # of those, demonstrations
+
+    def resampled() -> Iterator[Episode]:
+        for episode in stream:
+            try:
+                slower = resample_episode(episode, clock) if clock else episode
+            except BadRecording as error:
+                place = episode.source.partition("/")[2]  # a family's environment, or what was asked for itself
+                family = place if place in families else place.partition("-")[0]
+                short[family].append(f"{episode.episode_id}: {error}")
+                lost[family] += not episode.derived_from
+            else:
+                yield slower
+
+    return resampled(), lambda: {
+        name: FamilyCount(
+            count.kept - lost[name], count.dropped + len(short[name]), tuple(short[name]), count.recoveries
+        )
         for name, count in stream.counts.items()
     }
 
