@@ -205,7 +205,7 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
     """Draws how an event is worded: null text, paraphrase, prefix by its parent's caption, duration clause.
 
     The probabilities are `config.data`'s. Every draw takes five numbers from `rng`, and more where a window has history
-    or is told what goes on in it. A clause or prefix with which the text would not fit into `data.text_length` tokens is
+    or is told what goes on in it. A clause or prefix that would take the text past `data.text_length` tokens is
     left out, so that no caption loses its end. The instruction never has a clause on a window that is not the whole
     task. `data.caption` tells all windows the instruction, or windows other than events all that goes on in them; but a
     window with history is always told, with `data.chunk_event_prob`, the event that goes on where it begins.
