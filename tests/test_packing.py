@@ -244,6 +244,17 @@ def test_an_event_may_be_told_the_instruction(store):
     assert text == store.caption(record.level_caption_ids[0]) != store.caption(record.caption_id)
 
 
+def test_the_instruction_is_never_told_the_duration_of_a_part_of_the_task(store):
+    event, tile = windows_of(store, "action", 1)[0], int(np.flatnonzero(store.index["kind"] == 1)[1])
+    for window, caption, timed in [
+        (event, "own", True),
+        (event, "instruction", False),
+        (tile, "own", False),
+    ]:
+        text = told(store, window, caption=caption, duration_clause_prob=1.0, text_length=1000)[1]
+        assert has_duration_clause(text) == timed, (window, caption)
+
+
 def test_a_tile_may_be_told_the_events_that_go_on_in_it(store):
     """Tiles of 16 steps, told the subtasks or actions of which they show half, or which are half of them."""
     tile = int(np.flatnonzero(store.index["kind"] == 1)[1])

@@ -20,6 +20,8 @@ DRAWER = Facts(Thing("drawer"), handle=Thing("drawer handle"), direction="to the
 PLACE = ("place", BLOCK, {"task": "cube", "block": 0}, "reach descend grasp lift carry lower release retract")
 PRESS = ("press", BUTTON, {"task": "button", "button": 0}, "reach press retract")
 OPEN = ("open", DRAWER, {"task": "drawer"}, "reach descend grasp pull release retract")
+DISK = Facts(Thing("disk", "blue", "on the left peg"), toward="to the right peg", onto="onto the right peg")
+MOVE = ("place", DISK, {"disk": 0, "source": 0, "target": 2}, "reach descend grasp lift carry lower release retract")
 STEPS = 5  # of every action
 
 
@@ -51,6 +53,11 @@ def test_experts_are_disturbed_where_they_touch_press_move_lower_or_let_go():
     grasp, pull = found[1], found[5]
     assert (grasp.earliest, grasp.step) == ((3 + 1) * STEPS + 1, (3 + 2) * STEPS)  # in the descent
     assert pull.earliest == pull.step == (3 + 8 + 3) * STEPS  # once the handle is held
+
+
+def test_no_disk_is_dropped_on_its_way_because_its_caption_names_the_peg_it_was_on():
+    kinds = {contact.verb: contact.kinds for contact in recovery.contacts(rollout(MOVE))}
+    assert kinds == {"grasp": ("hand", "gripper"), "lower": ("hand",), "release": ("hand",)}
 
 
 def test_disturbances_stay_within_their_bounds_and_follow_from_the_seed():

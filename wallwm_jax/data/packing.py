@@ -204,10 +204,11 @@ class Caption:
 def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng: np.random.Generator) -> Caption:
     """Draws how an event is worded: null text, paraphrase, prefix by its parent's caption, duration clause.
 
-    The probabilities are `config.data`'s; every draw takes the same five numbers from `rng`. A clause or prefix with
-    which the text would not fit into `data.text_length` tokens is left out, so that no caption loses its end. A window
-    with history, whose own caption is the instruction, is at times told the event that goes on where it begins.
-    `data.caption` tells all windows the instruction, or windows other than events all that goes on in them.
+    The probabilities are `config.data`'s. Every draw takes five numbers from `rng`, and more where a window has history
+    or is told what goes on in it. A clause or prefix that would take the text past `data.text_length` tokens is
+    left out, so that no caption loses its end. The instruction never has a clause on a window that is not the whole
+    task. `data.caption` tells all windows the instruction, or windows other than events all that goes on in them; but a
+    window with history is always told, with `data.chunk_event_prob`, the event that goes on where it begins.
     """
     drop, reword, which, prefix, clause = rng.random(5)
     length = record.duration_s * float(store.meta["action_hz"])
@@ -218,17 +219,18 @@ def draw_caption(store: EventStore, record: WindowRecord, data: ConfigDict, rng:
         if event and _fits(store, event["caption"], data.text_length):
             return Caption(event["caption"])
     text, parent, others = store.caption(record.caption_id), record.parent_caption_id, record.paraphrase_ids
+    lasts = record.kind == "event"  # the duration is that of what the text tells, not of a part of the task
     if data.caption == "instruction" and parent >= 0:
-        text, parent, others = store.caption(int(record.level_caption_ids[0])), -1, ()
+        text, parent, others, lasts = store.caption(int(record.level_caption_ids[0])), -1, (), False
     elif data.caption == "events" and record.kind != "event":
         told = [event["caption"] for event in store.events_within(record, _draw_level(data, rng))]
         while len(told) > 1 and not _fits(store, in_order(told), data.text_length):
             told.pop()
-        text, others = in_order(told) or text, ()
+        text, others, lasts = in_order(told) or text, (), bool(told)
     if others and reword < data.paraphrase_prob:
         text = store.caption(others[int(which * len(others))])
     longer = duration_clause(text, record.duration_s)
-    timed = clause < data.duration_clause_prob and _fits(store, longer, data.text_length)
+    timed = lasts and clause < data.duration_clause_prob and _fits(store, longer, data.text_length)
     if timed:
         text = longer
     longer = with_parent(store.caption(parent), text)

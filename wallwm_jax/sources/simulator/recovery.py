@@ -115,6 +115,8 @@ def contacts(rollout: Rollout) -> list[Contact]:
         kinds = _DISTURBED[action.verb]
         if task_of(goal) != "cube" or before.verb != "descend":
             kinds = tuple(kind for kind in kinds if kind != "object")
+        if task_of(goal) == "hanoi" and action.verb == "lower":  # no longer on the peg that the caption would name
+            kinds = tuple(kind for kind in kinds if kind != "gripper")
         earliest = action.start if action.verb in _MOVING else before.start + 1  # the controller has begun the subtask
         found.append(Contact(action.verb, kinds, action.start, earliest))
     return found
