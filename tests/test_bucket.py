@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import jax
 import pytest
 from bucket import emulated_bucket, locked_store
 from etils import epath
@@ -17,9 +19,10 @@ from wallwm_jax import checkpoints
 from wallwm_jax.config import require_directory
 from wallwm_jax.console import UserError, write_text
 from wallwm_jax.data.event_store import open_store
-from wallwm_jax.paths import file_sizes, open_path, open_run
+from wallwm_jax.paths import file_sizes, open_path, open_run, use_compile_cache
 from wallwm_jax.train import run
 from wallwm_jax.training.checkpoint import load_params, load_start, prepare_workdir
+from wallwm_jax.training.integrity import damage, delete_unfinished, seal
 from wallwm_jax.training.mirror import Mirror
 from wallwm_jax.training.telemetry import read_metrics
 from wallwm_jax.training.train_state import flatten
@@ -46,7 +49,13 @@ def test_a_path_on_a_disk_stays_what_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("s3://runs/a", "only gs://BUCKET/... can be"), ("gs://", "names no bucket"), ("GS://runs/a", "only gs://BUCKET")],
+    [
+        ("s3://runs/a", "only gs://BUCKET/... can be"),
+        ("gs://", "names no bucket"),
+        ("GS://runs/a", "only gs://BUCKET"),
+        ("gs:/runs/a", "only gs://BUCKET"),
+        (Path("gs://runs/a"), "only gs://BUCKET"),
+    ],
 )
 def test_of_object_stores_only_buckets_are_taken(address, message):
     with pytest.raises(UserError, match=message):
@@ -63,6 +72,8 @@ def test_event_stores_stay_on_disks():
     for read in (open_store, lambda path: require_directory(path, "store", "build it")):
         with pytest.raises(UserError, match=r"store 'gs://runs/store' is an address .* mount the bucket \(gcsfuse\)"):
             read("gs://runs/store")
+    with pytest.raises(UserError, match=r"store 'gs:/runs/store' is an address"):
+        open_store("gs:/runs/store")
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_computed(bucket):
@@ -88,6 +99,49 @@ def test_a_workdir_in_a_bucket_that_holds_a_run_needs_a_word(bucket):
         prepare_workdir(workdir, resume=False, overwrite=False)
     prepare_workdir(workdir, resume=False, overwrite=True)
     assert file_sizes(workdir) == {"notes.txt": 1}
+
+
+def test_tensorflow_beside_us_changes_nothing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # all is installed
+    assert type(epath.Path("gs://runs/a")._backend).__name__ == "_FileSystemSpecBackend"
+
+
+def test_what_is_compiled_is_kept_in_the_bucket_but_not_the_caches_of_xla(bucket, monkeypatch, tmp_path):
+    """XLA would open gs:// as a file of a GPU's autotuning, and fail."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        use_compile_cache(tmp_path)
+        assert [getattr(jax.config, name) for name in names] == [f"{tmp_path}/compile_cache", before[names[1]]]
+        use_compile_cache(f"{bucket}/compiled")
+        assert [getattr(jax.config, name) for name in names] == ["gs://runs/compiled/compile_cache", "none"]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+# Checkpoints in a bucket that fails now and then
+
+
+def test_a_bucket_that_cannot_be_read_now_is_not_a_damaged_checkpoint(bucket):
+    step = open_path(f"{bucket}/reading/checkpoints/2")
+    (step / "ema" / "a").write_text("12345")
+    assert damage(step) == "manifest.json is missing"
+    with pytest.raises(FileNotFoundError, match="none of state"):
+        seal(step.parent, 4, ["state"])
+    seal(step.parent, 2, ["ema"])
+    assert damage(step) == ""
+    with locked_store(), pytest.raises(UserError, match=r"cannot use 'gs://runs/reading/checkpoints/2'"):
+        damage(step)
+    (step / "manifest.json").write_bytes(b"\xff{")
+    assert damage(step) == "manifest.json is torn"
+
+
+def test_what_cannot_be_deleted_after_a_failed_save_ends_no_run(bucket, capsys):
+    with locked_store():
+        delete_unfinished(epath.Path(f"{bucket}/a/checkpoints"))
+    assert "warning: cannot use 'gs://runs/a/checkpoints'" in capsys.readouterr().err
 
 
 # Files that grow
@@ -121,7 +175,22 @@ def test_a_store_that_fails_ends_no_run_and_its_files_stay(bucket, capsys):
         assert not mirror.upload() and not mirror.upload()
     assert (mirror.local / "metrics.jsonl").read_text() == "1\n"
     warning = capsys.readouterr().err
-    assert warning.count("warning: cannot use 'gs://runs/failing'") == 1 and str(mirror.local) in warning
+    assert warning.count("warning: cannot use 'gs://runs/failing'") == 1
+    assert warning.endswith(f"not all reports of the run are in the bucket; they are in {mirror.local}\n")
+
+
+def test_no_error_of_a_library_ends_a_run_for_its_reports(bucket, capsys, monkeypatch):
+    mirror = Mirror(open_path(f"{bucket}/strange"))
+    (mirror.local / "metrics.jsonl").write_text("1\n")
+
+    def fail(*_, **__):
+        raise RuntimeError("strange")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gcsfs.GCSFileSystem._call", fail)
+        assert not mirror.upload()
+    assert "warning: cannot use 'gs://runs/strange' (strange)" in capsys.readouterr().err
+    assert mirror.upload()
 
 
 def test_on_a_disk_the_workdir_itself_is_written_to(tmp_path):

@@ -190,3 +190,9 @@ def test_recoveries_start_near_the_contact_and_succeed_again_through_the_canonic
         assert np.allclose(env.observe(render=False).pose, episode.poses[0], atol=1e-9)
         assert not nominal.achieved(goal, env.info)
         assert (act_again(env, episode) or nominal.achieved(goal, env.info)) and subtask.success
+
+
+def test_a_block_that_fell_or_was_thrown_is_no_recovery():
+    assert recovery.slid(np.array([0.05, 0.0, 0.001])) and recovery.slid(np.array([-0.02, 0.02, -0.004]))
+    assert not recovery.slid(np.array([0.08, 0.0, 0.0]))  # thrown
+    assert not recovery.slid(np.array([0.03, 0.0, -0.04])) and not recovery.slid(np.array([0.0, 0.03, 0.03]))

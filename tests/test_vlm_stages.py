@@ -116,6 +116,13 @@ def _seeded(config):
     return config.lock()
 
 
+def test_a_planner_learns_from_no_episode_that_begins_within_a_task(clustered_store, config):
+    store = open_store(clustered_store)
+    store.episodes[int(store.index["episode"][0])]["derived_from"] = "another"
+    with pytest.raises(UserError, match=r"begins within a task.*data\.mixture"):
+        VlmRows(store, config)
+
+
 def test_a_row_asks_for_its_event_and_the_answer_is_its_caption_with_the_duration(store, config):
     tokenizer, rows = BytesTokenizer(), VlmRows(store, config)
     for number in range(12):

@@ -84,6 +84,18 @@ def test_an_unknown_kind_of_caption_is_refused(store):
         check_store(store, config)
 
 
+def test_windows_are_told_of_levels_that_the_store_has(store):
+    config = store_config(store)
+    with config.unlocked():
+        config.data.update(window_kind="random", caption="events", levels={"subtask": 1.0, "segment": 1.0})
+    with pytest.raises(UserError, match=r"no episode of .* has events of level 'segment'"):
+        check_store(store, config)
+    with config.unlocked():
+        config.data.levels = {"subtask": 0.0}
+    with pytest.raises(UserError, match="need positive shares of levels"):
+        check_store(store, config)
+
+
 @pytest.mark.extended
 def test_runs_on_random_windows_and_on_events_are_paired_on_the_same_events(path, tmp_path):
     """The whole command: two arms train, are measured on held-out events, and their errors are paired."""

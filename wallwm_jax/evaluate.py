@@ -37,7 +37,6 @@ and the predicted final frame; in unified mode on its windows with history, told
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -48,7 +47,7 @@ from absl import flags
 
 from wallwm_jax.config import settings
 from wallwm_jax.console import UserError, phase, run_command, write_text
-from wallwm_jax.paths import open_path, open_run, require_local
+from wallwm_jax.paths import open_run, require_local, use_compile_cache
 
 # Simulator processes import this module again, so what is heavy (JAX) is imported where it is used.
 if TYPE_CHECKING:
@@ -292,11 +291,10 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    import jax
 
     values = flags.FLAGS
-    if values.workdir and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where training keeps its own
-        jax.config.update("jax_compilation_cache_dir", str(open_path(values.workdir) / "compile_cache"))
+    if values.workdir:
+        use_compile_cache(values.workdir)
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in fields(Options)}
     result = evaluate(values.workdir, values.store, values.out, Options(**chosen))
     _print(result)

@@ -19,8 +19,12 @@ from etils import epath
 
 from wallwm_jax.console import UserError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+COMPILE_CACHE = "compile_cache"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(gs|s3|az|hf):/")  # with one slash it has been through `pathlib`
 _GCS = "gs://"
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed, its own file system would be taken
 
 # Others write, too: TensorStore, other hosts. A listing that was true a minute ago is worth nothing.
 for _protocol in ("gs", "gcs"):
@@ -69,6 +73,20 @@ def open_run(workdir: str | os.PathLike[str]) -> epath.Path:
     if not directory.is_dir():
         raise UserError(f"workdir {str(directory)!r} does not exist; {remedy}")
     return directory
+
+
+def use_compile_cache(workdir: str | os.PathLike[str]) -> None:
+    """Has JAX keep what it compiles in a workdir, for later starts; JAX_COMPILATION_CACHE_DIR goes before.
+
+    Raises:
+      UserError: see `open_path`.
+    """
+    import jax
+
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(open_path(workdir) / COMPILE_CACHE)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    if is_remote(directory):  # XLA's own caches, of a GPU's autotuning, are on disks only: compiling would fail
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def require_local(path: str | os.PathLike[str], what: str) -> None:
@@ -138,8 +156,9 @@ def disk_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     if "gcsfs" not in sys.modules:  # nobody has touched a bucket
         return errors
     import aiohttp
-    from gcsfs.retry import HttpError
+    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
-    return (*errors, HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError)
+    gcsfs = (HttpError, ChecksumError, NonRetryableError)
+    return (*errors, *gcsfs, aiohttp.ClientError, GoogleAPIError, GoogleAuthError)

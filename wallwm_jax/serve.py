@@ -60,7 +60,6 @@ An error is a text frame that says what is wrong; the connection stays. A messag
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,7 @@ from absl import flags
 
 from wallwm_jax.config import settings
 from wallwm_jax.console import UserError, phase, run_command
-from wallwm_jax.paths import open_path, open_run
+from wallwm_jax.paths import open_path, open_run, use_compile_cache
 
 if TYPE_CHECKING:
     from wallwm_jax.inference.latent_conditioner import LatentConditioner
@@ -113,13 +112,11 @@ def main(_: list[str]) -> int:
         from wallwm_jax.serving.server import Limits, PolicyServer
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; run: pip install 'wallwm_jax[serve]'") from error
-    import jax
 
     from wallwm_jax.inference.policy import Policy
     from wallwm_jax.serving.watchdog import CALIBRATION_FILE, Calibration
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where training keeps its own
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+    use_compile_cache(workdir)
     with phase("load"):
         policy = Policy.from_checkpoint(
             workdir,

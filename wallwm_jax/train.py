@@ -58,7 +58,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import textwrap
@@ -73,7 +72,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import define_config_flag, to_json
 from wallwm_jax.console import UserError, phase, run_command
-from wallwm_jax.paths import is_remote, open_path
+from wallwm_jax.paths import is_remote, use_compile_cache
 
 # The loader's worker processes import this module again; JAX stays out of them because `run` imports it.
 if TYPE_CHECKING:
@@ -255,7 +254,7 @@ def run(
                     telemetry.flush()
                     watchdog.enter(f"checkpoint of step {done}")
                     with goodput.span("checkpoint"):
-                        mirror.upload()  # first the metrics: a checkpoint never has steps without
+                        mirror.upload()  # first the metrics: a checkpoint should have those of its steps
                         checkpointer.save(done, state, assets, saved_config)
                     telemetry.start()
                 stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
@@ -366,10 +365,8 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command."""
-    import jax
 
     from wallwm_jax.parallel.distributed import initialize, leave
-    from wallwm_jax.training.checkpoint import COMPILE_CACHE
     from wallwm_jax.training.limits import stop_on_sigterm
 
     values = flags.FLAGS
@@ -377,13 +374,11 @@ def main(_: list[str]) -> int:
         raise UserError("no workdir given; pass --workdir=DIR, where checkpoints and metrics go")
     if values.distributed:
         initialize()
-    # A resumed run finds its compiled step here, unless the environment names a shared place.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(open_path(values.workdir) / COMPILE_CACHE))
     with contextlib.ExitStack() as stack:
         # With several processes JAX itself listens for SIGTERM and agrees on a step with the others.
         stop = None if values.distributed else stack.enter_context(stop_on_sigterm())
         try:
+            use_compile_cache(values.workdir)
             outcome = run(values.config, values.workdir, resume=values.resume, overwrite=values.overwrite, stop=stop)
         except UserError as error:
             if not values.distributed:

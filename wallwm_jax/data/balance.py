@@ -278,10 +278,20 @@ def _powers(a: float, b: float) -> tuple[tuple[str, float], ...]:
     return ("cluster_vl", a), ("cluster_action", b)
 
 
-def _levels(windows: np.ndarray, data: ConfigDict) -> _Margin:
+def level_shares(data: ConfigDict) -> dict[str, float]:
+    """Level → share of `data.levels`, where it is not 0.
+
+    Raises:
+      UserError: an unknown level, no share, or one that is no positive number.
+    """
     wanted = {name: float(share) for name, share in data.levels.items() if share}
-    if set(wanted) - set(LEVELS) or not wanted or min(wanted.values()) < 0:
+    if set(wanted) - set(LEVELS) or not wanted or not all(0 < share < math.inf for share in wanted.values()):
         raise UserError(f"data.levels={dict(data.levels)}: need positive shares of levels among {LEVELS}")
+    return wanted
+
+
+def _levels(windows: np.ndarray, data: ConfigDict) -> _Margin:
+    wanted = level_shares(data)
     return _margin("data.levels", LEVELS, [wanted.get(name, 0.0) for name in LEVELS], windows["level"])
 
 

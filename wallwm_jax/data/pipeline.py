@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
 
 from wallwm_jax.console import UserError
+from wallwm_jax.data.balance import level_shares
 from wallwm_jax.data.event_store import BadRecord, EventStore
 from wallwm_jax.data.packing import Spec, batch_spec, pack_row
 from wallwm_jax.data.sampler import Sampler
@@ -108,6 +109,13 @@ def _check_captions(store: EventStore, data: ConfigDict) -> None:
             f"data.caption='events' joins captions, and event store {str(store.path)!r} has features of single ones; "
             "set data.caption, or build it with --text_encoder=bytes"
         )
+    if data.window_kind != "event" and (data.caption == "events" or data.chunk_event_prob):
+        for level in level_shares(data):
+            if not any(episode["spans"].get(level) for episode in store.episodes):
+                raise UserError(
+                    f"captions of windows name the events of data.levels={dict(data.levels)}, and no episode of event "
+                    f"store {str(store.path)!r} has events of level {level!r}; take it out"
+                )
 
 
 def _check_lengths(store: EventStore, config: ConfigDict) -> None:

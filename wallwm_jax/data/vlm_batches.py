@@ -185,6 +185,17 @@ class Questions:
         return dict(zip(zip(*places), windows.tolist()))
 
 
+def _check_histories(store: EventStore, episodes: np.ndarray) -> None:
+    """An episode that begins within a task, as a recovery does, does not know what was done before."""
+    for episode in (store.episodes[number] for number in episodes.tolist()):
+        if episode.get("derived_from"):
+            raise UserError(
+                f"{episode['name']!r} of {str(store.path)!r} begins within a task, so that a planner would learn a "
+                "wrong past of it; give its dataset the share 0, as in "
+                '--config.data.mixture=\'(("ocbench/", 1.0), ("ocbench-recovery/", 0.0))\''
+            )
+
+
 class VlmRows:
     """Makes rows of a `VlmBatch` by number; see `pipeline.Rows`.
 
@@ -198,6 +209,7 @@ class VlmRows:
         if not holds_windows(config):
             alone.data.update(latents_per_row=_ANY, actions_per_row=_ANY)
         self.sampler = Sampler(store.index, alone, sources=store.meta["sources"])
+        _check_histories(store, np.unique(store.index["episode"][self.sampler.candidates]))
         self._store, self._config = store, config
         self._prompts, self._questions = Prompts(config), Questions(store, config)
         self._spec = self.spec(config, 1, num_views=len(self._questions.views))

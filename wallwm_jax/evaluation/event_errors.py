@@ -32,6 +32,7 @@ from wallwm_jax.evaluation.open_loop import event_windows, held, readable, recor
 from wallwm_jax.evaluation.statistics import normalized_error
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.paths import open_run
 
 FIGURE = "action error"
 
@@ -137,7 +138,7 @@ def main(_: list[str]) -> int:
     from wallwm_jax.inference.policy import Policy
 
     values = flags.FLAGS
-    workdir = require_directory(values.workdir, "workdir", "pass --workdir=DIR, the workdir of wallwm_jax.train")
+    workdir = open_run(values.workdir)
     store = open_store(
         require_directory(values.store, "store", "pass --store=DIR, made by python -m wallwm_jax.build_events"),
         "heldout",

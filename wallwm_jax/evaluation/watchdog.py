@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from wallwm_jax.evaluation.statistics import success_rate
 from wallwm_jax.events.windows import KINDS
 from wallwm_jax.inference.event_mode import EventMode, EventRequest
 from wallwm_jax.inference.policy import Policy, request
-from wallwm_jax.paths import open_run
+from wallwm_jax.paths import open_run, use_compile_cache
 from wallwm_jax.serving.watchdog import CALIBRATION_FILE, Calibration, EventWatch
 
 if TYPE_CHECKING:
@@ -224,7 +223,6 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    import jax
 
     from wallwm_jax.sources.simulator.ocbench_demos import attempt_seed, environments, recorded_environments
     from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
@@ -233,8 +231,7 @@ def main(_: list[str]) -> int:
     workdir = open_run(values.workdir)
     if not values.out:
         raise UserError("no --out given; pass a JSON file for the figures")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+    use_compile_cache(workdir)
     store = open_store(values.store, "heldout")
     policy = Policy.from_checkpoint(workdir)
     calibration = Calibration.load(workdir / CALIBRATION_FILE, policy.step)

@@ -15,6 +15,7 @@ what is newer to `<step>.damaged`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -36,7 +37,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.models.convert import stream
 from wallwm_jax.models.view_attention import from_self_attention
 from wallwm_jax.parallel.distributed import barrier, first_says, this_host
-from wallwm_jax.paths import check_writable, delete_tree, disk_errors, file_sizes, open_path
+from wallwm_jax.paths import COMPILE_CACHE, check_writable, delete_tree, disk_errors, file_sizes, is_remote, open_path
 from wallwm_jax.training.integrity import (
     UNFINISHED,
     Checksum,
@@ -46,8 +47,7 @@ from wallwm_jax.training.integrity import (
     delete_unfinished,
     is_finished,
     read_manifest,
-    unfinished,
-    write_manifest,
+    seal,
 )
 from wallwm_jax.training.telemetry import METRICS_FILE
 from wallwm_jax.training.train_state import TrainState, flatten
@@ -57,7 +57,6 @@ PyTree = Any
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 CONFIG_FILE = "config.json"
-COMPILE_CACHE = "compile_cache"
 _REPORTS = ("tensorboard", "goodput.json", "run_card.json", "profile", "profiles", "hlo")
 _OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS)
 """What a run writes into its workdir, and all that overwriting may delete."""
@@ -328,12 +327,10 @@ class Checkpointer:
 
     def _seal(self) -> None:
         """Writes the manifest; Orbax calls this in the background, before the checkpoint gets its name."""
-        assert self._checksum is not None
+        assert self._checksum is not None and self._saving is not None
         digits = self._checksum.digits()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        for directory in unfinished(self.workdir / CHECKPOINTS):
-            if directory.name.partition(UNFINISHED)[0] == str(self._saving):
-                write_manifest(directory, _ITEMS, checksum=digits, written=now)
+        seal(self.workdir / CHECKPOINTS, self._saving, _ITEMS, checksum=digits, written=now)
 
     def _settle(self) -> None:
         """Waits for the save in the background, and counts it if it failed."""
@@ -350,7 +347,8 @@ class Checkpointer:
         step, self._saving = self._saving, None
         self._failed += 1
         delete_unfinished(self.workdir / CHECKPOINTS)
-        self._manager.reload()
+        with contextlib.suppress(*disk_errors()):  # Orbax has forgotten the failed step by itself
+            self._manager.reload()
         what = (
             f"checkpoint of step {step} was not written: {_line(error)}; the newest one is of step "
             f"{self._manager.latest_step()} [{self._failed} of at most {self._max_failed} failures in a row]"
@@ -390,7 +388,8 @@ class Checkpointer:
             )
         except disk_errors() as error:
             host = this_host()
-            if host.count > 1:  # the others have read their parts and wait for this one
+            # The others have read their parts and wait for this one; a bucket may only be out of reach.
+            if host.count > 1 or is_remote(self.workdir):
                 raise UserError(
                     f"process {host.index} of {host.count} cannot read the checkpoint of step {step}: {_line(error)}; "
                     f"if it is damaged, move {str(self.workdir / CHECKPOINTS / str(step))!r} away and --resume"

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from wallwm_jax.parallel.distributed import this_host
-from wallwm_jax.paths import delete_tree, disk_errors, file_sizes, is_remote
+from wallwm_jax.paths import delete_tree, disk_errors, file_sizes, is_remote, unreachable
 from wallwm_jax.training.train_state import flatten
 
 PyTree = Any
@@ -44,23 +45,60 @@ def unfinished(directory: epath.Path) -> list[epath.Path]:
 
 
 def delete_unfinished(directory: epath.Path) -> None:
-    """Deletes what saves that ended early left in `directory`; for a moment when none is under way."""
-    if this_host().is_first:
+    """Deletes what saves that ended early left in `directory`, as far as that can be done, while none is under way."""
+    if not this_host().is_first:
+        return
+    try:
         for rest in unfinished(directory):
             delete_tree(rest)
+    except disk_errors() as error:
+        print(f"warning: {unreachable(directory, error)}; unfinished saves may be left", file=sys.stderr, flush=True)
+
+
+def seal(directory: epath.Path, step: int, parts: Sequence[str], **notes: Any) -> None:
+    """Writes the manifest of `step`, which is being written in `directory`: in a bucket, under its final name.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    writing = [directory / str(step)]
+    if not is_remote(directory):
+        writing = [path for path in unfinished(directory) if path.name.partition(UNFINISHED)[0] == str(step)]
+    if not writing:
+        raise FileNotFoundError(f"no unfinished step {step} in {str(directory)!r}")
+    for path in writing:
+        write_manifest(path, parts, **notes)
 
 
 def write_manifest(directory: epath.Path, parts: Sequence[str], **notes: Any) -> None:
-    """Notes the size in bytes of each file in the entries `parts` of `directory`, and `notes`, plain JSON."""
+    """Notes the size in bytes of each file in the entries `parts` of `directory`, and `notes`, plain JSON.
+
+    Raises:
+      FileNotFoundError: there are no such files.
+    """
     files = {name: size for name, size in file_sizes(directory).items() if name.split("/")[0] in parts}
+    if not files:
+        raise FileNotFoundError(f"none of {', '.join(parts)} in {str(directory)!r}")
     (directory / MANIFEST).write_text(json.dumps({"files": files, **notes}, indent=1, sort_keys=True))
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
-    """The "files" and the notes of a directory; empty where there is no manifest, or a torn one."""
+    """The "files" and the notes of a directory; empty where there is no manifest, or a torn one.
+
+    Raises:
+      UserError: the bucket it is in cannot be read now, which says nothing of the manifest.
+    """
     try:
-        return json.loads((directory / MANIFEST).read_text())
-    except disk_errors():
+        text = (directory / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return {}
+    except disk_errors() as error:
+        if is_remote(directory):
+            raise unreachable(directory, error) from error
+        return {}
+    try:
+        return json.loads(text)
+    except ValueError:
         return {}
 
 
@@ -68,13 +106,23 @@ def damage(directory: epath.Path, parts: Sequence[str] = ()) -> str:
     """What is wrong with the files of `directory`, in a few words; "" if all are there with their sizes.
 
     Args:
-      directory: that once was finished; without a manifest there is nothing to compare.
+      directory: that once was finished; on a disk there is nothing to compare without a manifest.
       parts: look only at these entries of it; none means all.
+
+    Raises:
+      UserError: the bucket it is in cannot be read now.
     """
     manifest = read_manifest(directory)
-    if not manifest and (directory / MANIFEST).exists():
+    try:
+        found = file_sizes(directory)
+    except disk_errors() as error:
+        if is_remote(directory):
+            raise unreachable(directory, error) from error
+        raise
+    if not manifest and MANIFEST in found:
         return f"{MANIFEST} is torn"
-    found = file_sizes(directory)
+    if not manifest and is_remote(directory):
+        return f"{MANIFEST} is missing"
     for name, size in sorted(manifest.get("files", {}).items()):
         if parts and name.split("/")[0] not in parts:
             continue

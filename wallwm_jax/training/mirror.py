@@ -1,8 +1,9 @@
 """The files of a run that grow: written on this machine, and copied to the workdir where that is an object store.
 
 Objects cannot be appended to, so metrics.jsonl, TensorBoard's events, reports and profiles are copied whole: every
-half minute, before each checkpoint, and at the end. A checkpoint in a bucket thus always has the metrics of its steps;
-what a kill loses belongs to steps that come again. A resumed run begins with what was copied, on any machine.
+half minute, before each checkpoint, and at the end. While the bucket takes them, a checkpoint thus has the metrics of
+its steps, and what a kill loses belongs to steps that come again. A resumed run begins with what was copied, on any
+machine; what could not be copied at the end stays on this one, which a line says.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Mirror:
                     self._copied[name] = version
                 self._warned = False
                 return True
-            except disk_errors() as error:
+            except Exception as error:  # whatever the libraries raise: reports end no run
                 if not self._warned:
                     print(f"warning: {unreachable(self._remote, error)}; meanwhile see {self.local}", file=sys.stderr)
                 self._warned = True
@@ -87,6 +88,8 @@ class Mirror:
         self._thread.join()
         if self.upload():
             shutil.rmtree(self.local, ignore_errors=True)
+        else:
+            print(f"warning: not all reports of the run are in the bucket; they are in {self.local}", file=sys.stderr)
 
     def _changed(self) -> Iterator[tuple[str, tuple[int, int], bytes]]:
         """Name, version and content of each file that is another than when it was copied."""

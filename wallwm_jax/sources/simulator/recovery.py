@@ -38,6 +38,7 @@ _LEAD = (1, 5)  # control steps before the contact, half-open
 _STEPS = 6  # control steps that the disturbance takes, until hand and objects are at rest again
 _LEAST_M, _LEAST_GRIPPER = 0.01, 0.2  # a smaller effect is nothing to recover from
 _BACK_M = 0.02  # the hand is back where it was
+_SLIP_M = 0.01  # how much further than it is pushed a block may go
 
 _MOVING = ("pull", "push", "slide")
 
@@ -174,6 +175,11 @@ def recover(
     return Recovery("kept", replace(rollout, recovers=disturbance.recovers), told)
 
 
+def slid(way: np.ndarray) -> bool:
+    """Whether a block that went `way [3]`, metres, stayed on the table: neither fell, climbed nor was thrown."""
+    return bool(np.linalg.norm(way[:2]) <= OBJECT_M[1] + _SLIP_M and abs(way[2]) <= _SLIP_M)
+
+
 def disturb_expert(env: OCBenchEnv, controller: Any, nominal: Rollout, disturbance: Disturbance) -> str:
     """Lets a reset controller act up to the disturbance, and disturbs it; returns what went wrong, in words."""
     for step in range(disturbance.step):
@@ -199,6 +205,8 @@ def disturb_expert(env: OCBenchEnv, controller: Any, nominal: Rollout, disturban
         told = f"the gripper {'closed' if gripper[0] else 'opened'} too early"
     else:
         way = end.pose[0, :3, 3] - start.pose[0, :3, 3] if kind == "hand" else env.info[name] - before
+        if kind == "object" and not slid(way):
+            raise _NothingToRecoverError
         effect, least = float(np.linalg.norm(way)), _LEAST_M
         what = "hand" if kind == "hand" else "block"
         told = f"the {what} was pushed aside by {1000 * effect:.0f} mm"
