@@ -160,12 +160,15 @@ def test_errors_on_events_are_those_of_the_open_loop_by_level_and_family(store):
 
 
 def test_families_are_apart_and_paired_with_their_episodes():
-    errors = [event_errors.EventError(name, family, "action", value)
-              for name, family, value in (("a", "hanoi", 0.1), ("a", "hanoi", 0.3), ("b", "block", 0.4))]  # fmt: skip
+    events = (("a", "hanoi", 0.1), ("a", "hanoi", 0.3), ("b", "block", 0.4))
+    errors = [
+        event_errors.EventError(window, name, family, "action", value)
+        for window, (name, family, value) in enumerate(events)
+    ]
     found = event_errors.summarize(errors)
     figures = {"action error": 0.8 / 3, "action error, block": 0.4, "action error, hanoi": 0.2}
     assert found["figures"] == pytest.approx(figures)
-    assert found["paired"]["action error, hanoi"] == {"episodes": ["a", "a"], "values": [0.1, 0.3]}
+    assert found["paired"]["action error, hanoi"] == {"windows": [0, 1], "episodes": ["a", "a"], "values": [0.1, 0.3]}
     assert event_errors.family_of("ocbench/hanoi-cpu-lite-single-task1-v0") == "hanoi"
     assert event_errors.family_of("metaworld/door-open") == "metaworld/door-open"
 

@@ -84,8 +84,11 @@ def test_an_unknown_kind_of_caption_is_refused(store):
         check_store(store, config)
 
 
-def test_windows_are_told_of_levels_that_the_store_has(store):
+def test_windows_are_told_of_levels_that_the_store_has(path):
+    store = open_store(path)
     config = store_config(store)
+    for episode in store.episodes:
+        del episode["spans"]["segment"]
     with config.unlocked():
         config.data.update(window_kind="random", caption="events", levels={"subtask": 1.0, "segment": 1.0})
     with pytest.raises(UserError, match=r"no episode of .* has events of level 'segment'"):
