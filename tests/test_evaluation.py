@@ -170,6 +170,7 @@ def test_families_are_apart_and_paired_with_their_episodes():
     assert found["figures"] == pytest.approx(figures)
     assert found["paired"]["action error, hanoi"] == {"windows": [0, 1], "episodes": ["a", "a"], "values": [0.1, 0.3]}
     assert event_errors.family_of("ocbench/hanoi-cpu-lite-single-task1-v0") == "hanoi"
+    assert event_errors.family_of("ocbench-recovery/chamber-cpu-lite-easy-task1-v0") == "chamber"
     assert event_errors.family_of("metaworld/door-open") == "metaworld/door-open"
 
 

@@ -1,4 +1,4 @@
-"""How often each window is drawn: cluster balance, then shares of levels, datasets and lengths; and what they achieve.
+r"""How often each window is drawn: cluster balance, then shares of levels, datasets and lengths; and what they achieve.
 
 WALL-WM (arXiv 2606.01955, page 18) draws so that the clusters of what is seen and said and those of motion are both
 balanced; the report gives no formula. Ours is for clusters of `n` windows to be drawn `n^(1 - power)` times:
@@ -9,7 +9,10 @@ balanced; the report gives no formula. Ours is for clusters of `n` windows to be
 
 Raking is no default: scenes without most motions make the shares contradict each other, and the fit then pays in
 effective sample size. Of the 3272 action events of OCBench's quickstart store it leaves 1419, and the worst cluster is
-0.004 off its share; the product leaves 2809 and is 0.010 off (python -m wallwm_jax.evaluation.coverage --json).
+0.004 off its share; the product leaves 2809 and is 0.010 off:
+
+    python -m wallwm_jax.evaluation.coverage --config=configs/ocbench_quickstart.py --store=runs/quickstart/store \
+        --config.data.balance=raking --json
 
 Shares of levels, datasets and lengths are of drawn windows, not of latents, and are fitted the same way, all at once.
 """

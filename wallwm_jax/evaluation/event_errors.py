@@ -86,8 +86,9 @@ def told_instructions(data: ConfigDict) -> bool:
 
 
 def family_of(source: str) -> str:
-    """The family of an episode's source: that of OCBench's environments, any other source itself."""
-    return source.removeprefix("ocbench/").split("-", 1)[0] if source.startswith("ocbench/") else source
+    """The family of an episode's source: that of OCBench's environments, recoveries too; any other source itself."""
+    simulator, _, environment = source.partition("/")
+    return environment.split("-", 1)[0] if simulator in ("ocbench", "ocbench-recovery") else source
 
 
 def summarize(errors: Sequence[EventError]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from wallwm_jax.data.balance import balance_report, plan_draw
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.evaluation import figures
+from wallwm_jax.evaluation.event_errors import family_of
 from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, PREDICTORS
 from wallwm_jax.evaluation.timelines import data_uri, frames_along, level_bars
 from wallwm_jax.events.windows import KINDS
@@ -178,12 +179,7 @@ def _content(
 
 
 def _lead(result: dict[str, Any], store: EventStore) -> str:
-    families = sorted(
-        {
-            source.removeprefix("ocbench/").removeprefix("ocbench-recovery/").split("-", 1)[0]
-            for source in store.meta["sources"]
-        }
-    )
+    families = sorted({family_of(source) for source in store.meta["sources"]})
     episodes = sum(episode["split"] == store.split for episode in store.episodes)
     views = len(result["config"]["data"]["views"] or store.meta["views"])
     chunks = result["config"]["data"]["window_kind"] == "history"
