@@ -1,6 +1,6 @@
 r"""Unified mode on OCBench beside event mode: the runs of one comparison, on two CPU cores, from store to table.
 
-One store with both kinds of windows, one event-grounded model of the quickstart's size with twice its steps (`:event`),
+One store with both kinds of windows, one event-grounded model of the quickstart's size with half again its steps (`:event`),
 its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from scratch that
 sees as many latents as both (`:scratch`), a VLM that names events and a staircase of latents beside it:
 
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from configs import ocbench_quickstart
 from wallwm_jax.console import UserError
 
-EVENTS, ADAPTATION = 2400, 600  # steps
+EVENTS, ADAPTATION = 1800, 600  # steps
 CHUNKS = 36  # latents of a row: six chunks fill it whole; rows of events hold 33.3 of their 34
 MATCHED = round(EVENTS * 33.3 / CHUNKS)  # steps that see as many latents as those of the events
 

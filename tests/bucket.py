@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -14,6 +14,13 @@ from types import ModuleType
 import pytest
 
 BUCKET = "gs://runs"
+
+_awaited: dict[str, Callable[[], None]] = {}  # beginning of an object's name → what happens when one is first written
+
+
+def when_written(beginning: str, action: Callable[[], None]) -> None:
+    """Has the emulator call `action`, once, as TensorStore begins to write an object whose name begins like this."""
+    _awaited[beginning] = action
 
 
 @contextlib.contextmanager
@@ -94,8 +101,11 @@ def _complete(server: ModuleType) -> None:
         objects.get(request, response, storage)
 
     def insert(request, response, storage, **_):
+        name = request.query.get("name", [""])[0]
+        for beginning in [each for each in _awaited if name.startswith(each)]:
+            _awaited.pop(beginning)()
         with writing:
-            found = generation(storage, request.params["bucket_name"], request.query.get("name", [""])[0])
+            found = generation(storage, request.params["bucket_name"], name)
             if found != request.query.get("ifGenerationMatch", [found])[0]:
                 response.status = HTTPStatus.PRECONDITION_FAILED
                 return

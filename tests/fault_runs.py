@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from etils import epath
 from training_setup import subprocess_environment
 
 from wallwm_jax.training.telemetry import read_metrics
@@ -33,9 +34,9 @@ def write_config(directory: Path, store: Path, **train: object) -> Path:
 class Run:
     """A started training run of `processes` processes with `devices` devices each."""
 
-    def __init__(self, config: Path, workdir: Path, *arguments: str, processes: int = 1, devices: int = 1):
+    def __init__(self, config: Path, workdir: Path | str, *arguments: str, processes: int = 1, devices: int = 1):
         """Starts it. Threads are pinned: each process computes on one, so that sums are always taken in one order."""
-        self.workdir = workdir
+        self.workdir = epath.Path(workdir)
         self._logs = [tempfile.NamedTemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115 - until the test ends
         command = [sys.executable, "-m", "wallwm_jax.train", f"--config={config}", f"--workdir={workdir}", *arguments]
         environment = {
@@ -95,7 +96,7 @@ class Run:
         return [Path(log.name).read_text() for log in self._logs]
 
 
-def finished(config: Path, workdir: Path, *arguments: str, processes: int = 1, devices: int = 1) -> list[str]:
+def finished(config: Path, workdir: Path | str, *arguments: str, processes: int = 1, devices: int = 1) -> list[str]:
     """Runs to the end, which must be a good one; the output of each process."""
     ends = Run(config, workdir, *arguments, processes=processes, devices=devices).end()
     assert [code for code, _ in ends] == [0] * processes, [output[:1500] + output[-1500:] for _, output in ends]

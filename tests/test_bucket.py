@@ -3,17 +3,14 @@
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import pytest
-from bucket import emulated_bucket, locked_store
+from bucket import emulated_bucket, locked_store, when_written
 from etils import epath
-from fault_runs import curve, write_config
-from training_setup import STEPS, subprocess_environment, training_config, use_prepared_steps
+from fault_runs import Run, curve, finished, write_config
+from training_setup import STEPS, training_config, use_prepared_steps
 
 from wallwm_jax import checkpoints
 from wallwm_jax.config import require_directory
@@ -232,31 +229,15 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside_and_the_run_goes_on(
 def test_a_run_killed_in_a_bucket_goes_on_bit_for_bit_on_another_machine(bucket, clustered_store, tmp_path):
     """SIGKILL inside the save of step 4; nothing but the bucket is left to go on from."""
     config, workdir = write_config(tmp_path, clustered_store, steps=STEPS, save_every=2), f"{bucket}/killed"
-    command = [sys.executable, "-m", "wallwm_jax.train", f"--config={config}"]
-    straight = subprocess.run(
-        [*command, f"--workdir={tmp_path / 'run'}"], env=subprocess_environment(), capture_output=True, timeout=300
-    )
-    assert straight.returncode == 0, straight.stderr
+    finished(config, tmp_path / "run")
 
-    process = subprocess.Popen([*command, f"--workdir={workdir}"], env=subprocess_environment())
-    saving, deadline = epath.Path(f"{workdir}/checkpoints/4"), time.monotonic() + 300
-    while not saving.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = [line["step"] for line in read_metrics(workdir)]
-    assert 2 <= len(before) < STEPS
+    first = Run(config, workdir)
+    when_written("killed/checkpoints/4/", first.kill)
+    assert [code for code, _ in first.end()] == [-signal.SIGKILL]
+    assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 3]
 
-    again = subprocess.run(
-        [*command, f"--workdir={workdir}", "--resume"],
-        env=subprocess_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert re.search(r"restore step [24]", again.stdout)
+    (output,) = finished(config, workdir, "--resume")
+    assert "restore step 2" in output
     assert curve(workdir) == curve(tmp_path / "run")
     goodput = json.loads((epath.Path(workdir) / "goodput.json").read_text())
     assert len(goodput["starts"]) == 2

@@ -3,15 +3,16 @@ r"""What the paper changed at once, apart: event or chunk, with view attention o
     python -m wallwm_jax.sweep configs/sweeps/view_attention.py --store=runs/arms/store --out=runs/sweeps/views
     S=runs/sweeps/views; python -m wallwm_jax.evaluation.arms --store=runs/arms/store --out=$S/acting --episodes=50 \
         --sampling=action_draws=1 --sampling=action_temperature=0.0 \
-        --arm="event, views:run=$S/event-views/seed-0/train" --arm="event:run=$S/event/seed-0/train" \
-        --arm="event, views, own duration:run=$S/event-views/seed-0/train,own_duration" \
+        --arm="event, views:run=runs/arms/event" --arm="event:run=$S/event/seed-0/train" \
+        --arm="event, views, own duration:run=runs/arms/event,own_duration" \
         --arm="event, own duration:run=$S/event/seed-0/train,own_duration" \
         --arm="chunk, views:run=$S/chunk-views/seed-0/train,mode=unified" \
         --arm="chunk:run=$S/chunk/seed-0/train,mode=unified"
 
 Four models from scratch, which see as many latents; the store has windows of both kinds
-(`--windows=event,history`). The sweep trains; the second command acts, on the same trials: events by the scripted
-planner's words, its durations (the oracle) or the model's own, chunks by the task's instruction.
+(`--windows=event,history`). The sweep trains three, the fourth is `configs/ocbench_chunk.py:event` (runs/arms/event).
+The second command acts, on the same trials: events by the scripted planner's words, its durations (the oracle) or the
+model's own, chunks by the task's instruction.
 """
 
 from configs import ocbench_chunk
@@ -28,10 +29,10 @@ CHUNKS = {  # as configs/ocbench_chunk.py, told the instruction alone
 
 
 def get_sweep() -> Sweep:
-    """The quickstart's model with twice its steps."""
-    events, alone = {"train.steps": ocbench_chunk.EVENTS}, {"model.view_attention": False}
+    """The model of `configs/ocbench_chunk.py:event`, and what differs from it."""
+    alone = {"model.view_attention": False}
     return Sweep(
-        config="configs/ocbench_quickstart.py",
-        arms={"event, views": events, "event": events | alone, "chunk, views": CHUNKS, "chunk": CHUNKS | alone},
+        config="configs/ocbench_chunk.py:event",
+        arms={"event": alone, "chunk, views": CHUNKS, "chunk": CHUNKS | alone},
         overrides={"train.save_every": 600},
     )
