@@ -1,8 +1,8 @@
 r"""Unified mode on OCBench beside event mode: the runs of one comparison, on two CPU cores, from store to table.
 
-One store with both kinds of windows, one event-grounded model of the quickstart's size with half again its steps (`:event`),
-its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from scratch that
-sees as many latents as both (`:scratch`), a VLM that names events and a staircase of latents beside it:
+One store with both kinds of windows, one event-grounded model of the quickstart's size with half again its steps
+(`:event`), its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from
+scratch that sees as many latents as both (`:scratch`), a VLM that names events and a staircase of latents beside it:
 
     python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=144 --seed=1 --size=48 \
         --views=front_pixels,ur5e/wrist --windows=event,history --out=runs/arms/store
