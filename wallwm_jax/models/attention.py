@@ -1,7 +1,8 @@
 """Attention: `attend`, the one door to it, and the projections around it.
 
 Attention inside packed events runs on TPU in the splash kernel, on GPU in a Pallas kernel where a sequence attends to
-itself, on one CPU device tile by tile; all else is dense, in XLA.
+itself, on one CPU device tile by tile; attention inside frames runs on TPU in a kernel of its own; all else is dense,
+in XLA.
 
 Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
 bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
@@ -14,8 +15,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from wallwm_jax.models import event_attention, splash_attention, triton_attention
+from wallwm_jax.models import event_attention, frame_attention, splash_attention, triton_attention
 from wallwm_jax.models.layers import NORM_EPS, Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
 
@@ -85,6 +87,11 @@ def _target() -> tuple[str, int]:
     return mesh.abstract_device.platform, mesh.size
 
 
+def _kept(projected: jax.Array) -> jax.Array:
+    """Named for `layer_stack.REMAT`, as `Linear.to_heads` and `from_heads` do."""
+    return checkpoint_name(projected, "projection")
+
+
 class Attention(nnx.Module):
     """Projections of one multi-head attention, with RMS norms over the full width of q and k (Wan's qk-norm).
 
@@ -127,6 +134,47 @@ class Attention(nnx.Module):
     def merge(self, mixed: jax.Array) -> jax.Array:
         """Attended heads `[..., H, S, d]` through the output projection, `[..., S, D]`."""
         return self.output.from_heads(mixed)
+
+    def in_frames(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        *,
+        key_bias: jax.Array,
+        angles: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        frame_event: jax.Array | None = None,
+    ) -> jax.Array:
+        """The whole attention of every latent frame's tokens, `[B, F, S, D]`, after the output projection.
+
+        Args:
+          x: `[B, F, S, D]`.
+          context: `[B, F, T, Dk]`, or `[B, E, T, Dk]` of events, of which `frame_event [B, F, E]`, one-hot, gives each
+            frame its own.
+          key_bias: `[B, F, T]`. mask: `[B, F, S, T]`. As in `attend`; neither gets a gradient.
+          angles: `[B, F, S, d / 2]` of a self-attention's queries and keys.
+        """
+
+        def of_frames(keys: jax.Array) -> jax.Array:
+            return keys if frame_event is None else jnp.einsum("bfe,be...->bf...", frame_event, keys)
+
+        (b, f, tokens, width), keys = x.shape, context.shape[2]
+        if _target()[0] == "tpu" and frame_attention.worthwhile(keys, width // self.heads):
+            bias = key_bias[:, :, None] if mask is None else jnp.where(mask, key_bias[:, :, None], CLOSED)
+            mixed = frame_attention.attend_frames(
+                self.query_norm(_kept(self.query(x))).astype(self.dtype),
+                of_frames(self.key_norm(_kept(self.key(context))).astype(self.dtype)),
+                of_frames(_kept(self.value(context))),
+                bias,
+                None if angles is None else frame_attention.Rotary.of(angles),
+                heads=self.heads,
+            )
+            return _kept(self.output(mixed))
+        query, key = self.queries(x, angles=angles), of_frames(self.keys(context, angles=angles))
+        frames = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, of_frames(self.values(context))))
+        mask = None if mask is None else mask.reshape(b * f, tokens, keys)
+        mixed = attend(*frames, key_bias=key_bias.reshape(b * f, keys), mask=mask)
+        return self.merge(mixed.reshape(b, f, *mixed.shape[1:]))
 
     def _normed(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
         """`norm`, over all heads of a token, of `x [..., H, S, d]`; float32."""

@@ -15,7 +15,7 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 REMAT = {
     "none": None,
-    "products": ("attention", "ffn", "projection"),
+    "products": ("attention", "mixed", "ffn", "projection"),
     "selective": ("attention", "ffn"),
     "attention": ("attention",),
     "full": (),

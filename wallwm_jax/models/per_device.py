@@ -57,3 +57,29 @@ def per_device(
         check_vma=False,
     )(query, key, value, q_segments, kv_segments)
     return by_tokens(mixed)
+
+
+def per_frame(kernel: Callable[..., jax.Array], width: int, query: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """`kernel(query, *arrays)` on every device, which has its rows, heads and frames of them; frames that the context
+    axis does not divide share out their queries instead.
+
+    Args:
+      width: of a head.
+      query: `[B, F, S, H * width]`.
+      arrays: key and value `[B, F, T, H * width]`, bias `[B, F, S or 1, T]`, rotary tables `[B, F, S, width]`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(query, *arrays)
+
+    def split(size: int, axis: str) -> str | None:
+        return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
+    frames, heads = split(query.shape[1], "context"), split(query.shape[3] // width, "tensor")
+    _, _, bias, *tables = arrays
+    queries = split(query.shape[2], "context") if frames is None and not tables else None
+    of_query, of_key = PartitionSpec(rows, frames, queries, heads), PartitionSpec(rows, frames, None, heads)
+    of_bias = PartitionSpec(rows, frames, queries if bias.shape[2] > 1 else None, None)
+    specs = (of_query, of_key, of_key, of_bias, *(PartitionSpec(rows, frames, None, None) for _ in tables))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=of_query, check_vma=False)(query, *arrays)

@@ -373,7 +373,11 @@ def _taps(instruction: _Instruction, left: tuple[int, ...], right: tuple[int, ..
 
 
 def _kernel_name(instruction: _Instruction) -> str:
-    for pattern in (r'kernel_name\\?":\s*\\?"([^"\\]+)', r'op_name="[^"]*?([\w.\-]+)"'):
+    for pattern in (
+        r'kernel_name\\?":\s*\\?"([^"\\]+)',
+        r'op_name="[^"]*?(\w+)\)*/pallas_call"',
+        r'op_name="[^"]*?([\w.\-]+)"',
+    ):
         if found := re.search(pattern, instruction.attributes):
             return found[1]
     return instruction.name
