@@ -15,7 +15,7 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 REMAT = {
     "none": None,
-    "products": ("attention", "mixed", "ffn", "projection"),
+    "products": ("attention", "ffn", "projection"),
     "selective": ("attention", "ffn"),
     "attention": ("attention",),
     "full": (),

@@ -90,29 +90,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return checkpoint_name(self.down(gelu(self.up(x))), "ffn")
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation, float32 inside. Value and slope are made at once and kept for the backward pass
-    instead of `x`: there a TPU would compute tanh again for every tile of two products."""
-    return _gelu_forward(x)[0]
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    wide, root = x.astype(jnp.float32), math.sqrt(2.0 / math.pi)
-    bend = jnp.tanh(root * (wide + 0.044715 * wide**3))
-    value = 0.5 * wide * (1.0 + bend)
-    slope = 0.5 * (1.0 + bend) + 0.5 * wide * (1.0 - bend * bend) * root * (1.0 + 3 * 0.044715 * wide * wide)
-    return checkpoint_name(value.astype(x.dtype), "ffn"), checkpoint_name(slope.astype(x.dtype), "ffn")
-
-
-def _gelu_backward(slope: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (gradient * slope,)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
+        return checkpoint_name(self.down(jax.nn.gelu(checkpoint_name(self.up(x), "ffn"), approximate=True)), "ffn")
 
 
 class GatedFeedForward(nnx.Module):
@@ -221,10 +199,10 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return layer_norm(x) * (1.0 + scale) + shift
 
 
-def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`modulate` in the compute dtype, written to memory once: fused into the products that read it, TPUs would compute
-    it again for each of their tiles."""
-    return jax.lax.optimization_barrier(modulate(x, shift, scale).astype(dtype))
+def settled(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in `dtype`, written to memory once: a TPU would compute what makes it again for every tile of the products
+    that read it, or copy it in float32 where its layout changes."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
 
 
 def gated(x: jax.Array, update: jax.Array, gate: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ queries, for which every device gathers all keys and values: at four devices twi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import PartitionSpec
@@ -59,27 +59,36 @@ def per_device(
     return by_tokens(mixed)
 
 
-def per_frame(kernel: Callable[..., jax.Array], width: int, query: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """`kernel(query, *arrays)` on every device, which has its rows, heads and frames of them; frames that the context
-    axis does not divide share out their queries instead.
+def per_group(
+    kernel: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[str],
+    *,
+    heads: int,
+    splits_queries: bool,
+) -> jax.Array:
+    """`kernel(*arrays)` on every device, which has its rows, heads and groups of them; where the context axis does not
+    divide the groups, it splits their queries.
 
     Args:
-      width: of a head.
-      query: `[B, F, S, H * width]`.
-      arrays: key and value `[B, F, T, H * width]`, bias `[B, F, S or 1, T]`, rotary tables `[B, F, S, width]`.
+      arrays: the first are queries `[B, G, S, H * d]`, whose shape and split the result has.
+      axes: of each array, a letter per dimension: b rows, g groups, q queries, h features of heads; others stay whole.
+      heads: H.
+      splits_queries: whether queries may be shared out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(query, *arrays)
+        return kernel(*arrays)
 
     def split(size: int, axis: str) -> str | None:
         return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
 
-    rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
-    frames, heads = split(query.shape[1], "context"), split(query.shape[3] // width, "tensor")
-    _, _, bias, *tables = arrays
-    queries = split(query.shape[2], "context") if frames is None and not tables else None
-    of_query, of_key = PartitionSpec(rows, frames, queries, heads), PartitionSpec(rows, frames, None, heads)
-    of_bias = PartitionSpec(rows, frames, queries if bias.shape[2] > 1 else None, None)
-    specs = (of_query, of_key, of_key, of_bias, *(PartitionSpec(rows, frames, None, None) for _ in tables))
-    return jax.shard_map(kernel, in_specs=specs, out_specs=of_query, check_vma=False)(query, *arrays)
+    _, groups, queries, _ = arrays[0].shape
+    where = {
+        "b": tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None,
+        "g": split(groups, "context"),
+        "q": split(queries, "context") if splits_queries and not split(groups, "context") else None,
+        "h": split(heads, "tensor"),
+    }
+    specs = tuple(PartitionSpec(*(where.get(letter) for letter in letters)) for letters in axes)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
