@@ -1,6 +1,7 @@
 """Preflight: the FLOPs formula, the projection's arithmetic, and a real compilation with its exit codes."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -103,19 +104,23 @@ def test_more_draws_cost_only_their_own_stream():
 
 
 def test_the_projection_adds_its_parts():
-    found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_flops=459e12)
+    found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_flops=459e12, hbm=5.54e12)
     found.traffic["all-gather", 4] = Traffic(10, 9e11, 1.8e11)
-    times = preflight.project(found, chip_of("v5p:2x2x1"), 459e12)
-    assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 1.0)
-    assert [p.seconds for p in times["projections"]] == pytest.approx([3 + 1 / 0.42, 3 + 1 / 0.6, 4.0])
-    assert times["projections"][-1].mfu == pytest.approx(0.25)
+    found.traffic["dcn-all-reduce", 2] = Traffic(1, 6.25e9, 6.25e9)
+    times = preflight.project(found, chip_of("v5p:2x2x1*2"), 459e12)
+    assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 2.0)
+    assert [p.seconds for p in times["projections"]] == pytest.approx([4 + 1 / 0.42, 4 + 1 / 0.6, 5.0])
+    assert times["projections"][-1].mfu == pytest.approx(0.2)
+    assert times["compute_seconds"] == pytest.approx(460 / 459)
+    assert (times["hbm_seconds"], times["ici_seconds"], times["dcn_seconds"]) == (2.0, 5.0, 1.0)
 
 
 def test_what_runs_beside_products_is_waited_for_only_where_it_takes_longer():
     chip = chip_of("v5p:2x2x1")
-    assert preflight._waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock), chip) == pytest.approx(0.75)
-    assert preflight._waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock), chip) == pytest.approx(0.5)
-    assert preflight._waited(Traffic(1, 1.8e11, 0.0), chip) == 0.0
+    waited = functools.partial(preflight._waited, "all-gather", chip=chip)
+    assert waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock)) == pytest.approx(0.75)
+    assert waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock)) == pytest.approx(0.5)
+    assert waited(Traffic(1, 1.8e11, 0.0)) == 0.0
 
 
 def test_groups_are_named_by_their_axes():
