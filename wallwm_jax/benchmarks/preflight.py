@@ -3,7 +3,7 @@
 Compiled figures are exact: memory, products, kernels, collectives, each counted as often as its loops run. Times are
 projections: the compiler's own cycles for everything outside Pallas kernels, kernels at a share `eta` of the chip's
 peak, and what the program waits for: on the torus, one axis of it both ways; between slices, each chip's share of the
-data-centre network. `eta` 0.42 is calibrated on the one public measurement of such a step; 0.60 and 1.0 stand beside it.
+data-centre network. `eta` 0.42 is calibrated on the one public measurement of such a step; 0.60 and 1.0 stand beside.
 What bounds a step is the slowest of four resources, each used without a pause: products and kernels at the chip's peak,
 HBM, torus, data-centre network.
 """
@@ -24,6 +24,8 @@ from wallwm_jax.parallel.aot import DCN, Statistics, Traffic, statistics, topolo
 from wallwm_jax.parallel.chips import GIB, Chip, chip_of
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.parallel.presets import mesh_sizes
+from wallwm_jax.training.families import family_of
+from wallwm_jax.training.stages import get_stage
 from wallwm_jax.training.train_step import build_train_step
 
 ETAS = (0.42, 0.60, 1.0)
@@ -49,7 +51,7 @@ class Report:
       parameters, optimizer, temporaries, total, hbm: bytes of memory. `parameters` with average and frozen parts.
       activations: bytes, temporaries less one gradient of all that is trained. What the optimizer takes comes after
         these and uses their room again, so they are at most so much.
-      peak: bytes alive at once, without the holes that the allocator leaves: `total` is careful, this one is optimistic.
+      peak: bytes alive at once, without the holes that the allocator leaves: the optimistic twin of `total`.
       replicated: share of the parameters' bytes that every chip holds whole.
       model_flops: by formula; executed_flops: of products and kernels, as compiled.
       product_seconds, other_seconds, kernel_seconds, exchange_seconds: parts of the projection at eta 0.42.
@@ -176,9 +178,8 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
     batch = built.abstract_batch(built.family.rows.spec(config, config.data.rows))
     found = statistics(built.step.lower(built.abstract_state, batch).compile())
     seconds = time.monotonic() - begun
-    flops = built.family.flops
-    row = flops.RowShape.of(config, len(config.data.views))
-    model = flops.training_flops(config, row, config.train.stage) * config.data.rows / len(devices)
+    row = built.family.flops.RowShape.of(config, len(config.data.views))
+    model = needed_flops(config, len(devices))
     state = built.abstract_state
     trainable = _local_bytes((state.trainable, state.ema, state.frozen))
     return Report(
@@ -208,6 +209,13 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         compile_seconds=seconds,
         **project(found, chip, model),
     )
+
+
+def needed_flops(config: ConfigDict, chips: int) -> float:
+    """Model FLOPs of a train step per chip, by formula; `config` names its views."""
+    flops = family_of(get_stage(config.train.stage)).flops
+    row = flops.RowShape.of(config, len(config.data.views))
+    return float(flops.training_flops(config, row, config.train.stage) * config.data.rows / chips)
 
 
 def project(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:

@@ -225,7 +225,9 @@ def _count(
             within = _Inside(
                 inside.fusion or opcode == "fusion",
                 inside.reduce_scatter or name.startswith("all-reduce-scatter"),
-                inside.asynchronous or opcode == "async-start" or calls_target(computations[name], "AsyncCollectiveStart"),
+                inside.asynchronous
+                or opcode == "async-start"
+                or calls_target(computations[name], "AsyncCollectiveStart"),
                 inside.beside or is_beside(name, computations[name]),
             )
             _count(computations, name, inner, result, within)
