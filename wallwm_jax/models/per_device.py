@@ -15,6 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from wallwm_jax.parallel.mesh import ROW_AXES
+from wallwm_jax.parallel.sharding import constrain
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -46,8 +47,7 @@ def per_device(
         """`x [B, H, S, D]` split as its sequence is outside, or projections would gather all tokens and give heads."""
         if "context" not in heads or x.shape[2] % mesh.shape["context"]:
             return x
-        outside = PartitionSpec(rows, tuple(axis for axis in heads if axis != "context"), "context", None)
-        return jax.lax.with_sharding_constraint(x, outside)
+        return constrain(x, "batch", "heads", "tokens", None)
 
     query, key, value = map(by_tokens, (query, key, value))
     mixed = jax.shard_map(
