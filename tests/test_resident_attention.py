@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from wallwm_jax.models import resident_attention
 from wallwm_jax.models.attention import attend
 from wallwm_jax.models.resident_attention import Rotary, attend_resident
 from wallwm_jax.models.rope import rotate
+from wallwm_jax.parallel.aot import statistics, topology_devices
+from wallwm_jax.parallel.mesh import make_mesh
 
 ROWS, GROUPS, HEADS, WIDTH = 1, 2, 2, 128
 
@@ -87,3 +90,28 @@ def test_which_sequences_it_takes():
     assert not resident_attention.worthwhile(126, 32)  # a head of less than the lanes
     assert not resident_attention.worthwhile(16, 128)
     assert not resident_attention.worthwhile(4096, 128)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("split", [{"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
+def test_every_chip_has_its_own_part(split):
+    """Rows, heads and groups are split without any exchange; a context axis that divides no groups splits queries."""
+    mesh = make_mesh(
+        {"slice": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | split, topology_devices("v5p:2x2x1")
+    )
+    rows, groups, tokens, width = 2, 3, 1040, HEADS * WIDTH
+    whole = NamedSharding(mesh, PartitionSpec("fsdp", None, "context", "tensor"))
+    array = jax.ShapeDtypeStruct((rows, groups, tokens, width), jnp.bfloat16, sharding=whole)
+    segments = jax.ShapeDtypeStruct(
+        (rows, groups, tokens), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
+    )
+
+    def attention(query, key, value, segments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attend_resident(query, key, value, segments=segments, heads=HEADS)
+
+    found = statistics(jax.jit(attention, out_shardings=whole).lower(array, array, array, segments).compile())
+    assert found.kernel_flops == 4 * rows * groups * tokens**2 * width / 4
+    received = found.received
+    assert received["all-gather"] == (2 * groups * tokens * width * 2 / 2 if "context" in split else 0)
+    assert sum(received.values()) == received["all-gather"]

@@ -47,8 +47,8 @@ class Rotary(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a kernel is compiled for: lanes of a head; segments instead of a bias; a gradient of the rotary tables; masks
-    and tables that come in blocks of queries, not whole; to be interpreted."""
+    """What a kernel is compiled for: lanes of a head; segments instead of a bias; a gradient of the rotary tables; which
+    masks and tables come in blocks of queries; to be interpreted."""
 
     width: int
     by_segment: bool
