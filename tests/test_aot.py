@@ -12,6 +12,7 @@ from configs import wan5b
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.parallel.aot import count_instructions, statistics, topology_devices
+from wallwm_jax.parallel.hlo import hbm_bytes, parse
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.train_step import build_train_step
 
@@ -117,6 +118,78 @@ def test_a_collective_inside_a_product_is_counted_once_and_beside_it():
     assert (found.flops, found.product_cycles, found.cycles) == (2 * 64 * 32 * 128, 900, 900)
 
 
+IN_PLACE = """HloModule in_place
+
+%cut (stack: bf16[7,64,64]) -> bf16[64,64] {
+  %stack = bf16[7,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} constant(3)
+  %one = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack, %i, %i, %i), dynamic_slice_sizes={1,64,64}
+  ROOT %flat = bf16[64,64]{1,0:T(8,128)(2,1)} bitcast(%one)
+}
+
+%as_it_is (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
+  ROOT %same = f32[64,64]{1,0:T(8,128)} bitcast(%x)
+}
+
+%fused (stack.1: bf16[7,64,64], x.1: f32[64,64], all: f32[9,64,64]) -> (f32[9,64,64], f32[64,64]) {
+  %stack.1 = bf16[7,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x.1 = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %all = f32[9,64,64]{2,1,0:T(8,128)} parameter(2)
+  %w = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%stack.1), kind=kLoop, calls=%cut
+  %y = f32[64,64]{1,0:T(8,128)} fusion(%x.1), kind=kLoop, calls=%as_it_is
+  %dot = f32[64,64]{1,0:T(8,128)} dot(%y, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %row = f32[1,64,64]{2,1,0:T(8,128)} bitcast(%dot)
+  %put = f32[9,64,64]{2,1,0:T(8,128)} dynamic-update-slice(%all, %row, %i, %i, %i)
+  ROOT %both = (f32[9,64,64]{2,1,0:T(8,128)}, f32[64,64]{1,0:T(8,128)S(1)}) tuple(%put, %dot)
+}
+
+ENTRY %main (a: bf16[7,64,64], b: f32[64,64], c: f32[9,64,64]) -> f32[9,64,64] {
+  %a = bf16[7,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %c = f32[9,64,64]{2,1,0:T(8,128)} parameter(2)
+  %fetched = (f32[64,64]{1,0:T(8,128)S(1)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)
+  %here = f32[64,64]{1,0:T(8,128)S(1)} copy-done(%fetched)
+  %layer = (f32[9,64,64]{2,1,0:T(8,128)}, f32[64,64]{1,0:T(8,128)S(1)}) fusion(%a, %b, %c), kind=kOutput, calls=%fused
+  %stays = f32[64,64]{1,0:T(8,128)S(1)} add(%here, %here)
+  ROOT %out = f32[9,64,64]{2,1,0:T(8,128)} get-tuple-element(%layer), index=0
+}
+"""
+
+
+def test_hbm_is_read_where_it_is_cut_and_written_where_it_changes():
+    """Of a stack of weights one layer, of a stack of results one, and nothing of what stays on the chip."""
+    computations, entry = parse(IN_PLACE)
+    main = computations[entry]
+    moved = {name: hbm_bytes(one, main, computations) for name, one in main.items()}
+    weights, matrix = 64 * 64 * 2, 64 * 64 * 4
+    assert moved["layer"] == weights + matrix + matrix  # one layer's weights, b, and the row of c that changes
+    assert moved["fetched"] == matrix and moved["stays"] == moved["here"] == moved["out"] == 0
+    assert count_instructions(IN_PLACE).hbm == weights + 3 * matrix
+
+
+BETWEEN_SLICES = """HloModule between_slices
+
+ENTRY %main (a: bf16[1024,8,128]) -> bf16[1024,8,128] {
+  %a = bf16[1024,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %after-all = token[] after-all()
+  %send = (bf16[1024,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[1024,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (bf16[1024,8,128]{2,1,0:T(8,128)(2,1)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %out = bf16[1024,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_goes_over_the_data_centre_network_has_a_kind_of_its_own():
+    ((key, moved),) = count_instructions(BETWEEN_SLICES).traffic.items()
+    size = 1024 * 8 * 128 * 2
+    assert key == ("dcn-all-reduce", 4) and moved.count == 1
+    assert moved.received == moved.exposed == 2 * size * 3 / 4
+    assert moved.arrays == {"bf16[1024,8,128]": 1}
+
+
 @pytest.fixture(scope="module")
 def devices():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
@@ -134,6 +207,22 @@ def test_products_of_a_scan_over_layers_are_exact(devices):
     found = statistics(jax.jit(layers).lower(x, weights).compile())
     assert found.flops == 7 * 2 * 4 * 256 * 512 * 512
     assert found.arguments >= (4 * 256 * 512 + 7 * 512 * 512) * 2 and found.cycles > 0
+
+
+@pytest.mark.tpu
+def test_hbm_traffic_is_what_the_compiler_counts(devices):
+    """Of a program without loops, too large for the chip's own memory."""
+
+    def layer(x, weights, outputs, i):
+        return jax.lax.dynamic_update_index_in_dim(outputs, jnp.tanh(x @ weights[i]), i, 0)
+
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    shapes = [(65536, 2048), (7, 2048, 2048), (3, 65536, 2048)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes]
+    compiled = jax.jit(layer, donate_argnums=2).lower(*arrays, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    found = statistics(compiled)
+    assert found.hbm == pytest.approx(2 * (2 * 65536 * 2048 + 2048 * 2048), rel=0.01)  # in, weights of a layer, out
+    assert found.hbm == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
 
 
 @pytest.mark.tpu

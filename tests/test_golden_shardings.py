@@ -22,12 +22,25 @@ from wallwm_jax.parallel.mesh import AXES
 from wallwm_jax.parallel.presets import mesh_preset
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings"
-CASES = [("wan5b", "v5p:4x4x8"), ("wan14b", "v5p:8x8x8"), ("wan5b", "v5e:16x16"), ("wan5b", "v6e:16x16*4")]
+MESHES = {"context4_tensor2": {"slice": 1, "data": 4, "fsdp": 16, "context": 4, "tensor": 2}}
+"""By name, what is no preset."""
+CASES = [
+    ("wan5b", "v5p:4x4x8"),
+    ("wan14b", "v5p:8x8x8"),
+    ("wan5b", "v5e:16x16"),
+    ("wan5b", "v6e:16x16"),
+    ("wan5b", "v6e:16x16*4"),
+    ("wan5b", "tpu7x:4x4x4"),
+    ("wan5b", "h100:8*16"),
+    ("wan1b3", "h100:8"),
+    ("wan1b3", "v5p:2x2x1"),
+    ("wan14b", "context4_tensor2"),
+]
 REPLICATED = 0.02
 
 
 def laid_out(model, topology):
-    sizes = mesh_preset(topology)
+    sizes = MESHES.get(topology) or mesh_preset(topology)
     mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return abstract_params(importlib.import_module(f"configs.{model}").get_config().model), mesh
 

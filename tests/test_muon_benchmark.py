@@ -28,6 +28,7 @@ def test_the_compiled_update_is_the_plan(model, topology, name, all_to_alls):
     assert result[name]["flops_per_chip"] <= 1.12 * result[name]["ideal_flops_per_chip"]
     assert result[name]["collectives"] == {"all-to-all": all_to_alls}
     assert name in muon.table(result)
+    assert result["machine"]["cores"] >= 1 and set(result["machine"]) >= {"processor", "jax", "libtpu"}
 
 
 @pytest.mark.tpu

@@ -1,9 +1,12 @@
 """Preflight: the FLOPs formula, the projection's arithmetic, and a real compilation with its exit codes."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,8 @@ import pytest
 from random_batch import tiny_config
 from training_setup import subprocess_environment
 
-from wallwm_jax.benchmarks import event_mode_cost, muon, preflight
+from configs import wan14b
+from wallwm_jax.benchmarks import event_mode_cost, muon, preflight, preflight_peer
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models import world_action_model as wam
@@ -103,19 +107,25 @@ def test_more_draws_cost_only_their_own_stream():
 
 
 def test_the_projection_adds_its_parts():
-    found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_flops=459e12)
+    work = Counter({(459e12, 1e12): 1, (459e9, 2.77e12): 2})  # the second kernel waits for HBM
+    found = Statistics(flops=1e12, product_cycles=1.75e9, cycles=3.5e9, kernel_work=work, hbm=5.54e12)
     found.traffic["all-gather", 4] = Traffic(10, 9e11, 1.8e11)
-    times = preflight.project(found, chip_of("v5p:2x2x1"), 459e12)
-    assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 1.0)
-    assert [p.seconds for p in times["projections"]] == pytest.approx([3 + 1 / 0.42, 3 + 1 / 0.6, 4.0])
-    assert times["projections"][-1].mfu == pytest.approx(0.25)
+    found.traffic["dcn-all-reduce", 2] = Traffic(1, 6.25e9, 6.25e9)
+    times = preflight.project(found, chip_of("v5p:2x2x1*2"), 459e12)
+    assert (times["product_seconds"], times["other_seconds"], times["exchange_seconds"]) == (1.0, 1.0, 2.0)
+    assert [p.seconds for p in times["projections"]] == pytest.approx([6 + 1 / 0.42, 6 + 1 / 0.6, 7.0])
+    assert times["kernel_seconds"] == pytest.approx(2 + 1 / 0.42)
+    assert times["projections"][-1].mfu == pytest.approx(1 / 7)
+    assert times["compute_seconds"] == pytest.approx((1 + 459 + 0.918) / 459)
+    assert (times["hbm_seconds"], times["ici_seconds"], times["dcn_seconds"]) == (2.0, 5.0, 1.0)
 
 
 def test_what_runs_beside_products_is_waited_for_only_where_it_takes_longer():
     chip = chip_of("v5p:2x2x1")
-    assert preflight._waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock), chip) == pytest.approx(0.75)
-    assert preflight._waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock), chip) == pytest.approx(0.5)
-    assert preflight._waited(Traffic(1, 1.8e11, 0.0), chip) == 0.0
+    waited = functools.partial(preflight._waited, "all-gather", chip=chip)
+    assert waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock)) == pytest.approx(0.75)
+    assert waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock)) == pytest.approx(0.5)
+    assert waited(Traffic(1, 1.8e11, 0.0)) == 0.0
 
 
 def test_groups_are_named_by_their_axes():
@@ -138,6 +148,90 @@ def command(*arguments):
 def test_without_views_the_command_says_what_to_give():
     done = command("--config=configs/wan5b.py:video", "--topology=v5p:2x2x1")
     assert done.returncode == 2 and "give --views=N" in done.stderr
+
+
+STUBBED = """
+import sys
+
+import jax
+
+from wallwm_jax.benchmarks import preflight
+from wallwm_jax.parallel.aot import Statistics
+
+taken = Statistics(flops=4e14, cycles=1e9, arguments=int(sys.argv.pop(1)))
+preflight.topology_devices = lambda _: jax.devices()[:4]
+preflight.statistics = lambda _: taken
+jax.stages.Lowered.compile = lambda _: None
+
+from wallwm_jax import preflight as command
+
+command._define_flags()
+command.run_command(command.main)
+"""
+
+
+@pytest.mark.parametrize(("filled", "code", "verdict"), [(0.89, 0, "11 % free: fits"), (0.91, 3, "DOES NOT FIT")])
+def test_the_command_ends_with_whether_it_fits(filled, code, verdict):
+    """The real step of the quickstart's config, traced; in place of the compiler one that says what memory it takes."""
+    arguments = [
+        str(int(filled * CHIPS["v5p"].hbm)),
+        "--config=configs/ocbench_quickstart.py",
+        "--topology=v5p:2x2x1",
+        "--config.data.rows=4",
+        "--config.optim.name=adamw",
+        "--views=2",
+    ]
+    environment = subprocess_environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    line = [sys.executable, "-c", STUBBED, *arguments]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    assert verdict in done.stdout and "bound by compute" in done.stdout
+
+
+def test_the_peers_time_outside_kernels_follows_from_its_first_and_last_mfu():
+    """The projection in the middle, which does not enter, comes out as printed."""
+    peak = CHIPS["v5p"].flops
+    for peer, seconds in {"720p": 8.60, "480p": 11.62}.items():
+        step = preflight_peer.PEERS[peer]
+        assert step.outside_kernels == pytest.approx(seconds, abs=0.005)
+        at_peak = step.model_flops / (step.mfu[-1] * peak)
+        middle = step.outside_kernels + (at_peak - step.outside_kernels) / preflight.ETAS[1]
+        assert step.model_flops / (middle * peak) == pytest.approx(step.mfu[1], abs=0.001)
+
+
+def test_a_step_is_compared_with_the_peers_of_the_same_work():
+    report = SimpleNamespace(
+        executed_flops=6422e12,
+        product_seconds=4.0,
+        other_seconds=3.0,
+        exchange_seconds=1.6,
+        collectives={"a": {"received": 100e9}, "b": {"received": 110.4e9}},
+        projections=[SimpleNamespace(mfu=mfu) for mfu in (0.370, 0.383, 0.477)],
+        table=lambda: "the report",
+        to_json=lambda: {"chips": 4},
+    )
+    found = preflight_peer.Compared(report, "720p")
+    assert found.ratios["executed_flops"] == pytest.approx(0.900, abs=1e-3)
+    assert found.ratios["seconds_outside_kernels"] == pytest.approx(1.0, abs=1e-3)
+    assert found.ratios["received"] == pytest.approx(0.8)
+    assert found.ratios["mfu"] == pytest.approx([1.25, 1.0, 0.9])
+    assert found.table().startswith("the report\npeer") and "1.25, 1.00, 0.90 times its MFU" in found.table()
+    compared = found.to_json()
+    assert compared["chips"] == 4 and compared["peer"]["name"] == "720p"
+    assert compared["peer"]["received"] == pytest.approx(0.8) and compared["peer"]["its"]["received"] == 263e9
+
+
+def test_the_peer_is_refused_where_the_model_needs_other_work():
+    shapes = {"rows": 1, "latents_per_row": 21, "events_per_row": 1, "actions_per_row": 160, "text_length": 512}
+    config = wan14b.get_config("video").copy_and_resolve_references()
+    with config.unlocked():
+        config.data.update(**shapes)
+        config.model.update(max_latents=21, latent_shape=(90, 160), view_attention=False)
+    preflight_peer.check_same_work(config, "v5p:2x2x1", 1, "720p")
+    with pytest.raises(UserError, match=r"--peer=480p .* needs 5035 TFLOP .* this config needs 4893"):
+        preflight_peer.check_same_work(config, "v5p:2x2x1", 1, "480p")
+    with pytest.raises(UserError, match="compiled for v5p"):
+        preflight_peer.check_same_work(config, "v6e:2x2", 1, "720p")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +271,11 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(small_step):
     assert found["fits"] and 0 < found["projected_mfu"] < found["projected_mfu_bound"] < 1
     assert found["executed_flops"] > 1.2 * found["model_flops"]  # the forward is computed twice
     assert found["parameters"] < found["total"] and found["replicated"] < 0.2
+    assert found["activations"] < found["temporaries"] and found["peak"] < found["total"]
+    resources = {name: found[f"{name}_seconds"] for name in ("compute", "hbm", "ici")}
+    assert found["bound_by"] == "memory" and resources["hbm"] == max(resources.values())
+    assert found["hbm_seconds"] == pytest.approx(found["hbm_bytes"] / CHIPS["v5p"].hbm_bandwidth)
+    assert found["hbm_bytes"] > found["parameters"] and found["dcn_seconds"] == 0
     assert any(name.endswith("over data or fsdp") for name in found["collectives"])  # two chips each
     assert "fits" in report.table() and "MFU" in report.table()
     small = dataclasses.replace(report, hbm=1.05 * report.total)

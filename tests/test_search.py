@@ -65,13 +65,20 @@ def test_other_errors_of_the_compiler_are_not_swallowed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("topology", "sizes"), [("v5p:4x4x8", [4, 8, 16, 32]), ("v5e:16x16", [16, 256]), ("v5p:2x2x1", [4])]
+    ("topology", "sizes"),
+    [("v5p:4x4x8", [4, 8, 16, 32]), ("v5e:16x16", [16, 256]), ("v5p:2x2x1", [4]), ("v6e:16x16*4", [16, 256])],
 )
 def test_parameters_are_split_over_sides_of_the_torus_but_never_over_three(topology, sizes):
     assert search.fsdp_sizes(topology) == sizes
 
 
+def test_several_slices_hold_copies_of_the_parameters(compiled):
+    (tried,) = search.search(wan5b.get_config(), "v5e:8x16*4", 3, fsdp=[8], remat=["full"], rows=[1])
+    assert compiled == [(16, 8, "full", 4)]  # rows per chip of 128 chips: four slices of them
+    assert tried.candidate.rows == 1
+
+
 def test_a_share_that_does_not_divide_the_slice_is_an_error(compiled):
-    with pytest.raises(UserError, match="--search_fsdp=24 does not divide the 128 devices"):
+    with pytest.raises(UserError, match="--search_fsdp=24 does not divide the 128 devices of a slice"):
         run(fsdp=[24])
     assert compiled == []

@@ -224,6 +224,14 @@ def test_a_card_says_what_changed_between_two_starts(tmp_path, monkeypatch):
     assert [(start["step"], start["flags"]) for start in starts] == [(0, {}), (500, {"LIBTPU_INIT_ARGS": "--a=1"})]
 
 
+def test_the_card_has_the_torus_where_devices_tell_it():
+    """Two slices of 2x4 chips; one chip of two cores; a CPU."""
+    chips = [SimpleNamespace(coords=[x, y, 0], slice_index=i) for i in range(2) for x in range(2) for y in range(4)]
+    assert run_card._torus(chips) == {"slices": 2, "extents": [2, 4, 1]}
+    assert run_card._torus([SimpleNamespace(coords=[3, 0, 1])] * 2) == {"slices": 1, "extents": [1, 1, 1]}
+    assert run_card._torus(jax.devices()) == {}
+
+
 def test_the_card_names_the_commit_of_the_checkout_that_tracks_the_code(tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

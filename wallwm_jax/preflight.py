@@ -13,6 +13,9 @@ as many chips as the mesh's context and tensor axes have:
 
     python -m wallwm_jax.preflight --config=configs/wan5b.py:joint --topology=v5p:4x4x8 --views=3 --program=event_mode
 
+--peer=720p or 480p holds the figures against those of MaxDiffusion's public step, whose shapes the config then has to
+have (docs/preflight.md has the command).
+
 Needs no TPU, only the compiler (pip install "jax[tpu]"). Exit code 0: it fits with a tenth of the memory free; 3: it
 does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/preflight.py`; the rest is compiled fact.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from absl import flags
 
@@ -32,9 +36,10 @@ _DOES_NOT_FIT = 3
 
 def _define_flags() -> None:
     define_config_flag()
-    flags.DEFINE_string("topology", None, "TPU generation and extents of the torus, such as v5p:4x4x8.")
+    flags.DEFINE_string("topology", None, "TPU generation and extents of the torus, such as v5p:4x4x8; v6e:16x16*4.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
     flags.DEFINE_enum("program", "train_step", ["train_step", "muon", "event_mode"], "What to compile.")
+    flags.DEFINE_enum("peer", "", ["", "720p", "480p"], "Public step of the same shapes to compare with.")
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_bool("search", False, "Compile several ways to run and print the best few that fit.")
     flags.DEFINE_list("search_fsdp", [], "Chips that share the parameters; none takes products of the torus's sides.")
@@ -45,9 +50,13 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    from wallwm_jax.benchmarks import event_mode_cost, muon, preflight
+    from wallwm_jax.benchmarks import event_mode_cost, muon, preflight, preflight_peer
 
     values = flags.FLAGS
+    if values.peer:
+        if values.search or values.program != "train_step":
+            raise UserError("--peer compares one train step; leave --search and --program out")
+        preflight_peer.check_same_work(values.config, values.topology, values.views, values.peer)
     if values.search:
         if values.program != "train_step":
             raise UserError(f"--search tries ways to run the train step, not --program={values.program}")
@@ -58,7 +67,9 @@ def main(_: list[str]) -> int:
             print(json.dumps(result, indent=1) if values.json else muon.table(result))
             return 0
         inspect = preflight.inspect if values.program == "train_step" else event_mode_cost.inspect
-        report = inspect(values.config, values.topology, values.views)
+        report: Any = inspect(values.config, values.topology, values.views)
+    if values.peer:
+        report = preflight_peer.Compared(report, values.peer)
     print(json.dumps(report.to_json(), indent=1) if values.json else report.table())
     return 0 if report.fits else _DOES_NOT_FIT
 

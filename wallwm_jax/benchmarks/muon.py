@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon as optax_scale_by_muon
 
+from wallwm_jax.benchmarks.timing import host, machine_line
 from wallwm_jax.console import UserError, phase
 from wallwm_jax.models import param_axes, world_action_model
 from wallwm_jax.optim.muon import MatrixSpec, MuonSharding, scale_by_muon
@@ -66,7 +68,7 @@ def measure(model: str, topology: str, rows: Sequence[str] = ()) -> dict[str, An
             f"--model={model}: there is no configs/{model}.py here; run from the repository's root"
         ) from None
     devices = topology_devices(topology)
-    result: dict[str, Any] = {"model": model, "topology": topology, "chips": len(devices)}
+    result = {"model": model, "topology": topology, "chips": len(devices), "machine": _machine()}
     for name in rows or ROWS:
         with phase(f"{name}: {_shape(ROWS[name].mesh)}"):
             result[name] = _measure(config, ROWS[name], devices, topology)
@@ -88,17 +90,24 @@ def measure_config(config: ConfigDict, topology: str) -> dict[str, Any]:
     leaves = {path: leaf for path, leaf in flatten(shapes) if path in matrices}
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     row = {**_compile(leaves, matrices, mesh, topology), "mesh": sizes}
-    return {"model": f"stage {config.train.stage}", "topology": topology, "chips": len(devices), "muon": row}
+    return {
+        "model": f"stage {config.train.stage}",
+        "topology": topology,
+        "chips": len(devices),
+        "machine": _machine(),
+        "muon": row,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as lines for people."""
     lines = [
         f"{result['model']} on {result['topology']}, {result['chips']} chips; per chip and update:",
+        machine_line(result["machine"]),
         f"{'':<18}{'TFLOP':>8}{'ideal':>8}{'GB recv':>9}{'GB temp':>9}{'peak':>8}{'plan':>8}{'share':>8}  collectives",
     ]
     for name, row in result.items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and name != "machine":
             lines.append(
                 f"{name:<18}{row['flops_per_chip'] / 1e12:>8.2f}{row['ideal_flops_per_chip'] / 1e12:>8.2f}"
                 f"{row['bytes_received_per_chip'] / 1e9:>9.3f}{row['temp_bytes_per_chip'] / 1e9:>9.2f}"
@@ -174,6 +183,11 @@ def _compile(
 def _optax(specs: dict[str, MatrixSpec]) -> optax.GradientTransformation:
     numbers = {path: MuonDimensionNumbers(spec.reduction, spec.output) for path, spec in specs.items()}
     return optax_scale_by_muon(weight_dimension_numbers=numbers)
+
+
+def _machine() -> dict[str, Any]:
+    """Where it was compiled, and by which compiler."""
+    return {**host(), "libtpu": importlib.metadata.version("libtpu")}
 
 
 def _planned(row: dict[str, Any]) -> str:

@@ -45,8 +45,8 @@ class Tried:
 
 
 def fsdp_sizes(topology: str) -> list[int]:
-    """Products of some of the torus's sides, of at least four chips; of three sides never all."""
-    sides = [int(side) for side in topology.partition(":")[2].split("x")]
+    """Products of some sides of a slice's torus, of at least four chips; of three sides never all."""
+    sides = [int(side) for side in topology.partition(":")[2].partition("*")[0].split("x")]
     largest = max(1, min(len(sides), chip_of(topology).torus_axes - (chip_of(topology).torus_axes > 2)))
     groups = (group for size in range(1, largest + 1) for group in itertools.combinations(sides, size))
     return sorted({math.prod(group) for group in groups if math.prod(group) >= _LEAST_SHARDS})
@@ -64,11 +64,12 @@ def search(
     Raises:
       UserError: a size that does not divide the slice, or the topology is unknown.
     """
-    chips = math.prod(mesh_preset(topology).values())
+    slices, *sides = mesh_preset(topology).values()
+    chips = math.prod(sides)
     sizes = list(fsdp) or fsdp_sizes(topology)
     wrong = [size for size in sizes if size < 1 or chips % size]
     if wrong:
-        raise UserError(f"--search_fsdp={wrong[0]} does not divide the {chips} devices of {topology}")
+        raise UserError(f"--search_fsdp={wrong[0]} does not divide the {chips} devices of a slice of {topology}")
     candidates = [Candidate(*choice) for choice in itertools.product(sizes, remat, sorted(rows))]
     tried: list[Tried] = []
     for candidate in progress(candidates, total=len(candidates), unit="program", label="compile"):
@@ -76,7 +77,7 @@ def search(
             tried.append(Tried(candidate, None, "fewer rows do not fit"))
             continue
         try:
-            tried.append(Tried(candidate, inspect(_with(config, candidate, chips), topology, views)))
+            tried.append(Tried(candidate, inspect(_with(config, candidate, slices, chips), topology, views)))
         except Exception as error:  # the compiler gives up where the memory of a chip is far exceeded
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -100,13 +101,13 @@ def table(tried: Sequence[Tried]) -> str:
     return "\n".join(lines)
 
 
-def _with(config: ConfigDict, candidate: Candidate, chips: int) -> ConfigDict:
+def _with(config: ConfigDict, candidate: Candidate, slices: int, chips: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.mesh_preset = ""
-        config.mesh.update(slice=1, data=chips // candidate.fsdp, fsdp=candidate.fsdp, context=1, tensor=1)
+        config.mesh.update(slice=slices, data=chips // candidate.fsdp, fsdp=candidate.fsdp, context=1, tensor=1)
         config.model.remat = candidate.remat
-        config.data.rows = candidate.rows * chips
+        config.data.rows = candidate.rows * slices * chips
     return config.lock()
 
 

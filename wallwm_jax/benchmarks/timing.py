@@ -58,8 +58,9 @@ def machine() -> Result:
 def machine_line(found: Result) -> str:
     """`machine` or `host` in one line for people."""
     devices = f"{found['devices']} x {found['device']}; " if "device" in found else ""
+    compiler = f"; libtpu {found['libtpu']}" if "libtpu" in found else ""
     flags = f"; XLA_FLAGS {found['xla_flags']}" if found.get("xla_flags") else ""
-    return f"{devices}{found['cores']} cores of {found['processor']}; jax {found['jax']}{flags}"
+    return f"{devices}{found['cores']} cores of {found['processor']}; jax {found['jax']}{compiler}{flags}"
 
 
 def _processor() -> str:

@@ -1,7 +1,8 @@
 """Attention: `attend`, the one door to it, and the projections around it.
 
 Attention inside packed events runs on TPU in the splash kernel, on GPU in a Pallas kernel where a sequence attends to
-itself, on one CPU device tile by tile; all else is dense, in XLA.
+itself, on one CPU device tile by tile; where all keys fit a TPU's memory, it runs in a kernel of our own; all else is
+dense, in XLA.
 
 Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
 bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
@@ -10,14 +11,18 @@ bias per key (text padding, absent views) and a dense mask. A query without any 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from wallwm_jax.models import event_attention, splash_attention, triton_attention
+from wallwm_jax.models import event_attention, resident_attention, splash_attention, triton_attention
 from wallwm_jax.models.layers import NORM_EPS, Linear, RMSNorm
 from wallwm_jax.models.rope import rotate
+from wallwm_jax.parallel.sharding import context_size
 
 CLOSED = -1e30
 
@@ -127,6 +132,79 @@ class Attention(nnx.Module):
     def merge(self, mixed: jax.Array) -> jax.Array:
         """Attended heads `[..., H, S, d]` through the output projection, `[..., S, D]`."""
         return self.output.from_heads(mixed)
+
+    def in_views(self, x: jax.Array, *, angles: jax.Array, segments: jax.Array, events: int) -> jax.Array:
+        """The whole self-attention along each view, `[B, V, S, D]`, after the output projection.
+
+        Args:
+          x: `[B, V, S, D]`, all tokens of a view.
+          angles: `[B, V, S, d / 2]`.
+          segments: `[B, V, S]` event of a token, at most `events`; 0 is closed.
+        """
+        b, v, tokens, width = x.shape
+        if self._fits(tokens, width) and context_size() == 1:
+            rotary = resident_attention.Rotary.of(angles)
+            return self._resident(x, x, lambda keys: keys, segments=segments, rotary=rotary)
+        x, angles, segments = (part.reshape(b * v, *part.shape[2:]) for part in (x, angles, segments))
+        mixed = attend(
+            self.queries(x, angles=angles),
+            self.keys(x, angles=angles),
+            self.values(x),
+            q_segments=segments,
+            kv_segments=segments,
+            num_segments=events,
+        )
+        return self.merge(mixed).reshape(b, v, tokens, -1)
+
+    def in_frames(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        *,
+        key_bias: jax.Array,
+        angles: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        frame_event: jax.Array | None = None,
+    ) -> jax.Array:
+        """The whole attention of every latent frame's tokens, `[B, F, S, D]`, after the output projection.
+
+        Args:
+          x: `[B, F, S, D]`.
+          context: `[B, F, T, Dk]`, or `[B, E, T, Dk]` of events, of which `frame_event [B, F, E]`, one-hot, gives each
+            frame its own.
+          key_bias: `[B, F, T]`. mask: `[B, F, S, T]`. As in `attend`; neither gets a gradient.
+          angles: `[B, F, S, d / 2]` of a self-attention's queries and keys, learned.
+        """
+
+        def of_frames(keys: jax.Array) -> jax.Array:
+            return keys if frame_event is None else jnp.einsum("bfe,be...->bf...", frame_event, keys)
+
+        (b, f, tokens, width), keys = x.shape, context.shape[2]
+        if self._fits(keys, width):
+            bias = key_bias[:, :, None] if mask is None else jnp.where(mask, key_bias[:, :, None], CLOSED)
+            rotary = None if angles is None else resident_attention.Rotary.of(angles)
+            return self._resident(x, context, of_frames, bias=bias, rotary=rotary, learns_rotary=angles is not None)
+        query, key = self.queries(x, angles=angles), of_frames(self.keys(context, angles=angles))
+        frames = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, of_frames(self.values(context))))
+        mask = None if mask is None else mask.reshape(b * f, tokens, keys)
+        mixed = attend(*frames, key_bias=key_bias.reshape(b * f, keys), mask=mask)
+        return self.merge(mixed.reshape(b, f, *mixed.shape[1:]))
+
+    def _fits(self, keys: int, width: int) -> bool:
+        return _target()[0] == "tpu" and resident_attention.worthwhile(keys, width // self.heads)
+
+    def _resident(
+        self, x: jax.Array, context: jax.Array, of_groups: Callable[[jax.Array], jax.Array], **how: Any
+    ) -> jax.Array:
+        """Through `resident_attention`; `of_groups` takes keys and values to the groups of `x`."""
+
+        def kept(projected: jax.Array) -> jax.Array:
+            return checkpoint_name(projected, "projection")  # as `Linear.to_heads` and `from_heads`
+
+        query = self.query_norm(kept(self.query(x))).astype(self.dtype)
+        key = self.key_norm(kept(self.key(context))).astype(self.dtype)
+        keys, values = of_groups(key), of_groups(kept(self.value(context)))
+        return kept(self.output(resident_attention.attend_resident(query, keys, values, heads=self.heads, **how)))
 
     def _normed(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
         """`norm`, over all heads of a token, of `x [..., H, S, d]`; float32."""

@@ -199,6 +199,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return layer_norm(x) * (1.0 + scale) + shift
 
 
+def settled(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in `dtype`, written to memory once: a TPU would compute what makes it again for every tile of the products
+    that read it, or copy it in float32 where its layout changes."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
 def gated(x: jax.Array, update: jax.Array, gate: jax.Array) -> jax.Array:
     """`x + gate * update`, summed in float32, in the dtype of `x`."""
     return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)

@@ -9,12 +9,13 @@ queries, for which every device gathers all keys and values: at four devices twi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import PartitionSpec
 
 from wallwm_jax.parallel.mesh import ROW_AXES
+from wallwm_jax.parallel.sharding import constrain
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -46,8 +47,7 @@ def per_device(
         """`x [B, H, S, D]` split as its sequence is outside, or projections would gather all tokens and give heads."""
         if "context" not in heads or x.shape[2] % mesh.shape["context"]:
             return x
-        outside = PartitionSpec(rows, tuple(axis for axis in heads if axis != "context"), "context", None)
-        return jax.lax.with_sharding_constraint(x, outside)
+        return constrain(x, "batch", "heads", "tokens", None)
 
     query, key, value = map(by_tokens, (query, key, value))
     mixed = jax.shard_map(
@@ -57,3 +57,38 @@ def per_device(
         check_vma=False,
     )(query, key, value, q_segments, kv_segments)
     return by_tokens(mixed)
+
+
+def per_group(
+    kernel: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[str],
+    *,
+    heads: int,
+    splits_queries: bool,
+) -> jax.Array:
+    """`kernel(*arrays)` on every device, which has its rows, heads and groups of them; where the context axis does not
+    divide the groups, it splits their queries.
+
+    Args:
+      arrays: the first are queries `[B, G, S, H * d]`, whose shape and split the result has.
+      axes: of each array, a letter per dimension: b rows, g groups, q queries, h features of heads; others stay whole.
+      heads: H.
+      splits_queries: whether queries may be shared out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(*arrays)
+
+    def split(size: int, axis: str) -> str | None:
+        return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    _, groups, queries, _ = arrays[0].shape
+    where = {
+        "b": tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None,
+        "g": split(groups, "context"),
+        "q": split(queries, "context") if splits_queries and not split(groups, "context") else None,
+        "h": split(heads, "tensor"),
+    }
+    specs = tuple(PartitionSpec(*(where.get(letter) for letter in letters)) for letters in axes)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from wallwm_jax.models.attention import Attention, attend
 from wallwm_jax.models.flow_matching import implied_velocity
 from wallwm_jax.models.layer_stack import build
-from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate
+from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate, settled
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
 from wallwm_jax.models.sight_cone import sight_mask
 from wallwm_jax.models.view_attention import UNKNOWN_CAMERA, CameraTable, ViewAttention
@@ -73,41 +73,40 @@ class VideoBlock(nnx.Module):
         modulation = jnp.split(self.modulation[...] + condition.modulation, 6, 2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         x = _on_mesh(x, condition)
-        x = _on_mesh(gated(x, self._within_views(modulate(x, shift, scale), condition), gate), condition)
+        dtype = self.self_attention.dtype
+        x = _on_mesh(
+            gated(x, self._within_views(settled(modulate(x, shift, scale), dtype), condition), gate), condition
+        )
         if self.view_attention is not None and condition.camera_angles is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
             time = condition.modulation[:, :, :3]
             x = self.view_attention(x, time, condition.camera_angles, cell_bias, condition.view_mask)
-        x = x + self._text(self.text_norm(x), condition)
-        return _on_mesh(gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale)), ffn_gate), condition)
+        x = x + self._text(settled(self.text_norm(x), dtype), condition)
+        return _on_mesh(gated(x, self.ffn(settled(modulate(x, ffn_shift, ffn_scale), dtype)), ffn_gate), condition)
 
     def _within_views(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Self-attention over the cells of one view and all latent frames of one event."""
         b, f, n, width = x.shape
-        views, events = condition.segments.shape[2], condition.frame_event.shape[-1]
-        cells_first = _cells_are_split(f, views)
+        views = condition.segments.shape[2]
+        cells, cells_first = n // views, _cells_are_split(f, views)
 
         def by_view(part: jax.Array) -> jax.Array:
-            """`[B, F, V, cells, ...]` to `[B * V, F * cells, ...]`; what is split over devices is the outer one."""
+            """`[B, F, V, cells, ...]` to `[B, V, F * cells, ...]`; what is split over devices is the outer one."""
             part = jnp.moveaxis(part, 1, 3) if cells_first else jnp.swapaxes(part, 1, 2)
-            return part.reshape(b * views, -1, *part.shape[4:])
+            return part.reshape(b, views, -1, *part.shape[4:])
 
-        attention, cells = self.self_attention, n // views
-        x = by_view(x.astype(attention.dtype).reshape(b, f, views, cells, width))
-        angles = by_view(jnp.broadcast_to(condition.angles[:, :, None], (b, f, views, *condition.angles.shape[2:])))
-        segments = by_view(jnp.broadcast_to(condition.segments[..., None], (b, f, views, cells)))
-        mixed = attend(
-            attention.queries(x, angles=angles),
-            attention.keys(x, angles=angles),
-            attention.values(x),
-            q_segments=segments,
-            kv_segments=segments,
-            num_segments=events,
+        angles = jnp.broadcast_to(condition.angles[:, :, None], (b, f, views, *condition.angles.shape[2:]))
+        segments = jnp.broadcast_to(condition.segments[..., None], (b, f, views, cells))
+        mixed = self.self_attention.in_views(
+            by_view(x.reshape(b, f, views, cells, width)),
+            angles=by_view(angles),
+            segments=by_view(segments),
+            events=condition.frame_event.shape[-1],
         )
-        mixed = attention.merge(mixed)
         if cells_first:
             return jnp.swapaxes(mixed.reshape(b, n, f, width), 1, 2)
-        return jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
+        mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
+        return settled(mixed, self.self_attention.dtype)
 
     def read_text(self, probes: jax.Array, tokens: jax.Array, bias: jax.Array) -> jax.Array:
         """What the cross-attention gives stream states `probes [P, D]` of `tokens [B, L, D]`, `[B, P, D]`."""
@@ -118,20 +117,9 @@ class VideoBlock(nnx.Module):
 
     def _text(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Cross-attention of a frame's cells to its event's caption: keys once per event, then gathered per frame."""
-        b, f, _, _ = x.shape
-        attention = self.text_attention
-        query = attention.queries(x)
-        key, value = (
-            jnp.einsum("bfe,be...->bf...", condition.frame_event, part)
-            for part in (attention.keys(condition.text), attention.values(condition.text))
+        return self.text_attention.in_frames(
+            x, condition.text, key_bias=condition.text_bias, frame_event=condition.frame_event
         )
-        mixed = attend(
-            query.reshape(b * f, *query.shape[2:]),
-            key.reshape(b * f, *key.shape[2:]),
-            value.reshape(b * f, *value.shape[2:]),
-            key_bias=condition.text_bias.reshape(b * f, -1),
-        )
-        return attention.merge(mixed.reshape(b, f, *mixed.shape[1:]))
 
 
 class VideoTower(nnx.Module):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallwm_jax.models.attention import Attention, attend
-from wallwm_jax.models.layers import gated, modulate
+from wallwm_jax.models.attention import Attention
+from wallwm_jax.models.layers import gated, modulate, settled
 from wallwm_jax.models.rope import axis_dims, grid_angles
 
 UNKNOWN_CAMERA = 0
@@ -65,16 +65,10 @@ class ViewAttention(nnx.Module):
           key_bias: `[B, F, V*h*w]`, -inf for the cells of absent views.
           mask: `[B, F, V*h*w, V*h*w]`, False closes a pair of cells (`sight_cone.py`); None closes none.
         """
-        b, f, n, _ = x.shape
         shift, scale, gate = jnp.split(self.modulation[...] + time, 3, 2)
-        normed = modulate(x, shift, scale)
-        query = self.attention.queries(normed, angles=angles)
-        key = self.attention.keys(normed, angles=angles)
-        value = self.attention.values(normed)
-        query, key, value = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, value))
-        mask = None if mask is None else mask.reshape(b * f, n, n)
-        mixed = attend(query, key, value, key_bias=key_bias.reshape(b * f, n), mask=mask)
-        return gated(x, self.attention.merge(mixed.reshape(b, f, *mixed.shape[1:])), gate)
+        normed = settled(modulate(x, shift, scale), self.attention.dtype)
+        mixed = self.attention.in_frames(normed, normed, angles=angles, key_bias=key_bias, mask=mask)
+        return gated(x, mixed, gate)
 
 
 def from_self_attention(blocks: Mapping[str, Any]) -> dict[str, Any]:

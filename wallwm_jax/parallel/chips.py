@@ -1,6 +1,6 @@
 """What a chip can do: the one table that preflight's projections and a run's MFU stand on.
 
-Figures of the vendor's public system descriptions; `link` is one link of the torus in one direction, `cycles` the clock
+Figures of the vendor's public system descriptions; `link` is one link of the torus in one direction, `clock` the one
 at which the compiler's cycle estimates give the vendor's peak.
 """
 
@@ -15,7 +15,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device: bfloat16 FLOP/s, bytes of HBM and bytes/s to it, bytes/s per link and direction, torus axes, Hz."""
+    """One device: bfloat16 FLOP/s, bytes of HBM and bytes/s to it, bytes/s per link and direction, torus axes, Hz,
+    bytes/s to other slices."""
 
     flops: float
     hbm: float
@@ -23,13 +24,15 @@ class Chip:
     link: float
     torus_axes: int
     clock: float
+    dcn: float
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 0.82e12, 4.5e10, 2, 1.50e9),
-    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 9.0e10, 3, 1.75e9),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9.0e10, 2, 1.75e9),
-    "tpu7x": Chip(1153.5e12, 96 * GIB, 3.69e12, 9.0e10, 3, 1.75e9),  # one of a chip's two cores: each is a device
+    "v5e": Chip(197e12, 16 * GIB, 0.82e12, 4.5e10, 2, 1.50e9, 3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 9.0e10, 3, 1.75e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9.0e10, 2, 1.75e9, 1.25e10),
+    # one of a chip's two cores: each is a device
+    "tpu7x": Chip(1153.5e12, 96 * GIB, 3.69e12, 9.0e10, 3, 1.75e9, 6.25e9),
 }
 
 

@@ -24,6 +24,7 @@ RULES: dict[str, MeshAxes] = {
     "batch": ROW_AXES,
     "frames": "context",
     "cells": "context",
+    "tokens": "context",
     "embed": ("fsdp", "context"),
     "embed_out": "tensor",
     "heads": "tensor",

@@ -2,8 +2,8 @@
 
     workdir/run_card.json    {"starts": [...]}, the newest last
 
-A start holds its time and first step; fingerprints of config and store; the code's commit; versions; devices, processes
-and mesh; the compiler's flags; parameters. Nothing of it names a host.
+A start holds its time and first step; fingerprints of config and store; the code's commit; versions; devices, processes,
+mesh and torus; the compiler's flags; parameters. Nothing of it names a host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def add_start(workdir: Path, config: ConfigDict, mesh: Mesh, state: TrainState, 
             "count": mesh.size,
             "processes": jax.process_count(),
             "mesh": dict(mesh.shape),
+            **_torus(mesh.devices.flat),
         },
         "flags": {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
         "parameters": {
@@ -68,12 +70,23 @@ def add_start(workdir: Path, config: ConfigDict, mesh: Mesh, state: TrainState, 
     return _describe(start, earlier[-1] if earlier else start)
 
 
+def _torus(devices: Iterable[Any]) -> dict[str, Any]:
+    """Slices and extents of each one's torus, in chips; nothing where the devices have no coordinates."""
+    places: dict[int, list[Sequence[int]]] = {}
+    for device in devices:
+        if coordinates := getattr(device, "coords", None):
+            places.setdefault(getattr(device, "slice_index", 0), []).append(coordinates)
+    extents = [[max(axis) - min(axis) + 1 for axis in zip(*one)] for one in places.values()]
+    return {"slices": len(extents), "extents": extents[0]} if extents else {}
+
+
 def _describe(start: dict[str, Any], before: dict[str, Any]) -> str:
     """A start in a few indented lines, and which of its parts are others than at the start before."""
     trained, code, devices = start["parameters"]["trained"], start["code"], start["devices"]
     groups = ", ".join(f"{name} {size:,}" for name, size in trained.items())
     commit = f"{code['commit'][:12]}{' with changes' if code['dirty'] else ''}" if code else "not from a git checkout"
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
+    torus = "x".join(map(str, devices.get("extents", ())))
     flags = [f"    {name}={value}" for name, value in start["flags"].items()]
     changed = [part for part in ("code", "versions", "devices", "flags") if start[part] != before.get(part)]
     return "\n".join(
@@ -81,6 +94,7 @@ def _describe(start: dict[str, Any], before: dict[str, Any]) -> str:
             f"    config {start['config']}, store {start['store']}, code {commit}",
             f"    {', '.join(f'{name} {version}' for name, version in start['versions'].items())}",
             *([f"    mesh {mesh}"] if mesh else []),
+            *([f"    {devices['slices']} slices of {torus} chips"] if torus else []),
             *flags,
             *([f"    changed since the last start: {', '.join(changed)}"] if changed else []),
             f"    training {sum(trained.values()):,} parameters ({groups}); {start['parameters']['frozen']:,} frozen",
