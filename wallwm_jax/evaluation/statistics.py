@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ def success_rate(successes: int, trials: int) -> Rate:
         return Rate(rate=0.0, low=0.0, high=1.0, episodes=0)
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return Rate(rate=successes / trials, low=float(interval.low), high=float(interval.high), episodes=trials)
+
+
+def rate_text(rate: Mapping[str, float]) -> str:
+    """A `Rate` of JSON for people: "28 % [21, 35] of 151"."""
+    return f"{100 * rate['rate']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']}"
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
