@@ -113,6 +113,13 @@ def paired_rate_difference(
     return Difference(found, float(interval.low), float(interval.high))
 
 
+def difference_text(difference: Mapping[str, float | None]) -> str:
+    """A `Difference` of rates, as JSON, for people: "+12 points [-3, +27]"."""
+    points = [100 * value for key in ("difference", "low", "high") if (value := difference[key]) is not None]
+    interval = f" [{points[1]:+.0f}, {points[2]:+.0f}]" if len(points) > 1 else ""
+    return f"{points[0]:+.0f} points{interval}"
+
+
 def psnr(predicted: np.ndarray, true: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB between two uint8 pictures (or stacks); 99 where they are equal."""
     if predicted.shape != true.shape:
