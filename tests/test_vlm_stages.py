@@ -523,10 +523,11 @@ def test_the_command_says_what_was_measured_and_keeps_it(clustered_store, config
     assert (found["workdir"], found["step"], found["split"], found["levels"]) == ("run", 7, "heldout", ["subtask"])
     assert found["time_left"] is None  # it was never asked inside events
     lines = planner_accuracy.table(found).splitlines()
-    assert lines[0].startswith(f"| {found['questions']} questions about subtask events | exact | right object |")
+    assert lines[0].startswith(f"| {found['questions']} questions about subtask events | planner | most frequent ")
     rate = found["planner"]["object_unseen_order"]
     assert 0 < rate["episodes"] < found["questions"]
-    assert lines[2].endswith(f"[{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']} |")
+    assert lines[5].startswith(f"| right object, unseen order | {100 * rate['rate']:.0f} % [")
+    assert f"{100 * rate['high']:.0f}] of {rate['episodes']} |" in lines[5]
     assert lines[-1].startswith("Duration of the next event: median error ")
     with pytest.raises(UserError, match="no --store given"):
         planner_accuracy.measure_run("run", "", "", 1000)

@@ -82,15 +82,19 @@ def comparison_section(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def planner_section(found: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of the template for `read_planner`."""
-    labels, measures = planner_accuracy.ANSWERERS, planner_accuracy.MEASURES
-    rates = {label: {measures[key]: found[name][key] for key in measures} for name, label in labels.items()}
+    names, measures = planner_accuracy.ANSWERERS, planner_accuracy.MEASURES
+    panels = {key: title.replace(", ", ",\n") for key, title in measures.items()}
+    rates = {label: {panels[key]: found[name][key] for key in panels} for name, label in names.items()}
     return {
         "model": f"{found['workdir']}, step {found['step']}",
         "levels": " and ".join(found["levels"]),
         "questions": found["questions"],
-        "picture": data_uri(figures.intervals(rates, ours=(labels["planner"],), suffix=""), "png"),
-        "measures": list(measures.values()),
-        "rows": [{"label": label, "cells": [rate_text(rate) for rate in row.values()]} for label, row in rates.items()],
+        "picture": data_uri(figures.intervals(rates, ours=(names["planner"],), suffix=""), "png"),
+        "names": list(names.values()),
+        "rows": [
+            {"label": label, "cells": [rate_text(found[name][key]) for name in names]}
+            for key, label in measures.items()
+        ],
         "times": planner_accuracy.time_lines(found),
     }
 

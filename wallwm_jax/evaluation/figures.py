@@ -58,7 +58,7 @@ def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> 
 
 
 def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
-    """Share of events per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
+    """Share of windows per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
     order = np.argsort(-np.asarray(before))
     place = np.arange(len(order))
     with matplotlib.rc_context(STYLE):
@@ -70,7 +70,7 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         axes.set_title(title)
         axes.set_xlabel("cluster, largest first")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("% of events")
+        axes.set_ylabel("share, %")
         axes.set_xlim(-0.7, len(order) - 0.3)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper right", ncols=3)

@@ -278,8 +278,8 @@ def measure_run(workdir: str | Path, store_path: str | Path, out: str | Path, li
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: the rates of each that answered; below, `time_lines`."""
-    head = [f"{result['questions']} questions about {' and '.join(result['levels'])} events", *MEASURES.values()]
-    rows = [[label, *(rate_text(result[name][key]) for key in MEASURES)] for name, label in ANSWERERS.items()]
+    head = [f"{result['questions']} questions about {' and '.join(result['levels'])} events", *ANSWERERS.values()]
+    rows = [[label, *(rate_text(result[name][key]) for name in ANSWERERS)] for key, label in MEASURES.items()]
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *time_lines(result)])
 

@@ -14,7 +14,8 @@ phase, {"data": 231.0, ...}, to be listed before those of the evaluation.
 may be repeated; --planner=FILE, the --out of wallwm_jax.evaluation.planner_accuracy, how well a planner names events
 (`planner`). Both need no evaluation, and a page of them alone no --workdir and --store:
 
-    python -m wallwm_jax.evaluation.report --arms=runs/arms/table --planner=runs/arms/planner.json --out=runs/report
+    python -m wallwm_jax.evaluation.report --arms=runs/arms/table --arms=runs/sweeps/views/acting \
+        --planner=runs/arms/planner.json --out=runs/report
 """
 
 from __future__ import annotations
@@ -357,13 +358,18 @@ def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
     return balance_report(store.index[draw.candidates], draw.target, *powers)
 
 
+def _windows_of(entry: Mapping[str, Any]) -> str:
+    """What an entry of the balance is about."""
+    return "chunks" if entry["kind"] == "history" else f"{entry['level']} events"
+
+
 def _cluster_pictures(balance: Sequence[Mapping[str, Any]]) -> list[str]:
     pictures = []
     for entry in balance:
         for key, name in (("cluster_vl", "what is seen and said"), ("cluster_action", "how the hand moves")):
             shares = entry[key]
             if shares["clusters"] > 1:
-                title = f"{entry['level']} events by {name}"
+                title = f"{_windows_of(entry)} by {name}"
                 pictures.append(
                     _png(figures.cluster_shares(title, np.array(shares["before"]), np.array(shares["after"])))
                 )
@@ -377,7 +383,7 @@ def _balance_table(balance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             shares = entry[key]
             rows.append(
                 {
-                    "name": f"{entry['level']}, {name}",
+                    "name": f"{_windows_of(entry)}, {name}",
                     "cells": [
                         shares["clusters"],
                         " → ".join(f"{value:.2f}" for value in shares["gini"]),
