@@ -36,7 +36,7 @@ def read_comparisons(directories: Sequence[str | Path]) -> list[dict[str, Any]]:
     Raises:
       UserError: one is missing or damaged.
     """
-    remedy = "make it with python -m wallwm_jax.evaluation.arms"
+    remedy = "make it with python -m wallwm_jax.evaluation.arms, which keeps finished trials"
     paths = [require_directory(str(directory), "arms", remedy) for directory in directories]
     found = [read_result(path / "arms.json", ("episodes", "arms", "pairs", "settings"), remedy) for path in paths]
     return [{"name": name} | content for name, content in zip(short_names(paths), found)]
