@@ -90,7 +90,7 @@ def test_a_report_without_a_closed_loop_or_a_log_leaves_those_parts_out(made, tm
     assert "What it expects to see" in text
 
 
-def test_report_json_has_the_promised_figures(page):
+def test_report_json_has_the_promised_figures(made, page):
     report = page[1]
     for policy, rate in (("trained", 0.75), ("untrained", 0.0), ("expert_replay", 1.0)):
         for measure in ("subtask", "episode"):
@@ -102,6 +102,8 @@ def test_report_json_has_the_promised_figures(page):
     assert report["training"]["steps"] == 40 and report["training"]["median_step_s"] == 0.5
     assert report["training"]["input_wait_share"] == pytest.approx(0.02) and report["training"]["events"] == 360
     assert {entry["level"] for entry in report["balance"]} == {"subtask", "action"}
+    drawn, kept = sum(entry["windows"] for entry in report["balance"]), len(open_store(made[0]))
+    assert drawn < kept and f"<b>{drawn}</b><span>training windows</span>" in page[0]  # fixed windows are not drawn
 
 
 def test_the_page_needs_no_network_and_shows_every_part(page):

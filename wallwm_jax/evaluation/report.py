@@ -201,7 +201,7 @@ def _content(
     }
     return {
         "lead": _lead(result, store),
-        "facts": _facts(result, store, data),
+        "facts": _facts(result, data),
         "unified": unified,
         "acting": _acting(result),
         "compared": compared,
@@ -292,9 +292,9 @@ def _ratio(open_loop: Mapping[str, Any]) -> float:
     return float(open_loop[MODEL] / min(open_loop["baselines"].values()))
 
 
-def _facts(result: dict[str, Any], store: EventStore, data: dict[str, Any]) -> list[dict[str, str]]:
+def _facts(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str, str]]:
     facts = [
-        {"name": "training windows", "value": f"{len(store):,}"},
+        {"name": "training windows", "value": f"{sum(entry['windows'] for entry in data['balance']):,}"},
         {"name": "of packed latents are real", "value": f"{100 * data['packing_efficiency']:.1f} %"},
         {"name": "action error, share of the better baseline", "value": f"{_ratio(result['open_loop']):.2f}"},
     ]
