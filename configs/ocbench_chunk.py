@@ -1,4 +1,4 @@
-r"""Unified mode on OCBench beside event mode: the runs of one comparison, on two CPU cores, from store to table.
+r"""Unified mode on OCBench beside event mode: the runs of one comparison, on two CPU cores, from store to page.
 
 One store with both kinds of windows, one event-grounded model of the quickstart's size with half again its steps
 (`:event`), its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from
@@ -21,6 +21,9 @@ scratch that sees as many latents as both (`:scratch`), a VLM that names events 
         --arm="unified, instruction:run=runs/arms/chunk,mode=unified" \
         --arm="unified, staircase:run=runs/arms/chunk,mode=unified,text=runs/arms/staircase" \
         --arm="chunks from scratch:run=runs/arms/scratch,mode=unified"
+    python -m wallwm_jax.evaluation.planner_accuracy --workdir=runs/arms/vlm --store=runs/arms/store \
+        --out=runs/arms/planner.json
+    python -m wallwm_jax.evaluation.report --arms=runs/arms/table --planner=runs/arms/planner.json --out=runs/arms/page
 
 Each command goes on after a stop when it is run again, training with --resume. Half of the chunks are told the subtask
 or action that goes on where they begin, the rest the instruction: latents stand for the words of an event.

@@ -1,9 +1,10 @@
-"""Unified mode acts in OCBench, untrained: from a store of windows with history to the table of arms."""
+"""Unified mode acts in OCBench, untrained: from a store of windows with history to the table of arms and reports."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from vlm_setup import vlm_training_config
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluate import Options, evaluate
 from wallwm_jax.evaluation import arms
+from wallwm_jax.evaluation.report import build_report
 from wallwm_jax.models import language_pathway
 
 ENV = "block-cpu-lite-single-task1-v0"
@@ -57,6 +59,21 @@ def test_an_untrained_model_acts_in_chunks_under_words_and_latents(runs, history
         assert row["episode"]["episodes"] == 2 and row["subtask"]["episodes"] >= 2
         assert all(trial["steps"] > 0 and trial["subtasks"] for trial in row["trials"])
     assert (tmp_path / "evaluation" / found["rollout"]["file"]).stat().st_size > 1000
+    page = build_report([tmp_path / "evaluation"], chunk, history_store.path, tmp_path / "report", {}).read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Does it act?",
+        "One rollout",
+        "How far are its actions from the expert's?",
+        "What it expects to see",
+        "Events of an episode",
+        "Balance of the training chunks",
+        "Where the time went",
+    ]  # a chunk's duration is given
+    assert "moves the arm for the first 8 steps of a chunk of fixed length; it is told what to do by latents of" in page
+    assert "2 held-out chunks, with their true history" in page and "its own duration" not in page
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["open_loop"] == found["open_loop"] and report["success"] == found["success"]
+    assert report["evaluations"][0]["acting"] == "unified: latents of staircase, the first 8 steps of a chunk"
 
 
 @pytest.mark.extended
@@ -79,3 +96,6 @@ def test_arms_of_one_run_act_on_the_same_trials_and_a_second_call_finds_them_don
         assert sum(subtask["events"] for subtask in trial["subtasks"]) == -(-trial["steps"] // STEPS)
     assert "| instruction - staircase |" in (tmp_path / "arms" / "arms.md").read_text()
     assert (tmp_path / "arms" / "arms.png").stat().st_size > 5000
+    page = build_report([], "", "", tmp_path / "report", {}, arms=[tmp_path / "arms"]).read_text()
+    assert "on the 2 episodes that all 2 have finished" in page and "<td>instruction beside staircase</td>" in page
+    assert f"unified: latents of staircase ({chunk}, step 7)" in page

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import threading
 from types import SimpleNamespace
@@ -503,7 +504,37 @@ def test_accuracy_counts_wordings_objects_and_seconds(clustered_store, config):
     assert elsewhere["planner"]["object"]["rate"] == 1.0
     assert right["majority"]["exact"] == elsewhere["majority"]["exact"]
     assert right["majority"]["exact"]["rate"] <= right["after_last"]["exact"]["rate"] < 1.0
-    assert 0 < right["planner"]["exact_unseen_order"]["episodes"] < len(asked)
+    unseen = elsewhere["planner"]["object_unseen_order"]
+    assert unseen["rate"] == 1.0 > elsewhere["planner"]["exact_unseen_order"]["rate"]
+    assert 0 < unseen["episodes"] == right["planner"]["exact_unseen_order"]["episodes"] < len(asked)
+    assert right["questions"] == len(asked)
+
+
+def test_the_command_says_what_was_measured_and_keeps_it(clustered_store, config, tmp_path, monkeypatch):
+    """A planner that always says the same caption, on the split that training did not see."""
+    held_out = open_store(clustered_store, "heldout")
+    span = next(e for e in held_out.episodes if e["split"] == "heldout")["spans"]["subtask"][0]
+    parrot = SimpleNamespace(config=config, levels=("subtask",), step=7)
+    parrot.plan = lambda requests: [Plan(span["caption"], 2.0, False) for _ in requests]
+    monkeypatch.setattr(VlmPlanner, "from_checkpoint", lambda workdir: parrot)
+    out = tmp_path / "new" / "planner.json"
+    found = planner_accuracy.measure_run("run", clustered_store, out, 1000)
+    assert json.loads(out.read_text()) == found
+    assert (found["workdir"], found["step"], found["split"], found["levels"]) == ("run", 7, "heldout", ["subtask"])
+    assert found["time_left"] is None  # it was never asked inside events
+    lines = planner_accuracy.table(found).splitlines()
+    assert lines[0].startswith(f"| {found['questions']} questions about subtask events | planner | most frequent ")
+    rate = found["planner"]["object_unseen_order"]
+    assert 0 < rate["episodes"] < found["questions"]
+    assert lines[5].startswith(f"| right object, unseen order | {100 * rate['rate']:.0f} % [")
+    assert f"{100 * rate['high']:.0f}] of {rate['episodes']} |" in lines[5]
+    assert lines[-1].startswith("Duration of the next event: median error ")
+    with pytest.raises(UserError, match="no --store given"):
+        planner_accuracy.measure_run("run", "", "", 1000)
+    with pytest.raises(UserError, match="is a directory; give a JSON file"):
+        planner_accuracy.measure_run("run", clustered_store, tmp_path, 1000)
+    with pytest.raises(UserError, match=r"out 'gs://bucket/planner\.json' is an address in an object store"):
+        planner_accuracy.measure_run("run", clustered_store, "gs://bucket/planner.json", 1000)
 
 
 def test_the_error_of_the_time_left_is_over_the_later_keyframes(clustered_store, config):

@@ -1,6 +1,6 @@
 r"""Trains a world action model, or the language model beside it, on an event store, in one process or on a pod.
 
-The quickstart's model, about six minutes on two CPU cores:
+The quickstart's model, about eight minutes on two CPU cores:
 
     python -m wallwm_jax.train --config=configs/ocbench_quickstart.py --config.data.store=runs/store --workdir=runs/a
 

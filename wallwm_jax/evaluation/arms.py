@@ -20,6 +20,7 @@ written: the same command goes on after a stop or when --max_seconds is over, an
 one episode are not independent, so theirs are somewhat too narrow); of each two arms the difference in subtasks with
 the interval of a paired bootstrap over episodes, and McNemar's exact test of the episodes, not corrected for how many
 pairs there are; trials/ARM.json, every trial. A move that has begun is finished: patience is looked at between moves.
+`python -m wallwm_jax.evaluation.report --arms=DIR` puts it on a page.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def parse_arm(text: str) -> Arm:
 def compare_arms(
     arms: Sequence[Arm], store_path: str | Path, out: str | Path, options: Options
 ) -> tuple[dict[str, Any], bool]:
-    """Runs what is missing of the arms' trials, writes into `out`; returns `compare`'s result, and whether all is done.
+    """Runs what is missing of the arms' trials, writes into `out`; returns the content of `arms.json`: `compare`'s
+    result and `settings`, name → what the arm's trials were made with; and whether all is done.
 
     Raises:
       UserError: a path is missing, runs that do not fit the store or each other, or trials made with other settings.
@@ -127,7 +129,6 @@ def compare_arms(
     begun = time.monotonic()
     with phase("load"):
         from wallwm_jax.data.event_store import open_store
-        from wallwm_jax.evaluation import figures
         from wallwm_jax.evaluation.closed_loop import draw_trials, open_pool
 
         store = open_store(store_path, "heldout")
@@ -141,11 +142,10 @@ def compare_arms(
         open_pool(store, slots, views=views, patience=options.patience, processes=options.processes) as pool,
     ):
         whole = run_arms(actors, pool, trials, records, deadline=begun + options.max_seconds)
-    found = compare(records.paired(trials))
+    found = compare(records.paired(trials)) | {"settings": {name: arm["settings"] for name, arm in made_with.items()}}
     write_text(directory / "arms.json", json.dumps(found, indent=1) + "\n")
     write_text(directory / "arms.md", table(found) + "\n")
-    rates = {name: {kind: row[kind] for kind in ("subtask", "episode")} for name, row in found["arms"].items()}
-    (directory / "arms.png").write_bytes(figures.intervals(rates))
+    (directory / "arms.png").write_bytes(picture(found))
     return found, whole
 
 
@@ -238,7 +238,7 @@ class Records:
 
 
 def compare(paired: Mapping[str, Sequence[EpisodeResult]]) -> dict[str, Any]:
-    """The content of `arms.json`, of results on the same trials in one order.
+    """Compares results on the same trials in one order.
 
     Returns:
       `episodes`; `arms`, name → as `closed_loop.summarize`; `pairs`, a list of {"first", "second", "subtask":
@@ -268,28 +268,32 @@ def compare(paired: Mapping[str, Sequence[EpisodeResult]]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: the arms, then each two of them."""
+    from wallwm_jax.evaluation.statistics import difference_text, rate_text
+
     lines = [
         f"| {found['episodes']} paired episodes | subtasks achieved | per episode | episodes achieved |",
         "|---|---|---|---|",
     ]
     for name, row in found["arms"].items():
-        lines.append(f"| {name} | {_rate(row['subtask'])} | {row['progress']:.2f} | {_rate(row['episode'])} |")
+        lines.append(f"| {name} | {rate_text(row['subtask'])} | {row['progress']:.2f} | {rate_text(row['episode'])} |")
     lines += [
         "",
         "| first against second | subtasks, difference | episodes: only first, only second, p |",
         "|---|---|---|",
     ]
     for pair in found["pairs"]:
-        subtask, episode = pair["subtask"], pair["episode"]
-        points = [100 * subtask[key] for key in ("difference", "low", "high") if subtask[key] is not None]
-        interval = f" [{points[1]:+.0f}, {points[2]:+.0f}]" if len(points) > 1 else ""
+        episode = pair["episode"]
         outcome = f"{episode['only_first']}, {episode['only_second']}, p = {episode['p_value']:.2g}"
-        lines.append(f"| {pair['first']} - {pair['second']} | {points[0]:+.0f} points{interval} | {outcome} |")
+        lines.append(f"| {pair['first']} - {pair['second']} | {difference_text(pair['subtask'])} | {outcome} |")
     return "\n".join(lines)
 
 
-def _rate(row: Mapping[str, float]) -> str:
-    return f"{100 * row['rate']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['episodes']}"
+def picture(found: Mapping[str, Any]) -> bytes:
+    """PNG: the rates of the arms with their intervals."""
+    from wallwm_jax.evaluation import figures
+
+    rates = {name: {kind: row[kind] for kind in ("subtask", "episode")} for name, row in found["arms"].items()}
+    return figures.intervals(rates, ours=rates)
 
 
 def _open(

@@ -58,7 +58,7 @@ def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> 
 
 
 def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
-    """Share of events per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
+    """Share of windows per cluster, largest first: as the data has them and as the sampler draws them, in percent."""
     order = np.argsort(-np.asarray(before))
     place = np.arange(len(order))
     with matplotlib.rc_context(STYLE):
@@ -70,7 +70,7 @@ def cluster_shares(title: str, before: np.ndarray, after: np.ndarray) -> bytes:
         axes.set_title(title)
         axes.set_xlabel("cluster, largest first")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("% of events")
+        axes.set_ylabel("share, %")
         axes.set_xlim(-0.7, len(order) - 0.3)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper right", ncols=3)
@@ -91,8 +91,16 @@ def shares(title: str, values: np.ndarray) -> bytes:
         return to_png(figure)
 
 
-def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]], *, ours: Collection[str] = ("trained",)) -> bytes:
-    """Success rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}; `ours` in colour."""
+def intervals(
+    rates: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    ours: Collection[str] = ("trained",),
+    suffix: str = " success",
+) -> bytes:
+    """Rates with their 95 % intervals: policy → measure → {rate, low, high, episodes}; `ours` in colour.
+
+    A panel's title is its measure and `suffix`.
+    """
     measures = list(dict.fromkeys(measure for row in rates.values() for measure in row))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.42 * len(rates)), layout="constrained")
@@ -106,7 +114,7 @@ def intervals(rates: Mapping[str, Mapping[str, Mapping[str, float]]], *, ours: C
             panel.set_yticks(range(len(rates)), [name.replace("_", " ") for name in rates])
             panel.set_ylim(len(rates) - 0.5, -0.5)
             panel.set_xlim(-0.03, 1.03)
-            panel.set_title(f"{measure} success")
+            panel.set_title(f"{measure}{suffix}")
             panel.grid(axis="y", visible=False)
         return to_png(figure)
 

@@ -1,6 +1,7 @@
 r"""How often a planner names the right next event on held-out episodes, and how well it tells the time.
 
-    python -m wallwm_jax.evaluation.planner_accuracy --workdir=runs/vlm --store=runs/quickstart/store
+    python -m wallwm_jax.evaluation.planner_accuracy --workdir=runs/vlm --store=runs/quickstart/store \
+        --out=runs/planner.json
 
 Every event of the held-out episodes is asked for at its first frame, with the events before it as they happened; an
 episode's last event also at its end, where the answer is that the task is done. A caption counts as exact if it is one
@@ -9,7 +10,8 @@ them ("press the red button ..."). Beside the planner stand two that see nothing
 caption, and what most often followed the last event in training under the same instruction. An order is unseen if no
 training episode of the same instruction begins with the same events. A run that was asked inside events, too, says how
 long each still takes at its later keyframes. Rates have Wilson 95 % intervals over questions;
-those of one episode are not independent, so they are somewhat too narrow.
+those of one episode are not independent, so they are somewhat too narrow. --out keeps all figures, and what was
+measured, as JSON; `python -m wallwm_jax.evaluation.report --planner=FILE` shows them.
 """
 
 from __future__ import annotations
@@ -17,21 +19,33 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from wallwm_jax.console import UserError, progress, run_command
+from wallwm_jax.console import UserError, progress, run_command, write_text
 from wallwm_jax.data.event_store import BadRecord, EventStore, open_store
 from wallwm_jax.data.vlm_batches import Question, Questions
-from wallwm_jax.evaluation.statistics import success_rate
+from wallwm_jax.evaluation.statistics import rate_text, success_rate
 from wallwm_jax.events.planning_text import Plan
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import KEYFRAME_SHARES, KINDS
 from wallwm_jax.inference.planner import Planner, PlanRequest, VlmPlanner
+from wallwm_jax.paths import require_local
+
+MEASURES = {
+    "exact": "exact",
+    "object": "right object",
+    "exact_unseen_order": "exact, unseen order",
+    "object_unseen_order": "right object, unseen order",
+}
+"""Rates, with their titles."""
+ANSWERERS = {"planner": "planner", "majority": "most frequent caption", "after_last": "usual next caption"}
+"""Who is asked, with their titles."""
 
 _THING = re.compile(r"^(?P<verb>\w+).*?\bthe (?P<thing>.+?)(?= (?:on|in|at|by|to|and|of|away|onto|into)\b|,|$)")
 
@@ -101,8 +115,8 @@ def measure(planner: Planner, store: EventStore, config: Any, *, levels: Sequenc
       limit: events, at most.
 
     Returns:
-      per planner ("planner", "majority", "after_last"): `exact`, `object` and `exact_unseen_order` as rates, and of the
-      planner `seconds_error` (median of the absolute error), `seconds_share` (the same over the true time).
+      `questions`; per one of `ANSWERERS` the rates of `MEASURES`, and of the planner `seconds_error` (median of the
+      absolute error), `seconds_share` (the same over the true time).
     """
     asked = collect(store, config, levels, limit)
     if not asked:
@@ -116,7 +130,8 @@ def measure(planner: Planner, store: EventStore, config: Any, *, levels: Sequenc
         "majority": lambda question: majority[question.level],
         "after_last": lambda question: after_last.get(_last(question), majority[question.level]),
     }
-    result = {"planner": _rates([Asked(*pair, plan) for pair, plan in zip(asked, plans)], begun)}
+    result: dict[str, Any] = {"questions": len(asked)}
+    result["planner"] = _rates([Asked(*pair, plan) for pair, plan in zip(asked, plans)], begun)
     result["planner"] |= _time_errors(asked, plans)
     for name, guess in blind.items():
         guesses = [Plan(caption, None, not caption) for caption in (guess(question) for question, _ in asked)]
@@ -170,11 +185,11 @@ def request_of(question: Question, views: Sequence[str]) -> PlanRequest:
 
 def _rates(asked: Sequence[Asked], begun: set[tuple[str, ...]]) -> dict[str, Any]:
     unseen = [one for one in asked if (one.question.level, one.question.instruction, *one.question.done) not in begun]
-    return {
-        "exact": success_rate(sum(one.exact for one in asked), len(asked)).to_json(),
-        "object": success_rate(sum(one.right_object for one in asked), len(asked)).to_json(),
-        "exact_unseen_order": success_rate(sum(one.exact for one in unseen), len(unseen)).to_json(),
-    }
+    rates = {}
+    for order, ones in {"": asked, "_unseen_order": unseen}.items():
+        rates[f"exact{order}"] = success_rate(sum(one.exact for one in ones), len(ones)).to_json()
+        rates[f"object{order}"] = success_rate(sum(one.right_object for one in ones), len(ones)).to_json()
+    return rates
 
 
 def _time_errors(asked: Sequence[tuple[Question, Any]], plans: Sequence[Plan]) -> dict[str, Any]:
@@ -219,39 +234,74 @@ def _last(question: Question) -> tuple[str, ...]:
     return question.level, question.instruction, question.done[-1] if question.done else ""
 
 
-def _print(result: dict[str, Any]) -> None:
-    for name in ("planner", "majority", "after_last"):
-        row = result[name]
-        cells = [
-            f"{kind} {100 * row[kind]['rate']:.0f} % [{100 * row[kind]['low']:.0f}, {100 * row[kind]['high']:.0f}]"
-            f" of {row[kind]['episodes']}"
-            for kind in ("exact", "object", "exact_unseen_order")
-        ]
-        print(f"{name}: {', '.join(cells)}")
+def measure_run(workdir: str | Path, store_path: str | Path, out: str | Path, limit: int) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run on the heldout split of a store.
+
+    Args:
+      workdir: of a run of stage `vlm_sft` or `vlm_text`.
+      store_path: usually the store that it was trained on.
+      out: JSON file for what is returned; "" writes none.
+      limit: events asked for, at most.
+
+    Returns:
+      what was measured (`workdir`, `step`, `store`, `split`, `levels`), as `measure`, and `time_left` as
+      `measure_time_left`, None where the run was never asked inside events.
+
+    Raises:
+      UserError: a path is missing, or the run does not fit the store.
+    """
+    for name, value in {"workdir": workdir, "store": store_path}.items():
+        if not str(value):
+            raise UserError(f"no --{name} given; see --help")
+    require_local(out, "out")
+    if str(out) and Path(out).expanduser().is_dir():
+        raise UserError(f"--out={out} is a directory; give a JSON file")
+    planner = VlmPlanner.from_checkpoint(workdir)
+    store, config = open_store(store_path, "heldout"), planner.config
+    result = {
+        "workdir": str(workdir),
+        "step": planner.step,
+        "store": str(store.path),
+        "split": store.split,
+        "levels": list(planner.levels),
+        **measure(planner, store, config, levels=planner.levels, limit=limit),
+        "time_left": measure_time_left(planner, store, config, levels=planner.levels, limit=limit)
+        if config.data.vlm.inside_prob
+        else None,
+    }
+    if str(out):
+        file = Path(out).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: the rates of each that answered; below, `time_lines`."""
+    head = [f"{result['questions']} questions about {' and '.join(result['levels'])} events", *ANSWERERS.values()]
+    rows = [[label, *(rate_text(result[name][key]) for name in ANSWERERS)] for key, label in MEASURES.items()]
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *time_lines(result)])
+
+
+def time_lines(result: Mapping[str, Any]) -> list[str]:
+    """How well the planner told times, in words."""
+    lines, left = [], result["time_left"]
     if result["planner"]["seconds_error"] is not None:
         error, share = result["planner"]["seconds_error"], result["planner"]["seconds_share"]
-        print(f"duration of the next event: median error {error:.2f} s, {100 * share:.0f} %")
-    if "time_left" in result:
-        left = result["time_left"]
-        print(
-            f"time left, {left['asked']} times inside events: median error {left['error']:.2f} s; "
-            f"half the usual duration of the caption {left['error_usual']:.2f} s"
+        lines.append(f"Duration of the next event: median error {error:.2f} s, {100 * share:.0f} %.")
+    if left:
+        lines.append(
+            f"Time left, {left['asked']} times inside events: median error {left['error']:.2f} s; half the usual "
+            f"duration of the caption {left['error_usual']:.2f} s."
         )
+    return lines
 
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
     values = flags.FLAGS
-    for name in ("workdir", "store"):
-        if not values[name].value:
-            raise UserError(f"no --{name} given; see --help")
-    planner = VlmPlanner.from_checkpoint(values.workdir)
-    store = open_store(values.store, "heldout")
-    result = measure(planner, store, planner.config, levels=planner.levels, limit=values.events)
-    if planner.config.data.vlm.inside_prob:
-        asked = dict(levels=planner.levels, limit=values.events)
-        result["time_left"] = measure_time_left(planner, store, planner.config, **asked)
-    print(json.dumps(result, indent=1)) if values.json else _print(result)
+    print(table(measure_run(values.workdir, values.store, values.out, values.events)))
     return 0
 
 
@@ -259,5 +309,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "Run of wallwm_jax.train, stage vlm_sft or vlm_text; its newest checkpoint.")
     flags.DEFINE_string("store", "", "Event store with a heldout split; usually the one trained on.")
     flags.DEFINE_integer("events", 100_000, "Events asked for, at most.", 1)
-    flags.DEFINE_bool("json", False, "Print the result as JSON.")
+    flags.DEFINE_string("out", "", "JSON file for the figures; its folder is made if absent.")
     run_command(main)

@@ -9,6 +9,13 @@ phase, {"data": 231.0, ...}, to be listed before those of the evaluation.
 
 --evaluation may be repeated: both decoding modes, or several sources of text, are then compared in one table (and in
 `evaluations` of report.json), and the page shows the first of them.
+
+--arms=DIR, the --out of wallwm_jax.evaluation.arms, adds a comparison on the same trials (`arms` of report.json) and
+may be repeated; --planner=FILE, the --out of wallwm_jax.evaluation.planner_accuracy, how well a planner names events
+(`planner`). Both need no evaluation, and a page of them alone no --workdir and --store:
+
+    python -m wallwm_jax.evaluation.report --arms=runs/arms/table --arms=runs/sweeps/views/acting \
+        --planner=runs/arms/planner.json --out=runs/report
 """
 
 from __future__ import annotations
@@ -30,6 +37,17 @@ from wallwm_jax.data.balance import balance_report, plan_draw
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.evaluation import figures
+from wallwm_jax.evaluation.comparisons import (
+    comparison_section,
+    decoding_mode,
+    planner_section,
+    read_comparisons,
+    read_planner,
+    read_result,
+    short_names,
+    told_by,
+    way_of_acting,
+)
 from wallwm_jax.evaluation.event_errors import family_of
 from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, PREDICTORS
 from wallwm_jax.evaluation.timelines import data_uri, frames_along, level_bars
@@ -54,25 +72,65 @@ def build_report(
     store_path: str | Path,
     out: str | Path,
     phases: Mapping[str, float],
+    *,
+    arms: Sequence[str | Path] = (),
+    planner: str | Path = "",
 ) -> Path:
     """Writes `report.html` and `report.json` into `out`; returns the path of the page.
 
     Args:
       evaluations: directories of `wallwm_jax.evaluate`; the page shows the first and compares all.
-      workdir: of the training run.
+      workdir: of the training run that was evaluated.
       store_path: its event store.
       out: made if absent.
       phases: seconds per phase before the evaluation; the evaluation's own phases are added.
+      arms: directories of `evaluation.arms`.
+      planner: JSON file of `evaluation.planner_accuracy`; "" is none.
 
     Raises:
-      UserError: a part is missing or unreadable, or there is no evaluation.
+      UserError: a part is missing or unreadable, or there is none.
     """
+    comparisons = read_comparisons(arms)
+    accuracy = read_planner(planner) if str(planner) else None
+    if evaluations:
+        data, content = _evaluated(evaluations, workdir, store_path, phases)
+    elif not (comparisons or accuracy):
+        raise UserError(
+            "no evaluation given; pass --evaluation=DIR, the --out of wallwm_jax.evaluate, or --arms or --planner"
+        )
+    elif str(workdir) or str(store_path):
+        raise UserError("--workdir and --store are of an evaluated run: pass its --evaluation=DIR, or leave them out")
+    else:
+        data, content = {"phase_seconds": dict(phases)}, {"lead": _lead_without_evaluation(comparisons, accuracy)}
+    data |= {"arms": comparisons, "planner": accuracy}
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title="wallwm_jax: from events to actions",
+            evaluated=bool(evaluations),
+            arms=[comparison_section(found) for found in comparisons],
+            planner=planner_section(accuracy) if accuracy else None,
+            phases=data["phase_seconds"],
+            **content,
+        )
+    )
+    out = Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.json", json.dumps(data, indent=1) + "\n")
+    write_text(out / "report.html", page)
+    return out / "report.html"
+
+
+def _evaluated(
+    evaluations: Sequence[str | Path], workdir: str | Path, store_path: str | Path, phases: Mapping[str, float]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What report.json holds of an evaluated run, and the variables of the template."""
     remedy = "make it with python -m wallwm_jax.evaluate"
-    if not evaluations:
-        raise UserError("no evaluation given; pass --evaluation=DIR, the --out of wallwm_jax.evaluate")
     directories = [require_directory(str(evaluation), "evaluation", remedy) for evaluation in evaluations]
     run = open_run(workdir)
-    results = [_read_json(directory / "evaluation.json", remedy) for directory in directories]
+    keys = ("options", "config", "success", "open_loop", "strips", "phase_seconds")
+    results = [read_result(directory / "evaluation.json", keys, remedy) for directory in directories]
     result = results[0]
     store = open_store(store_path, "train")
     config = ConfigDict(result["config"])
@@ -89,12 +147,7 @@ def build_report(
         "training": _training_summary(metrics),
         "evaluations": _compared(directories, results),
     }
-    page = _environment().get_template("report.html.j2").render(_content(result, directories[0], store, data, metrics))
-    out = Path(out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps(data, indent=1) + "\n")
-    write_text(out / "report.html", page)
-    return out / "report.html"
+    return data, _content(result, directories[0], store, data, metrics)
 
 
 def _environment() -> jinja2.Environment:
@@ -109,7 +162,7 @@ def _content(
     """The variables of the template."""
     success = {policy: result["success"][policy] for policy in POLICIES if policy in result["success"]}
     open_loop, losses = result["open_loop"], _losses(metrics)
-    unified = _mode(result) == "unified"  # whose chunks have one length, which is given
+    unified = decoding_mode(result["options"]) == "unified"  # whose chunks have one length, which is given
     predictors = [name for name in PREDICTORS if not (unified and name == MODEL_PREDICTED)]
     errors = {_LABELS[name]: _error(open_loop, name) for name in predictors}
     compared = data["evaluations"] if len(data["evaluations"]) > 1 else []
@@ -147,9 +200,8 @@ def _content(
         "losses": _png(figures.loss_curves(*losses)) if losses[0] else None,
     }
     return {
-        "title": "wallwm_jax: from events to actions",
         "lead": _lead(result, store),
-        "facts": _facts(result, store, data),
+        "facts": _facts(result, data),
         "unified": unified,
         "acting": _acting(result),
         "compared": compared,
@@ -164,7 +216,7 @@ def _content(
                 for name in predictors
             ],
             "groups": [
-                {"name": name, "windows": row["windows"], "errors": [row[p] for p in (MODEL, *BASELINES)]}
+                {"name": name, "windows": row["windows"], "errors": [row[p] for p in predictors]}
                 for name, row in [*open_loop["by_level"].items(), *open_loop["by_verb"].items()]
             ],
         },
@@ -173,7 +225,6 @@ def _content(
         "timeline": _timeline(store),
         "balance": _balance_table(data["balance"]),
         "training_caption": _training_caption(data["training"]),
-        "phases": data["phase_seconds"],
         "pictures": pictures,
     }
 
@@ -191,51 +242,42 @@ def _lead(result: dict[str, Any], store: EventStore) -> str:
     )
 
 
-def _mode(result: Mapping[str, Any]) -> str:
-    """How an evaluation decoded; those before unified mode did not say."""
-    return str(result["options"].get("mode", "event"))
-
-
-def _told(result: Mapping[str, Any]) -> str:
-    """What told the policy what to do."""
-    options = result["options"]
-    if _mode(result) == "unified":
-        text = options.get("text") or "instruction"
-        return {"instruction": "the task's instruction", "event": "a scripted planner, chunk by chunk"}.get(
-            text, f"latents of {Path(text).name}"
-        )
-    planner = options.get("planner", "oracle")
-    return "a scripted planner" if planner == "oracle" else f"the vision-language model of {Path(planner).name}"
+def _lead_without_evaluation(comparisons: Sequence[Any], accuracy: Any) -> str:
+    count = len(comparisons)
+    parts = [f"{count} comparison{'s' if count > 1 else ''} of ways to act on the same trials"] if count else []
+    parts += ["how well a planner names the next event"] if accuracy else []
+    return f"This page holds {' and '.join(parts)}; no evaluation of one run was given."
 
 
 def _acting(result: Mapping[str, Any]) -> str:
     """How the policy acts, for people."""
-    if _mode(result) == "event":
+    options = result["options"]
+    if decoding_mode(options) == "event":
+        says, decides = " and how long it takes", ""
+        if options.get("own_duration"):
+            says, decides = "", "says how long the event takes, "
         return (
-            f"In event mode {_told(result)} names the next event; the model sees the cameras, the arm's state and that "
-            "text, and moves the arm for the whole event."
+            f"In event mode {told_by(options)} names the next event{says}; the model sees the cameras, the arm's state "
+            f"and that text, {decides}and moves the arm for the whole event."
         )
-    steps = result["options"].get("execute", 0)
+    steps = options.get("execute", 0)
     return (
         "In unified mode the model sees the recent past, the cameras and the arm's state, and moves the arm for "
         f"{f'the first {steps} steps of ' if steps else ''}a chunk of fixed length; it is told what to do by "
-        f"{_told(result)}."
+        f"{told_by(options)}."
     )
 
 
 def _compared(directories: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per evaluation; `trials` names those that it acted on."""
-    names = [directory.name for directory in directories]
-    if len(set(names)) < len(names):
-        names = [str(directory) for directory in directories]
     rows = []
-    for name, result in zip(names, results):
+    for name, result in zip(short_names(directories), results):
         trained = result["success"].get("trained")
         rows.append(
             {
                 "name": name,
-                "mode": _mode(result),
-                "told": _told(result),
+                "mode": decoding_mode(result["options"]),
+                "acting": way_of_acting(result["options"]),
                 "model": f"{Path(result['workdir']).name}, step {result['step']}",
                 "success": {measure: trained[measure] for measure in ("subtask", "episode")} if trained else {},
                 "trials": ", ".join(sorted(f"{t['env_id']}:{t['seed']}" for t in trained["trials"])) if trained else "",
@@ -250,9 +292,9 @@ def _ratio(open_loop: Mapping[str, Any]) -> float:
     return float(open_loop[MODEL] / min(open_loop["baselines"].values()))
 
 
-def _facts(result: dict[str, Any], store: EventStore, data: dict[str, Any]) -> list[dict[str, str]]:
+def _facts(result: dict[str, Any], data: dict[str, Any]) -> list[dict[str, str]]:
     facts = [
-        {"name": "training windows", "value": f"{len(store):,}"},
+        {"name": "training windows", "value": f"{sum(entry['windows'] for entry in data['balance']):,}"},
         {"name": "of packed latents are real", "value": f"{100 * data['packing_efficiency']:.1f} %"},
         {"name": "action error, share of the better baseline", "value": f"{_ratio(result['open_loop']):.2f}"},
     ]
@@ -316,13 +358,18 @@ def _balance(store: EventStore, config: ConfigDict) -> list[dict[str, Any]]:
     return balance_report(store.index[draw.candidates], draw.target, *powers)
 
 
+def _windows_of(entry: Mapping[str, Any]) -> str:
+    """What an entry of the balance is about."""
+    return "chunks" if entry["kind"] == "history" else f"{entry['level']} events"
+
+
 def _cluster_pictures(balance: Sequence[Mapping[str, Any]]) -> list[str]:
     pictures = []
     for entry in balance:
         for key, name in (("cluster_vl", "what is seen and said"), ("cluster_action", "how the hand moves")):
             shares = entry[key]
             if shares["clusters"] > 1:
-                title = f"{entry['level']} events by {name}"
+                title = f"{_windows_of(entry)} by {name}"
                 pictures.append(
                     _png(figures.cluster_shares(title, np.array(shares["before"]), np.array(shares["after"])))
                 )
@@ -336,7 +383,7 @@ def _balance_table(balance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             shares = entry[key]
             rows.append(
                 {
-                    "name": f"{entry['level']}, {name}",
+                    "name": f"{_windows_of(entry)}, {name}",
                     "cells": [
                         shares["clusters"],
                         " → ".join(f"{value:.2f}" for value in shares["gini"]),
@@ -383,13 +430,6 @@ def _training_caption(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is missing or damaged ({error}); {remedy}") from None
-
-
 def _picture(path: Path) -> str:
     try:
         return data_uri(path.read_bytes(), path.suffix.removeprefix("."))
@@ -403,7 +443,9 @@ def _png(data: bytes) -> str:
 
 def _define_flags() -> None:
     flags.DEFINE_multi_string("evaluation", [], "Directory that wallwm_jax.evaluate wrote. May be repeated.")
-    flags.DEFINE_string("workdir", "", "Workdir of the training run.")
+    flags.DEFINE_multi_string("arms", [], "Directory that wallwm_jax.evaluation.arms wrote. May be repeated.")
+    flags.DEFINE_string("planner", "", "JSON file that wallwm_jax.evaluation.planner_accuracy wrote.")
+    flags.DEFINE_string("workdir", "", "Workdir of the training run that was evaluated.")
     flags.DEFINE_string("store", "", "Event store that it was trained on.")
     flags.DEFINE_string("out", "", "Directory for report.html and report.json; made if absent.")
     flags.DEFINE_string("phases", "", "JSON file of seconds per phase of what came before the evaluation.")
@@ -414,8 +456,10 @@ def main(_: list[str]) -> int:
     values = flags.FLAGS
     if not values.out:
         raise UserError("no --out given; pass a directory for report.html and report.json")
-    phases = _read_json(Path(values.phases), "pass --phases=FILE as JSON") if values.phases else {}
-    page = build_report(values.evaluation, values.workdir, values.store, values.out, phases)
+    phases = read_result(Path(values.phases), (), "pass --phases=FILE as JSON") if values.phases else {}
+    page = build_report(
+        values.evaluation, values.workdir, values.store, values.out, phases, arms=values.arms, planner=values.planner
+    )
     print(f"report: {page}")
     return 0
 

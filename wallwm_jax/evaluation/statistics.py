@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ def success_rate(successes: int, trials: int) -> Rate:
         return Rate(rate=0.0, low=0.0, high=1.0, episodes=0)
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return Rate(rate=successes / trials, low=float(interval.low), high=float(interval.high), episodes=trials)
+
+
+def rate_text(rate: Mapping[str, float]) -> str:
+    """A `Rate` of JSON for people: "28 % [21, 35] of 151"."""
+    return f"{100 * rate['rate']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']}"
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -106,6 +111,13 @@ def paired_rate_difference(
     rng = np.random.default_rng(seed)
     interval = bootstrap(columns, difference, paired=True, method="percentile", rng=rng).confidence_interval
     return Difference(found, float(interval.low), float(interval.high))
+
+
+def difference_text(difference: Mapping[str, float | None]) -> str:
+    """A `Difference` of rates, as JSON, for people: "+12 points [-3, +27]"."""
+    points = [100 * value for key in ("difference", "low", "high") if (value := difference[key]) is not None]
+    interval = f" [{points[1]:+.0f}, {points[2]:+.0f}]" if len(points) > 1 else ""
+    return f"{points[0]:+.0f} points{interval}"
 
 
 def psnr(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -25,7 +25,7 @@ import numpy as np
 
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluation import figures
-from wallwm_jax.evaluation.statistics import mean_interval, paired_rate_difference, success_rate
+from wallwm_jax.evaluation.statistics import mean_interval, paired_rate_difference, rate_text, success_rate
 from wallwm_jax.training.telemetry import read_metrics
 
 FIGURES = "figures.json"
@@ -276,8 +276,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "-"
     if "episodes" in entry:
-        interval = f"[{100 * entry['low']:.0f}, {100 * entry['high']:.0f}]"
-        return f"{100 * entry['rate']:.0f} % {interval} of {entry['episodes']}"
+        return rate_text(entry)
     if "difference" in entry:
         interval = "" if entry["low"] is None else f" [{entry['low']:+.4f}, {entry['high']:+.4f}]"
         return f"{entry['difference']:+.4f}{interval}"
