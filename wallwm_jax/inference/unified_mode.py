@@ -9,9 +9,10 @@ The model sees `1 + 4M` frames up to the observation and the commands between th
 of `H` actions relative to the observation's pose. What conditions it is `Conditioning`, features in the video tower's
 text space: one instruction encoded once for a whole rollout, another for each chunk, or latents of a staircase
 (`inference/latent_conditioner.py`). They have one shape, so all run in the same compiled program and may be swapped in
-the middle of a rollout; and the program is differentiable in them. Keys and values of text, history and the video's
-last forward are computed once for all steps of the actions (`samplers.anchored`). Several robots are planned for at
-once (`UnifiedMode.plan_all`), each row with its own past and conditioning.
+the middle of a rollout; and the program is differentiable in them. All steps of the actions read the keys and values
+of one forward of the video, text and past pictures in it (`samplers.anchored`); past commands attend to the noisy ones
+and are run again at each step. Several robots are planned for at once (`UnifiedMode.plan_all`), each row with its own
+past and conditioning.
 """
 
 from __future__ import annotations

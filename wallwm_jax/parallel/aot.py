@@ -77,6 +77,7 @@ class Statistics:
 
     Attributes:
       flops: of all matrix products and convolutions, outside Pallas kernels; product_cycles: of those in the estimate.
+      products: sizes of an operand → number of executions of matrix products that have it.
       cycles: the compiler's own estimate for everything outside Pallas kernels; 0 where it gives none.
       traffic: (kind of collective, chips of a group) → what it moves.
       kernels: name of Pallas kernel → number of executions. kernel_flops: of attention kernels, as executed: 4 per
@@ -89,6 +90,7 @@ class Statistics:
     product_cycles: float = 0.0
     cycles: float = 0.0
     kernel_flops: float = 0.0
+    products: Counter[tuple[int, ...]] = field(default_factory=Counter)
     traffic: dict[tuple[str, int], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     kernels: Counter[str] = field(default_factory=Counter)
     arguments: int = 0
@@ -107,6 +109,7 @@ class Statistics:
         self.product_cycles += other.product_cycles
         self.cycles += other.cycles
         self.kernel_flops += other.kernel_flops
+        self.products += other.products
         self.kernels += other.kernels
         for key, moved in other.traffic.items():
             mine = self.traffic[key]
@@ -259,6 +262,8 @@ def _count(
             result.cycles += cycles
         if opcode in ("dot", "convolution"):
             result.flops += times * _product_flops(instruction, computations[computation])
+            for name in instruction.operands[:2]:
+                result.products[computations[computation][name].parts[0][1]] += times
         elif opcode == "custom-call" and f'"{_KERNEL}"' in instruction.attributes:
             name = _kernel_name(instruction)
             result.kernels[name] += times
