@@ -21,7 +21,8 @@ Of a projector, whose towers are those of the run that it was aligned to (--towe
 - align: mean square of features - caption's, a channel in units of its variance; the mean feature has 1;
 - present: share of the places rightly told to be text or padding, beside the best constant length; and of the events
   whose length is exact;
-- next: cross-entropy of the next event in words, a token, by the projector's head and by the VLM's own;
+- next: cross-entropy of the next event in words, a token, by the projector's head and by the VLM's own; exp of it is
+  the perplexity;
 - time: median error in seconds of the time that the event takes, beside the median duration in training.
 """
 
@@ -187,7 +188,7 @@ def _result(
     closed: dict[str, Any] = {}
     for stream, losses in found.items():
         result[stream] = {name: resampled.mean(values) for name, values in losses.items()}
-        each = {name: np.asarray(values) for name, values in losses.items()}
+        each = {name: np.asarray(values, np.float64) for name, values in losses.items()}  # gaps are small
         gap[stream] = {floor: resampled.mean(each[floor] - each["caption"]) for floor in FLOORS}
         closed[stream] = {
             name: {floor: resampled(functools.partial(_closed, each, name, floor)) for floor in FLOORS}
@@ -231,11 +232,11 @@ def _heads(told: Sequence[Told], batches: Sequence[Batch], usual: float, resampl
     ]
     features, target = (jnp.asarray(np.concatenate(part))[None] for part in zip(*pairs))
     present, places = np.stack([one["present"] for one in beside]), np.arange(len(beside[0]["present"]))
-    is_text = places < lengths[:, None]
+    is_text, said = places < lengths[:, None], np.array([int(one.instead.length[0, 0]) for one in told])
     constant = max(range(1, 1 + len(places)), key=lambda length: np.mean((places < length) == is_text))
     tokens = np.array([int(batch["answer_length"][0]) for batch in batches])
     seconds = np.array([float(batch["remaining_s"][0]) for batch in batches])
-    said = np.exp([float(one["log_s"]) for one in beside])
+    lasts = np.exp([float(one["log_s"]) for one in beside])
 
     def a_token(name: str) -> dict[str, float]:
         losses = np.array([float(one[name]) for one in beside]) * tokens
@@ -243,7 +244,7 @@ def _heads(told: Sequence[Told], batches: Sequence[Batch], usual: float, resampl
 
     def median_error(guess: np.ndarray | float) -> dict[str, float]:
         errors = np.abs(guess - seconds)
-        return resampled(lambda at: np.median(errors[at]))
+        return resampled(lambda at: float(np.median(errors[at])))
 
     return {
         "align": {"head": {"mean": float(align_loss(features, target, jnp.array([target.shape[1]])))}},
@@ -252,11 +253,11 @@ def _heads(told: Sequence[Told], batches: Sequence[Batch], usual: float, resampl
             "constant": resampled.mean(np.mean((places < constant) == is_text, 1)),
         },
         "length": {
-            "head": resampled.mean([int(one.instead.length[0, 0]) for one in told] == lengths),
+            "head": resampled.mean(said == lengths),
             "constant": resampled.mean(lengths == constant),
         },
         "next": {"head": a_token("next"), "vlm": a_token("vlm_next")},
-        "time": {"head": median_error(said), "constant": median_error(usual)},
+        "time": {"head": median_error(lasts), "constant": median_error(usual)},
     }
 
 
@@ -367,6 +368,10 @@ def with_towers(loaded: Loaded, config: ConfigDict, run: str) -> Params:
     Raises:
       UserError: no such run, one without both towers, or one with another text encoder than the projector's.
     """
+    if not run:
+        raise UserError(
+            "the run names no towers, train.text_from; give those that are to read its features, --towers=RUN"
+        )
     towers = load_params(run)
     model = ConfigDict(towers.config).model
     if missing := {"video", "action"} - set(towers.params):

@@ -171,7 +171,7 @@ class UnifiedMode:
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
                 f"{features.shape[1]}"
             )
-        pad = np.pad if isinstance(latents, np.ndarray) else jnp.pad  # which is compiled for each K
+        pad: Any = np.pad if isinstance(latents, np.ndarray) else jnp.pad  # which is compiled for each K
         padded = pad(latents.astype(features.dtype), ((0, len(features) - len(latents)), (0, 0)))
         return Conditioning(padded, jnp.asarray(len(latents), jnp.int32), self._null())
 
