@@ -110,7 +110,9 @@ def get_config() -> ConfigDict:
                 dict(width=32, heads=2, ffn=64, depth=2, patch=8, frames=2, merge=2, positions=16)
             ),
             small=_language(width=96, ffn=192, depth=4),  # the language model that reads reasoning traces
-            entry_depths=(0, 2, 4, 6),  # stage staircase: layers of the VLM below each latent's entry
+            # Stage staircase: layers of the VLM below each latent's entry. Four stairs of these 8 layers; of the
+            # published 32 take eight, every fourth, as in the README: tuple(range(0, 32, 4)).
+            entry_depths=(0, 2, 4, 6),
             resampler_depth=2,  # blocks between the VLM's features and the video tower's text space
             compute_dtype="float32",  # float32 | bfloat16
             remat="none",  # as model.remat

@@ -2,7 +2,8 @@ r"""Unified mode on OCBench beside event mode: the runs of one comparison, on tw
 
 One store with both kinds of windows, one event-grounded model of the quickstart's size with half again its steps
 (`:event`), its adaptation to chunks of 32 steps after a history (`:adapt`, stage `chunk`), a model of chunks from
-scratch that sees as many latents as both (`:scratch`), a VLM that names events and a staircase of latents beside it:
+scratch that sees as many latents as both (`:scratch`), a VLM that names events, and beside it a staircase of latents
+and a projector into the text encoder's place:
 
     python -m wallwm_jax.build_events --source=ocbench:chamber,switch,block --episodes=144 --seed=1 --size=48 \
         --views=front_pixels,ur5e/wrist --windows=event,history --out=runs/arms/store
@@ -14,19 +15,22 @@ scratch that sees as many latents as both (`:scratch`), a VLM that names events 
     python -m wallwm_jax.train --config=configs/ocbench_vlm.py $S --workdir=runs/arms/vlm
     python -m wallwm_jax.train --config=configs/ocbench_staircase.py $S --config.train.init_from=runs/arms/vlm \
         --config.train.text_from=runs/arms/event --workdir=runs/arms/staircase
+    python -m wallwm_jax.train --config=configs/ocbench_vlm.py:vlm_text $S --config.train.init_from=runs/arms/vlm \
+        --config.train.text_from=runs/arms/event --workdir=runs/arms/vlm_text
     python -m wallwm_jax.evaluation.arms --store=runs/arms/store --out=runs/arms/table --episodes=50 \
         --sampling=action_draws=1 --sampling=action_temperature=0.0 \
         --arm="event, oracle:run=runs/arms/event" \
         --arm="event, VLM:run=runs/arms/event,planner=runs/arms/vlm" \
         --arm="unified, instruction:run=runs/arms/chunk,mode=unified" \
         --arm="unified, staircase:run=runs/arms/chunk,mode=unified,text=runs/arms/staircase" \
+        --arm="unified, features:run=runs/arms/chunk,mode=unified,text=runs/arms/vlm_text" \
         --arm="chunks from scratch:run=runs/arms/scratch,mode=unified"
     python -m wallwm_jax.evaluation.planner_accuracy --workdir=runs/arms/vlm --store=runs/arms/store \
         --out=runs/arms/planner.json
     python -m wallwm_jax.evaluation.report --arms=runs/arms/table --planner=runs/arms/planner.json --out=runs/arms/page
 
 Each command goes on after a stop when it is run again, training with --resume. Half of the chunks are told the subtask
-or action that goes on where they begin, the rest the instruction: latents stand for the words of an event.
+or action that goes on where they begin, the rest the instruction: latents and features stand for the words of an event.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,7 @@ text encoder of a world action model, with the model's own sizes from configs/oc
 
     python -m wallwm_jax.train --config=configs/ocbench_vlm.py:vlm_text --config.data.store=runs/quickstart/store \
         --workdir=runs/vlm_text --config.train.init_from=runs/vlm --config.train.text_from=runs/quickstart/train
+    python -m wallwm_jax.evaluation.latents --workdir=runs/vlm_text --store=runs/quickstart/store
 
 In words a row has 176 + 144 tokens, where bytes need 416 + 320 for the same history, and what an answer says is a third
 of its tokens, not a tenth.

@@ -16,6 +16,7 @@ from wallwm_jax.evaluation.environments import Situation, SubtaskResult, Trial
 from wallwm_jax.inference.event_mode import EventPlan
 from wallwm_jax.inference.latent_conditioner import LatentConditioner, check_alignment
 from wallwm_jax.inference.unified_mode import Chunk, History
+from wallwm_jax.models import language_pathway
 
 CHUNK, STRIDE, PAST = 6, 2, 4
 
@@ -229,22 +230,36 @@ def test_a_part_of_a_chunk_ends_where_it_can_look(execute):
         ChunkActor(Mode(), execute=execute)
 
 
-def test_latents_of_another_models_text_space_are_refused():
+def test_what_is_aligned_to_another_text_space_is_refused(history_store):
     """Frozen encoders are stored in bfloat16; what differs by its rounding is the same encoder."""
-    leaf = jnp.asarray([1.0, 0.3001, -2.0])
-    mode = SimpleNamespace(engine=SimpleNamespace(params={"text": {"table": leaf}}))
-    check_alignment(SimpleNamespace(text={"table": leaf.astype(jnp.bfloat16).astype(jnp.float32)}), mode, "runs/s")
-    check_alignment(SimpleNamespace(text=None), mode, "runs/s")
-    for other in ({"table": leaf + 0.5}, {"table": leaf[:2]}, {"tables": leaf}):
-        with pytest.raises(UserError, match="'runs/s' were tied to the text encoder of another model"):
-            check_alignment(SimpleNamespace(text=other), mode, "runs/s")
+    from history_windows import configured
+
+    config, leaf = configured(history_store), jnp.asarray([1.0, 0.3001, -2.0])
+    room, width = language_pathway.text_shape(config)
+
+    def aligned(text, store=None, **about):
+        said = dict(text=text, stage="vlm_text", shape=(room, width), text_weights="") | about
+        engine = SimpleNamespace(params={"text": {"table": leaf}} if store is None else {}, store=store or {})
+        check_alignment(SimpleNamespace(**said), SimpleNamespace(engine=engine, config=config), "runs/s")
+
+    aligned({"table": leaf.astype(jnp.bfloat16).astype(jnp.float32)})
+    for other in ({"table": leaf + 0.5}, {"table": leaf[:2]}, {"tables": leaf}, None):
+        with pytest.raises(UserError, match=r"'runs/s' was aligned to the text encoder of another model; .* vlm_text"):
+            aligned(other)
+    for shape in ((room + 1, width), (room, width + 2)):
+        with pytest.raises(UserError, match=rf"gives up to {shape[0]} features of width {shape[1]} .* up to {room} of"):
+            aligned({"table": leaf}, shape=shape)
+    stored = {"text_weights": {"folder": "weights", "fingerprint": "a1"}}
+    aligned(None, stored, text_weights="a1")
+    with pytest.raises(UserError, match="another model"):
+        aligned(None, stored, text_weights="b2")
 
 
 def test_a_run_without_what_is_asked_of_it_is_an_error(history_store, tmp_path):
     from history_windows import configured
 
     save_run(tmp_path / "run", history_store, configured(history_store))
-    with pytest.raises(UserError, match="was trained in stage 'joint' and has no staircase"):
+    with pytest.raises(UserError, match=r"stage 'joint' .* needs a run of stage 'staircase' or 'vlm_text'"):
         LatentConditioner.from_checkpoint(tmp_path / "run")
     event = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(window_kind="event")), store={})
     with pytest.raises(UserError, match=r"unified mode needs a model trained with data\.window_kind"):

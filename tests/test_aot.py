@@ -67,6 +67,7 @@ def test_loops_fusions_collectives_and_kernels_are_counted():
     trips = 30 + 2
     product, batched = 2 * 8 * 4 * 16, 2 * 5 * 8 * 8 * 128
     assert found.flops == trips * (product + batched)
+    assert found.products == dict.fromkeys([(8, 16), (16, 4), (5, 8, 128), (5, 128, 8)], trips)
     assert found.cycles == trips * 100
     assert found.collectives == {"all-gather": trips, "all-reduce": 2}
     assert found.received["all-gather"] == pytest.approx(trips * 64 * 128 * 2 * 31 / 32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from training_setup import subprocess_environment
 
-from configs import base
+from configs import base, ocbench_staircase
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluation import sweeps
 from wallwm_jax.evaluation.statistics import mean_interval
@@ -197,6 +197,15 @@ def test_shipped_sweeps_change_knobs_that_exist_to_values_of_their_kind(name):
         for knob, value in {**sweep.overrides, **arm}.items():
             section, leaf = knob.split(".")
             assert isinstance(value, type(base.get_config()[section][leaf])), knob
+
+
+def test_the_flat_control_of_latents_differs_from_its_arm_in_the_entries_alone_and_is_as_much_work():
+    arms = sweeps.load_sweep("configs/sweeps/latent_ties.py").arms
+    (entries,) = set(arms["all, flat"].items()) - set(arms["all"].items())
+    vlm = ocbench_staircase.get_config().vlm
+    assert entries[0] == "vlm.entry_depths" and len(set(entries[1][1:])) == 1
+    work = [sum(vlm.language.depth - depth for depth in depths) for depths in (entries[1], vlm.entry_depths)]
+    assert work[0] == work[1] and len(entries[1]) == len(vlm.entry_depths)
 
 
 @pytest.mark.parametrize(

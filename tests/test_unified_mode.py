@@ -1,6 +1,8 @@
 """Unified mode: it sees what training saw, conditioning is swapped without compiling, gradients reach it."""
 
 import copy
+import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -9,15 +11,19 @@ import numpy as np
 import pytest
 from history_windows import HISTORY, PAST, STEPS, configured
 from synthetic import synthetic_episode
-from tiny_model import random_params
+from tiny_model import random_like, random_params
+from vlm_setup import vlm_training_config
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import pack_row
 from wallwm_jax.evaluation.open_loop import recorded_chunk_request
 from wallwm_jax.inference import denoising, unified_mode
 from wallwm_jax.inference.event_mode import EventMode
+from wallwm_jax.inference.latent_conditioner import LatentConditioner, check_alignment
+from wallwm_jax.inference.planner import PlanRequest
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.inference.unified_mode import History, UnifiedMode
+from wallwm_jax.models import language_pathway
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +114,43 @@ def test_sources_of_text_are_swapped_in_one_program(mode, store):
     np.testing.assert_allclose(chunks[1].actions, chunks[4].actions, atol=1e-6)
     for one, other in ((0, 1), (1, 3)):
         assert np.abs(chunks[one].actions - chunks[other].actions).max() > 1e-3
+
+
+def test_features_of_a_vlm_take_the_place_of_words_in_the_same_program(mode, store):
+    """As many as the projector takes for text: all of them, one, or what its logits say; the rest is not read."""
+    config = vlm_training_config(store.path, "vlm_text").copy_and_resolve_references()
+    with config.unlocked():
+        config.data.text_length, config.model = mode.config.data.text_length, mode.config.model
+    shapes = jax.eval_shape(lambda: language_pathway.init(config, jax.random.key(0), ("vlm", "vlm_text")))
+    params = random_like(shapes, seed=5) | {"text": mode.engine.params["text"]}
+    conditioner = LatentConditioner(params, config, batch_size=2)
+    check_alignment(conditioner, mode, "run")
+    room, width = conditioner.shape
+    assert (room, width) == mode.encode_text("").features.shape == (12, 16)
+
+    _, record, episode = recorded(store, 1)
+    request = lived(mode, store, record, episode)
+    frames = {view: record.picture(view, mode.past_frames) for view in config.data.views}
+    asked = [PlanRequest(frames, "put the red block on the left", done) for done in ((), ("reach",), ("lift it",))]
+
+    def told(bias):
+        kernel = params["vlm_text"]["present"]["kernel"] * (bias == 0.0)
+        conditioner._params["vlm_text"]["present"] = {"kernel": kernel, "bias": jnp.full(1, bias)}
+        return [mode.from_latents(features) for features in conditioner.latents(asked)]
+
+    words = mode.plan(request, mode.encode_text("reach"))
+    before, chunks = mode.compilations, []
+    for bias, lengths in ((1.0, {room}), (-1.0, {1}), (0.0, set(range(1, room + 1)))):
+        given = told(bias)
+        assert {int(one.length) for one in given} <= lengths
+        for one in given:
+            assert one.features.shape == (room, width) and not np.asarray(one.features)[int(one.length) :].any()
+        chunks.append(mode.plan(request, given[0]).actions)
+    assert mode.compilations == before
+    for one, other in itertools.combinations([words.actions, *chunks[:2]], 2):
+        assert np.abs(one - other).max() > 1e-4
+    with pytest.raises(UserError, match="names events of action, subtask, not of 'task'"):
+        conditioner.latents([dataclasses.replace(asked[0], level="task")])
 
 
 def test_robots_are_planned_for_together_as_each_alone(mode, store):

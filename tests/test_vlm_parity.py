@@ -1,7 +1,9 @@
 """The language model is transformers' Qwen3_5ForCausalLM: logits, all gradients, states, cached decoding.
 
 The twin runs in float64 and in float32, with its eager attention and its own delta rule in PyTorch. Ours is held
-against the first; against the second with its own error added, which is as large.
+against the first; against the second with its own error added, which is as large. The errors are printed by
+
+    pytest -m parity -s tests/test_vlm_parity.py tests/test_vlm_vision_parity.py
 """
 
 from __future__ import annotations

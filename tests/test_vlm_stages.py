@@ -35,6 +35,7 @@ from wallwm_jax.events import planning_text
 from wallwm_jax.events.planning_text import DONE, Plan
 from wallwm_jax.inference import planner as planner_module
 from wallwm_jax.inference.planner import VlmPlanner
+from wallwm_jax.models.vlm.text_projector import text_length
 from wallwm_jax.models.vlm.tokenizer import BytesTokenizer, WordsTokenizer
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.train import run
@@ -300,6 +301,16 @@ def test_the_alignment_is_one_for_the_mean_feature_and_zero_for_the_target():
     mean = jnp.broadcast_to(real.mean(0), target.shape)
     assert float(align_loss(mean, target, length)) == pytest.approx(1.0, rel=1e-3)
     assert float(align_loss(target.at[1, 2:].set(9e9).at[2].set(9e9), target, length)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("logits", "length"), [([3, 2, 1, -1, -2], 3), ([-1, -2, -3, 0, 0], 1), ([2, -1, 2, -9, 1], 3), ([1] * 5, 5)]
+)
+def test_the_length_of_features_is_the_likeliest(logits, length):
+    """Of all that say text up to there and padding after, the one of largest probability."""
+    each = [sum(logits[:n]) for n in range(1, 6)]
+    assert each[length - 1] == max(each)
+    assert text_length(jnp.asarray([logits, logits], jnp.float32)).tolist() == [length] * 2
 
 
 # Runs

@@ -14,7 +14,8 @@ The vision-language model of a run names the next event, from pictures and what 
     python -m wallwm_jax.evaluate --workdir=runs/cpu --store=runs/store --out=runs/evaluation_vlm --planner=runs/vlm
 
 Unified mode, of a run on windows with history (configs/ocbench_chunk.py): chunks of fixed length, told the task's
-instruction, the scripted planner's next event (--text=event), or by the latents of a run of stage staircase:
+instruction, the scripted planner's next event (--text=event), or by a VLM without words, the latents of a run of stage
+staircase or the features of one of stage vlm_text:
 
     python -m wallwm_jax.evaluate --workdir=runs/chunk --store=runs/store --out=runs/evaluation_unified --mode=unified
     python -m wallwm_jax.evaluate --workdir=runs/chunk --store=runs/store --out=runs/evaluation_latents --mode=unified \
@@ -267,7 +268,9 @@ def _define_flags() -> None:
         "planner", default.planner, "Event mode: what names the events: oracle (scripted), or the run of a VLM."
     )
     flags.DEFINE_string(
-        "text", default.text, "Unified mode: instruction (default), event (scripted), or a run of stage staircase."
+        "text",
+        default.text,
+        "Unified mode: instruction (default), event (scripted), or a run of staircase or vlm_text.",
     )
     flags.DEFINE_enum("level", default.level, ["subtask", "action"], "Level of the events that the planner names.")
     flags.DEFINE_integer(

@@ -14,7 +14,7 @@ begun and exits with 0. A robot then needs:
 In mode "event" a request is answered by a whole event. A model that was trained on windows with history has mode
 "unified", too: the prompt is the instruction, and a request is answered by the next chunk, of fixed length, in view of
 the past, which the server keeps for each connection. --mode=unified serves chunks alone and compiles nothing else;
---latents=RUN, a run of stage staircase, lets latents tell the model what to do in place of the prompt's words.
+--latents=RUN, a run of stage staircase or vlm_text, lets a VLM tell the model what to do in place of the prompt.
 
 Request:
     images       view name → [H, W, 3] uint8 RGB, every view of the metadata; None for a camera that is not there
@@ -81,7 +81,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "mode", "", ["", "event", "unified"], "The only mode to serve; without it all that the model has."
     )
-    flags.DEFINE_string("latents", "", "Run of stage staircase, whose latents condition unified mode.")
+    flags.DEFINE_string("latents", "", "Run of stage staircase or vlm_text, which conditions unified mode.")
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is every one.")
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0 takes a free one.", 0, 65535)
     flags.DEFINE_integer("queue", 16, "Requests that may wait; further ones are told that the server is busy.", 1)
@@ -156,7 +156,7 @@ def main(_: list[str]) -> int:
 
 
 def _latents(run: str, policy: Policy) -> LatentConditioner:
-    """The latents of a run of stage staircase, for this policy."""
+    """What a run of stage staircase or vlm_text says in place of words, for this policy."""
     from wallwm_jax.inference.latent_conditioner import LatentConditioner, check_alignment
 
     if policy.unified_mode is None:

@@ -5,8 +5,12 @@ r"""Which tie makes the latents of a staircase tell the towers most: trace, matc
 takes the VLM from runs/vlm (configs/ocbench_vlm.py) and the towers from runs/quickstart/train; others are named behind
 a colon, latent_ties.py:VLM,TOWERS. Every run starts from the same branch, the VLM's own, and sees the same events; then
 `wallwm_jax.evaluation.latents` measures it on held-out ones. The headline is the share of the gap between the action
-loss under no text, or under another event's caption, and that under the true caption which the latents close.
+loss under no text, or under another event's caption, and that under the true caption which the latents close. "all,
+flat" is the control of the stairs: with the same ties, all latents behind the first enter together at depth 4, which
+is as much work, and as many layers one after the other.
 """
+
+from typing import Any
 
 from wallwm_jax.console import UserError
 from wallwm_jax.evaluation.sweeps import Sweep
@@ -19,6 +23,7 @@ TIES = {
     "trace and match": (1.0, 1.0, 0.0),
     "all": (1.0, 1.0, 1.0),
 }
+FLAT = (0, 4, 4, 4)  # entry_depths of the control; the stairs are the config's (0, 2, 4, 6)
 
 
 def get_sweep(runs: str = "runs/vlm,runs/quickstart/train") -> Sweep:
@@ -26,12 +31,12 @@ def get_sweep(runs: str = "runs/vlm,runs/quickstart/train") -> Sweep:
     vlm, comma, towers = runs.partition(",")
     if not (vlm and comma and towers):
         raise UserError(f"configs/sweeps/latent_ties.py:{runs}: name two runs, VLM,TOWERS")
+    arms: dict[str, dict[str, Any]] = {
+        tie: {f"objective.{name}": weight for name, weight in zip(WEIGHTS, weights)} for tie, weights in TIES.items()
+    }
     return Sweep(
         config="configs/ocbench_staircase.py",
-        arms={
-            tie: {f"objective.{name}": weight for name, weight in zip(WEIGHTS, weights)}
-            for tie, weights in TIES.items()
-        },
+        arms=arms | {"all, flat": arms["all"] | {"vlm.entry_depths": FLAT}},
         seeds=(0, 1, 2),
         overrides={"train.init_from": vlm, "train.text_from": towers},
         measure="wallwm_jax.evaluation.latents",

@@ -1,7 +1,8 @@
 """Staircase Decoding beside decoding as many tokens in turn: layers one after the other, work, time on this machine.
 
 Layers and work are counted in the compiled programs, per call: the staircase's latents in one pass, and the same number
-of tokens, each through all layers of the same branch behind the same text. Parameters are random.
+of tokens, each through all layers of the same branch behind the same text. A layer is the last product of its
+feed-forward, counted as often as the loops around it run; all of them follow each other. Parameters are random.
 """
 
 from __future__ import annotations
@@ -86,26 +87,6 @@ def ways(config: StaircaseConfig, language: LanguageConfig) -> dict[str, Callabl
     return {"staircase": lambda branch, cache: staircase.decode(branch, config, language, cache), "in_turn": in_turn}
 
 
-def layer_steps(function: Callable[..., Any], *arguments: Any, language: LanguageConfig) -> int:
-    """How many layers run one after the other: how often a feed-forward's last product runs, one of each layer."""
-
-    def count(jaxpr: Any) -> int:
-        total = 0
-        for equation in jaxpr.eqns:
-            inside = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-            repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            total += repeats * sum(count(getattr(sub, "jaxpr", sub)) for sub in inside if _is_jaxpr(sub))
-            is_last = equation.primitive.name == "dot_general"
-            total += is_last and equation.invars[1].aval.shape == (language.ffn, language.width)
-        return total
-
-    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
-
-
 def _branch(config: StaircaseConfig, language: LanguageConfig) -> Any:
     key = jax.random.key(0)
     return staircase.init(config, language, language_model.init(language, key), key)
@@ -120,8 +101,9 @@ def _measure(
         begun = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - begun)
+    counted = count_instructions(compiled.as_text() or "")
     return {
-        "layer_steps": layer_steps(function, branch, cache, language=language),
-        "flops": count_instructions(compiled.as_text() or "").flops,
+        "layer_steps": counted.products[language.ffn, language.width],
+        "flops": counted.flops,
         "seconds": Seconds.of(seconds[1:]).to_json(),
     }

@@ -1,8 +1,8 @@
 """Who acts in closed loop: event mode on the next event's words, unified mode chunk after chunk.
 
 Both are an `Actor`, which the loop of `closed_loop` asks for the next commands of several episodes at once. Unified
-mode takes its conditioning from one of three sources: the task's instruction, encoded once; the words of the event that
-the scripted planner names, anew for each chunk; latents of a staircase, anew for each chunk.
+mode takes its conditioning from one of these sources: the task's instruction, encoded once; the words of the event that
+the scripted planner names, anew for each chunk; latents of a staircase or features of a VLM, anew for each chunk.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Acting:
       mode: "event" or "unified".
       planner: what names the events in event mode: "oracle", the scripted planner, or the workdir of a run with a VLM.
       text: what conditions the chunks of unified mode: "instruction" (which "" is too), "event", the words of the
-        scripted planner's next event, or the workdir of a run of stage `staircase`.
+        scripted planner's next event, or the workdir of a run of stage `staircase` or `vlm_text`.
       level: "subtask" or "action", the level of the events that the planner names.
       own_duration: event mode: let the model say how long an event takes; otherwise the planner gives the typical time.
       execute: unified mode: control steps of each chunk that are played before it looks again; 0 plays all of them.

@@ -2,17 +2,18 @@ r"""Compares ways to act on the same closed-loop trials: runs, decoding modes, s
 
 Each --arm is a name and how it acts: `run`, a workdir of wallwm_jax.train, and what `wallwm_jax.evaluate` has as
 flags, mode, planner, text, level, own_duration and execute. Event mode with the scripted planner beside a VLM, and
-unified mode under three texts:
+unified mode under four texts:
 
     python -m wallwm_jax.evaluation.arms --store=runs/arms/store --out=runs/arms/table --episodes=50 \
         --arm="event, oracle:run=runs/arms/event" \
         --arm="event, VLM:run=runs/arms/event,planner=runs/arms/vlm" \
         --arm="unified, instruction:run=runs/arms/chunk,mode=unified" \
         --arm="unified, next event:run=runs/arms/chunk,mode=unified,text=event" \
-        --arm="unified, staircase:run=runs/arms/chunk,mode=unified,text=runs/arms/staircase"
+        --arm="unified, staircase:run=runs/arms/chunk,mode=unified,text=runs/arms/staircase" \
+        --arm="unified, features:run=runs/arms/chunk,mode=unified,text=runs/arms/vlm_text"
 
-`configs/ocbench_chunk.py` says how these runs are made. A VLM in event mode is told what it named before; latents are
-told which subtasks the simulator counts as achieved. All arms run one group of trials before any runs the next, and
+`configs/ocbench_chunk.py` says how these runs are made. A VLM in event mode is told what it named before; in unified
+mode, which subtasks the simulator counts as achieved. All arms run one group of trials before any runs the next, and
 the table counts the trials that all of them have finished, so a time budget cuts no arm short. Finished groups are
 written: the same command goes on after a stop or when --max_seconds is over, and with more --episodes or arms.
 

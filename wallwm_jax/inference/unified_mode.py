@@ -7,11 +7,12 @@
 
 The model sees `1 + 4M` frames up to the observation and the commands between them, and denoises `N` latents and a chunk
 of `H` actions relative to the observation's pose. What conditions it is `Conditioning`, features in the video tower's
-text space: one instruction encoded once for a whole rollout, another for each chunk, or latents of a staircase
-(`inference/latent_conditioner.py`). They have one shape, so all run in the same compiled program and may be swapped in
-the middle of a rollout; and the program is differentiable in them. Keys and values of text, history and the video's
-last forward are computed once for all steps of the actions (`samplers.anchored`). Several robots are planned for at
-once (`UnifiedMode.plan_all`), each row with its own past and conditioning.
+text space: one instruction encoded once for a whole rollout, another for each chunk, latents of a staircase, or
+features of a VLM (`inference/latent_conditioner.py`). They have one shape, so all run in the same compiled program and
+may be swapped in the middle of a rollout; and the program is differentiable in them. All steps of the actions read the
+keys and values of one forward of the video, text and past pictures in it (`samplers.anchored`); past commands attend to
+the noisy ones and are run again at each step. Several robots are planned for at once (`UnifiedMode.plan_all`), each row
+with its own past and conditioning.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class UnifiedMode:
         """An instruction as the text encoder of the model's training has it, encoded once; "" is the null text."""
         return Conditioning(*self._features(text), self._null())
 
-    def from_latents(self, latents: jax.Array) -> Conditioning:
-        """Latents `[K, Dt]` in the place of a text's features.
+    def from_latents(self, latents: jax.Array | np.ndarray) -> Conditioning:
+        """Latents `[K, Dt]`, or what else stands in the place of a text's features.
 
         Raises:
           UserError: they are more, or of another width, than a text's features.
@@ -170,7 +171,8 @@ class UnifiedMode:
                 f"latents {list(latents.shape)} cannot stand for a text of at most {len(features)} features of width "
                 f"{features.shape[1]}"
             )
-        padded = jnp.pad(latents.astype(features.dtype), ((0, len(features) - len(latents)), (0, 0)))
+        pad: Any = np.pad if isinstance(latents, np.ndarray) else jnp.pad  # which is compiled for each K
+        padded = pad(latents.astype(features.dtype), ((0, len(features) - len(latents)), (0, 0)))
         return Conditioning(padded, jnp.asarray(len(latents), jnp.int32), self._null())
 
     def plan(self, request: ChunkRequest, conditioning: Conditioning, *, seed: int = 0, video: bool = False) -> Chunk:

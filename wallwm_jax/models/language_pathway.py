@@ -45,15 +45,21 @@ def small_config(config: ConfigDict) -> LanguageConfig:
     return LanguageConfig(**config.vlm.small, compute_dtype=config.vlm.compute_dtype, remat=config.vlm.remat)
 
 
+def text_shape(config: ConfigDict) -> tuple[int, int]:
+    """(features, width) that the text encoder of `config.model` gives, padding too."""
+    text = config.model.text
+    return -(-config.data.text_length // (text.stride if text.kind == "bytes" else 1)), text.width
+
+
 def projector_config(config: ConfigDict) -> ProjectorConfig:
     """Sizes of the projector: as many features, as wide, as the text encoder of `config.model` gives."""
-    text = config.model.text
+    queries, width = text_shape(config)
     return ProjectorConfig(
         in_width=config.vlm.language.width,
         vocabulary=config.vlm.language.vocabulary,
-        queries=-(-config.data.text_length // (text.stride if text.kind == "bytes" else 1)),
-        width=text.width,
-        heads=text.heads,
+        queries=queries,
+        width=width,
+        heads=config.model.text.heads,
         depth=config.vlm.resampler_depth,
         compute_dtype=config.vlm.compute_dtype,
         remat=config.vlm.remat,

@@ -85,6 +85,7 @@ class Statistics:
 
     Attributes:
       flops: of all matrix products and convolutions, outside Pallas kernels; product_cycles: of those in the estimate.
+      products: sizes of an operand → number of executions of matrix products that have it.
       cycles: the compiler's own estimate for everything outside Pallas kernels; 0 where it gives none.
       hbm: bytes between HBM and the chip, see `hlo.hbm_bytes`.
       traffic: (kind of collective, chips of a group; slices, if over `DCN`) → what it moves.
@@ -99,6 +100,7 @@ class Statistics:
     product_cycles: float = 0.0
     cycles: float = 0.0
     hbm: float = 0.0
+    products: Counter[tuple[int, ...]] = field(default_factory=Counter)
     traffic: dict[tuple[str, int], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     kernels: Counter[str] = field(default_factory=Counter)
     kernel_work: Counter[tuple[float, float]] = field(default_factory=Counter)
@@ -129,6 +131,7 @@ class Statistics:
         self.cycles += other.cycles
         self.kernel_work += other.kernel_work
         self.hbm += other.hbm
+        self.products += other.products
         self.kernels += other.kernels
         for key, moved in other.traffic.items():
             mine = self.traffic[key]
@@ -216,6 +219,8 @@ def _count(
             result.hbm += times * hbm_bytes(instruction, computations[computation], computations)
         if opcode in ("dot", "convolution"):
             result.flops += times * _product_flops(instruction, computations[computation])
+            for name in instruction.operands[:2]:
+                result.products[computations[computation][name].parts[0].sizes] += times
         elif instruction.is_kernel:
             name = _kernel_name(instruction)
             result.kernels[name] += times

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from wallwm_jax.data.vlm_batches import holds_windows
 from wallwm_jax.models import language_pathway, world_action_model
 from wallwm_jax.models.vlm import language_model, staircase, text_projector, vlm
+from wallwm_jax.models.vlm.text_projector import TextFeatures
 from wallwm_jax.models.world_action_model import TextContext
 from wallwm_jax.training import objectives
 from wallwm_jax.training.objectives import detached, masked_mean
@@ -136,6 +137,13 @@ def latents_of(params: Params, config: ConfigDict, batch: Batch) -> tuple[TextCo
     return TextContext(features, jnp.full(features.shape[:2], features.shape[2], jnp.int32)), prefix
 
 
+def projected(params: Params, config: ConfigDict, batch: Batch, hidden: jax.Array) -> TextFeatures:
+    """What the projector reads from the prompts, of the VLM's features `hidden [B, S, D]`, in a caption's place."""
+    sizes, image_id = language_pathway.projector_config(config), language_pathway.vlm_config(config).image_id
+    is_prompt = jnp.arange(hidden.shape[1]) < batch["answer_start"][:, None]
+    return text_projector.text_features(params["vlm_text"], sizes, hidden, is_prompt & (batch["ids"] != image_id))
+
+
 def world_params(params: Params, config: ConfigDict) -> dict[str, Any]:
     """Those of the world action model, zeros for groups that are not attached."""
     return {name: params.get(name, zeros) for name, zeros in detached(config.model).items()}
@@ -193,10 +201,7 @@ def _latent_losses(
 
 
 def _text_losses(params: Params, config: ConfigDict, batch: Batch, hidden: jax.Array) -> dict[str, jax.Array]:
-    sizes = language_pathway.projector_config(config)
-    image_id = language_pathway.vlm_config(config).image_id
-    is_prompt = jnp.arange(hidden.shape[1]) < batch["answer_start"][:, None]
-    found = text_projector.text_features(params["vlm_text"], sizes, hidden, is_prompt & (batch["ids"] != image_id))
+    sizes, found = language_pathway.projector_config(config), projected(params, config, batch, hidden)
     target = world_action_model.encode_text(world_params(params, config), config.model, batch)
     features = answer_features(hidden, batch, config.data.vlm.answer_length)
     log_s = text_projector.remaining_time(params["vlm_text"], sizes, features[:, 0])

@@ -118,6 +118,11 @@ def text_features(params: Params, config: ProjectorConfig, hidden: jax.Array, ma
     return _bind(params, config).resample(hidden, mask)
 
 
+def text_length(present: jax.Array) -> jax.Array:
+    """How many of the features are text, `[B]` int32, by the logits `present [B, L]`: the likeliest, at least one."""
+    return 1 + jnp.argmax(jnp.cumsum(present, -1), -1).astype(jnp.int32)
+
+
 def next_logits(params: Params, config: ProjectorConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` of the next token, float32, of features `[..., D]`."""
     return _bind(params, config).next(hidden).astype(jnp.float32)
