@@ -63,7 +63,7 @@ def policy(run):
 @pytest.fixture(scope="module")
 def server(policy):
     limits = Limits(message_bytes=200_000, queue=8)
-    with running(PolicyServer(policy, CALIBRATION, limits=limits, warm=False)) as server:
+    with running(PolicyServer(policy, {"event": CALIBRATION}, limits=limits, warm=False)) as server:
         yield server
 
 
@@ -128,7 +128,7 @@ def test_the_metadata_says_what_a_request_needs(robot, store):
     assert (metadata["control_hz"], metadata["video_fps"], metadata["feedback_every"]) == (10.0, 5.0, 2)
     assert (metadata["modes"], metadata["buckets"], metadata["max_actions"]) == (["event"], [3], 16)
     assert metadata["step"] == 7 and metadata["max_message_bytes"] == 200_000
-    assert metadata["watchdog"] == {"threshold": 0.5, "events": 3}
+    assert metadata["watchdog"] == {"event": {"threshold": 0.5, "events": 3}}
 
 
 def test_the_answers_are_the_policys_bit_for_bit_and_a_reset_begins_anew(robot, policy, images, request_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from wallwm_jax.data.event_store import open_store
 from wallwm_jax.evaluation import watchdog as evaluation
 from wallwm_jax.evaluation.watchdog import Watched, calibrate, summarize, watch_episode
 from wallwm_jax.models.codecs import get_codec
-from wallwm_jax.serving.watchdog import Calibration, EventWatch
+from wallwm_jax.serving.watchdog import Calibration, EventWatch, load_calibrations, save_calibrations
 
 CODEC = get_codec("haar8")
 MODE = SimpleNamespace(
@@ -93,15 +94,17 @@ def test_steps_run_forward_and_views_stay():
         watch.observe(2, {"front": EVENT[1]})
 
 
-def test_a_calibration_is_of_one_checkpoint_and_survives_its_file(tmp_path):
-    found = Calibration(step=7, threshold=0.8, false_alarm_rate=0.05, spread=0.4, events=9, store="store")
-    found.save(tmp_path / "watchdog.json")
-    assert Calibration.load(tmp_path / "watchdog.json", 7) == found
+def test_calibrations_are_of_one_checkpoint_and_survive_their_file(tmp_path):
+    path = tmp_path / "watchdog.json"
+    event = Calibration(step=7, threshold=0.8, false_alarm_rate=0.05, spread=0.4, events=9, store="store")
+    found = {"event": event, "unified": dataclasses.replace(event, threshold=0.6)}
+    save_calibrations(path, found)
+    assert load_calibrations(path, 7) == found
     with pytest.raises(UserError, match="is of step 7, not 8; make it by --calibrate"):
-        Calibration.load(tmp_path / "watchdog.json", 8)
-    (tmp_path / "watchdog.json").write_text("{}")
+        load_calibrations(path, 8)
+    path.write_text('{"step": 7}')
     with pytest.raises(UserError, match="cannot be read"):
-        Calibration.load(tmp_path / "watchdog.json", 7)
+        load_calibrations(path, 7)
 
 
 def test_the_threshold_is_what_so_many_recorded_events_reach(small_store, monkeypatch):
@@ -147,9 +150,10 @@ def test_an_episode_goes_as_the_expert_means_it_until_one_event_is_perturbed(mon
 
     monkeypatch.setattr(evaluation, "predict", predict)
     mode = SimpleNamespace(store={"video_stride": 2, "actions_per_latent": 8}, max_actions=128)
+    policy = SimpleNamespace(event_mode=mode, unified_mode=None)
     calibration = Calibration(step=7, threshold=0.5, false_alarm_rate=0.05, spread=1.0, events=9, store="store")
     environments = OCBenchEnv(env_id, ("front_pixels",), 32), OCBenchEnv(env_id, ())
-    watched = watch_episode(*environments, mode, calibration, "open", seed=3, level="action")
+    watched = watch_episode(*environments, policy, calibration, "open", mode="event", seed=3, level="action")
     *before, last = watched
     assert last.perturbation == "open" and not any(event.perturbation for event in before)
     assert [event.score for event in watched] == changes and all(
