@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from history_windows import HISTORY, STEPS, configured
+from public_client import check_public_client
 from scipy.spatial.transform import Rotation
 from tiny_model import random_like, random_params
 from vlm_setup import vlm_training_config
@@ -23,6 +24,7 @@ from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.inference.policy import request as event_request
 from wallwm_jax.models import language_pathway
+from wallwm_jax.serving import opening
 from wallwm_jax.serving.client import Client
 from wallwm_jax.serving.messages import Executed, Observed, arm_rows, commands
 from wallwm_jax.serving.past import Past
@@ -283,6 +285,11 @@ def test_a_staircase_tells_what_to_do_and_every_length_of_prompt_is_warm(policy,
 
 
 @pytest.mark.extended
+def test_the_public_client_plays_chunks_unchanged(server):
+    check_public_client(server.port, steps=STEPS)
+
+
+@pytest.mark.extended
 def test_an_event_in_between_ends_the_past(policy, scene):
     with (
         running(PolicyServer(policy)) as server,
@@ -363,6 +370,16 @@ def test_the_benchmark_times_chunks_beside_events(policy, monkeypatch):
         "video": 2,
         "feedback": STEPS // 2 - 1,
     }
-    request_ = chunk["request"]
-    assert request_["seconds_per_action"] == pytest.approx(request_["seconds"]["median"] / STEPS)
-    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 11
+    assert chunk["request"]["per_action"]["seconds"]["p95"] == chunk["request"]["seconds"]["p95"] / STEPS
+    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 12
+
+
+@pytest.mark.extended
+def test_the_benchmark_times_chunks_alone_and_under_latents(policy, monkeypatch):
+    latents = jnp.ones((3, policy.event_mode.config.model.text.width))
+    source = SimpleNamespace(levels=("subtask",), latents=lambda _: [latents], warm_up=lambda: None)
+    monkeypatch.setattr(Policy, "from_checkpoint", lambda *_: policy)
+    monkeypatch.setattr(opening, "open_latents", lambda *_: source)
+    (chunk,) = serving.measure(steps=2, workdir="run", mode="unified", latents="staircase")["programs"]
+    assert (chunk["mode"], chunk["told_by"], chunk["actions"]) == ("unified", "latents", STEPS)
+    assert set(chunk["request"]["parts_ms"]) == {"queue", "encode", "latents", "model", "pack"}
