@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from history_windows import HISTORY, STEPS
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
@@ -124,6 +125,32 @@ def test_the_threshold_is_what_so_many_recorded_events_reach(small_store, monkey
         calibrate(policy, store, events=1, false_alarm_rate=1.5)
 
 
+def test_chunks_are_calibrated_on_recorded_windows_with_their_history(history_store, small_store, monkeypatch):
+    policy, scores, told = SimpleNamespace(step=7, event_mode=MODE, unified_mode=object()), iter(range(3)), []
+
+    def predict_chunk(mode, asked, words, *, seed):
+        record, score = history_store.read(seed), next(scores)
+        video, now = {view: record.video(view) for view in record.frames}, 4 * HISTORY
+        assert words == history_store.caption(record.caption_id) and mode is policy.unified_mode
+        for view, film in video.items():
+            np.testing.assert_array_equal(asked.frames[view], film[: now + 1])
+
+        def observe(step, frames):
+            told.append(step)
+            for view, film in video.items():
+                np.testing.assert_array_equal(frames[view], film[now + step // 2])
+            return SimpleNamespace(worst=float(score))
+
+        return SimpleNamespace(steps=STEPS, observe=observe, distances=lambda: [0.25])
+
+    monkeypatch.setattr(evaluation, "predict_chunk", predict_chunk)
+    found = calibrate(policy, history_store, mode="unified", events=3, false_alarm_rate=0.5)
+    assert (found.step, found.events, found.threshold, found.store) == (7, 3, 1.0, history_store.path.name)
+    assert told[: STEPS // 2] == list(range(2, STEPS + 1, 2))
+    with pytest.raises(UserError, match="has no history windows, on which mode 'unified' is calibrated"):
+        calibrate(policy, open_store(small_store), mode="unified", events=3, false_alarm_rate=0.5)
+
+
 def test_precision_and_recall_by_hand():
     def event(perturbation, alarm):
         return Watched("chamber", "reach", perturbation, 8, 0.5, alarm)
@@ -160,3 +187,29 @@ def test_an_episode_goes_as_the_expert_means_it_until_one_event_is_perturbed(mon
         event.alarm == (event.score > 0.5) for event in watched
     )
     assert last.steps >= 8 and last.verb in ("grasp", "lift", "carry", "lower")  # where the expert holds something
+
+
+@pytest.mark.extended
+def test_in_unified_mode_a_chunk_is_perturbed_and_each_is_predicted_from_the_past(monkeypatch):
+    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+
+    env_id, asked = "block-cpu-lite-single-task1-v0", []
+
+    def predict_chunk(mode, request, instruction, *, seed):
+        asked.append((request, instruction))
+        return SimpleNamespace(observe=lambda step, frames: SimpleNamespace(worst=step / 16))
+
+    monkeypatch.setattr(evaluation, "predict_chunk", predict_chunk)
+    engine = SimpleNamespace(store={"video_stride": 2, "actions_per_latent": 8}, max_actions=8)
+    policy = SimpleNamespace(event_mode=engine, unified_mode=SimpleNamespace(chunk=16, stride=2, past_frames=8))
+    calibration = Calibration(step=7, threshold=0.5, false_alarm_rate=0.05, spread=1.0, events=9, store="store")
+    environments = OCBenchEnv(env_id, ("front_pixels",), 32), OCBenchEnv(env_id, ())
+    watched = watch_episode(*environments, policy, calibration, "open", mode="unified", seed=3, level="action")
+    assert [one.steps for one in watched] == [16] * len(asked) and len(asked) >= 2
+    assert [one.perturbation for one in watched] == [""] * (len(asked) - 1) + ["open"]
+    assert watched[0].verb == "reach" and all(one.alarm and one.score == 1.0 for one in watched)
+    assert [request.number for request, _ in asked] == list(range(1, len(asked) + 1))
+    assert [len(request.command_poses) for request, _ in asked] == [0] + [16] * (len(asked) - 1)
+    assert len({instruction for _, instruction in asked}) == 1
+    first, second = (request.frames["front_pixels"] for request, _ in asked[:2])
+    np.testing.assert_array_equal(second[0], first[-1])  # eight frames, sixteen steps later

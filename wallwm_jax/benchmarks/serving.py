@@ -5,7 +5,7 @@ One robot asks for one event at a time, a full bucket each, and where the run ha
 another under one instruction, or under latents that look anew at each chunk. Cold is the one first call of a program,
 with its compilation (unless JAX_COMPILATION_CACHE_DIR has it), warm are those that follow. The seconds of a call over
 its actions are those per action. `video` is the first executed observation of an event or chunk that is watched, sent
-at once: it waits until the video is predicted. `feedback` are those that follow, of which every fourth encodes a latent.
+at once: it waits until the video is predicted. `feedback` are those that follow; every fourth encodes a latent.
 """
 
 from __future__ import annotations
@@ -64,10 +64,8 @@ def measure(steps: int = 20, workdir: str = "", mode: str = "", latents: str = "
         if unified and mode != "event":
             with phase(f"chunks of {unified.chunk} actions: 1 + {steps} requests, the same watched"):
                 calls = _calls(robot.infer, policy, {"mode": "unified"}, unified.chunk, steps)
-                length = 1 + unified.history + -(-unified.chunk // per_latent)
-                rows.append(
-                    {"mode": "unified", "told_by": "latents" if latents else "words", "latents": length} | calls
-                )
+                told_by, length = "latents" if told else "words", 1 + unified.history + -(-unified.chunk // per_latent)
+                rows.append({"mode": "unified", "told_by": told_by, "latents": length} | calls)
     return {
         "machine": machine(),
         "parameters": policy.num_parameters,
@@ -83,13 +81,12 @@ def measure(steps: int = 20, workdir: str = "", mode: str = "", latents: str = "
 
 def table(result: Result) -> str:
     """The figures as lines for people."""
-    per_action = "ms per action:"
     lines = [
         machine_line(result["machine"]),
         f"model        {result['parameters']:,} parameters ({result['parameters_from']}), {result['views']} views",
         f"timed        a client on loopback, one robot: {', '.join(result['included'])}",
         f"             {result['calls']} warm requests; cold is the first one, with compilation",
-        f"{'':<43}{'ms per call:':>26}{per_action:>26}{'p50 ms of the':>40}",
+        f"{'':<43}{'ms per call:':>26}{'ms per action:':>26}{'p50 ms of the':>40}",
         f"{'mode':<8}{'told by':<9}{'latents':>7}{'actions':>9}{'':>10}"
         + 2 * f"{'cold':>10}{'p50':>8}{'p95':>8}"
         + f"{', '.join(_PARTS):>40}",
