@@ -54,12 +54,13 @@ Progress of an event is elapsed time over duration, for all durations that the m
 well each explains the observed latents; done_probability is the weight of those that are over.
 
 In mode "unified" nobody knows by default how long the event under way takes, and a reply has no field event. Two things
-can say it, once the robot names the event in now. The duration head of a run of stage chunk is that of the run that it
-began with, and trained on events there; it is told now and the observation that came with it first, and gives
-duration_quantiles_s and done_probability. A run of stage joint on windows with history has a head that learnt the
-length of chunks; it is not asked. A planner is asked at each chunk, with now, done and the present pictures, and gives
-left_s; it has no probabilities of its own. With both, the head's spread is put around the planner's time. What neither
-says is left out. The VLM behind --latents decodes no words; its vlm_sft run can be the planner.
+can say it, once the robot names the event in now. The duration head of a run of stage chunk is still that of the run
+that it began with, which has to have learnt from events, as that of configs/ocbench_chunk.py has; it is told now and
+the observation that came with it first, and gives duration_quantiles_s and done_probability. A run of stage joint on
+windows with history has a head that learnt the length of chunks; it is not asked. A planner is asked at each chunk,
+with now, done and the present pictures, and gives left_s; it has no probabilities of its own. With both, the head's
+spread is put around the planner's time. What neither says is left out. The VLM behind --latents decodes no words; its
+vlm_sft run can be the planner.
 
 The watchdog gives alarms where it was calibrated, on the recorded events and chunks of a store, once per checkpoint:
 

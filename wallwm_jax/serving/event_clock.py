@@ -1,9 +1,10 @@
 """How far the event under way is in unified mode, whose chunks know only their own clock.
 
 Two things can say how long an event takes: a planner that was asked inside events in its training, anew at each chunk,
-and the duration head of a model of stage `chunk`, which is frozen as its event-grounded run had left it, at the event's
-first observation. The head of a model trained on chunks from the beginning has learnt how long these are, and is not
-asked. What neither of them says is left out.
+and the duration head of a model of stage `chunk`, at the event's first observation. That head is frozen as the run
+before had left it, which has to have learnt from events; the embedding of pictures that it reads has trained on since.
+The head of a model trained on chunks from the beginning has learnt how long these are, and is not asked. What neither
+of them says is left out.
 """
 
 from __future__ import annotations
