@@ -13,7 +13,7 @@ request = {
     "images": {view: np.full((64, 64, 3), 128, np.uint8) for view in metadata["views"]},
     "state": np.array([[0.4, 0.1, 0.2, 1, 0, 0, 0, 0.2]]),
     "prompt": "reach",
-    "duration_s": 0.8,
+    **({"duration_s": 0.8} if metadata["modes"] == ["event"] else {}),
 }
 reply = robot.infer(request)
 try:
@@ -27,7 +27,7 @@ print(
         {
             "views": metadata["views"],
             "actions": reply["actions"].tolist(),
-            "steps": reply["event"]["steps"],
+            "steps": reply["event" if "event" in reply else "chunk"]["steps"],
             "error": error,
             "broker": steps,
         }

@@ -15,11 +15,11 @@ import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
+from public_client import check_public_client
 from scipy.spatial.transform import Rotation
 from tiny_model import save_run, store_config
 from training_setup import subprocess_environment
@@ -63,7 +63,7 @@ def policy(run):
 @pytest.fixture(scope="module")
 def server(policy):
     limits = Limits(message_bytes=200_000, queue=8)
-    with running(PolicyServer(policy, CALIBRATION, limits=limits, warm=False)) as server:
+    with running(PolicyServer(policy, {"event": CALIBRATION}, limits=limits, warm=False)) as server:
         yield server
 
 
@@ -128,7 +128,7 @@ def test_the_metadata_says_what_a_request_needs(robot, store):
     assert (metadata["control_hz"], metadata["video_fps"], metadata["feedback_every"]) == (10.0, 5.0, 2)
     assert (metadata["modes"], metadata["buckets"], metadata["max_actions"]) == (["event"], [3], 16)
     assert metadata["step"] == 7 and metadata["max_message_bytes"] == 200_000
-    assert metadata["watchdog"] == {"threshold": 0.5, "events": 3}
+    assert metadata["watchdog"] == {"event": {"threshold": 0.5, "events": 3}}
 
 
 def test_the_answers_are_the_policys_bit_for_bit_and_a_reset_begins_anew(robot, policy, images, request_):
@@ -455,33 +455,21 @@ def test_the_benchmark_times_each_bucket_by_a_real_client(policy, monkeypatch):
     assert counts == {"request": 2, "video": 2, "feedback": 7}  # 8 video frames, the first of which is the video's
     request = row["request"]
     assert set(request["parts_ms"]) == {"queue", "encode", "model", "pack"} and request["cold_seconds"] > 0
-    assert request["seconds_per_action"] == pytest.approx(request["seconds"]["median"] / 16)
+    assert request["per_action"] == {
+        "cold_seconds": request["cold_seconds"] / 16,
+        "seconds": {"median": request["seconds"]["median"] / 16, "p95": request["seconds"]["p95"] / 16},
+    }
     assert sum(request["parts_ms"].values()) < 1e3 * request["seconds"]["max"] * 1.5
-    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 8
+    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 9
     with pytest.raises(UserError, match="serving needs --workdir=RUN"):
         serving.measure()
+    with pytest.raises(UserError, match="'run' was not trained on windows with history"):
+        serving.measure(workdir="run", mode="unified")
 
 
-def test_the_public_client_talks_to_it_unchanged(server, request_, images):
-    """Needs `openpi-client`, which asks for numpy < 2: OPENPI_PYTHON names an interpreter that has it."""
-    python = os.environ.get("OPENPI_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import openpi_client"], capture_output=True).returncode:
-        pytest.skip("openpi-client is not installed; name an interpreter that has it in OPENPI_PYTHON")
-    script = Path(__file__).parent / "openpi_robot.py"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, script, str(server.port)], capture_output=True, text=True, timeout=60, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    with contextlib.closing(Client("127.0.0.1", server.port)) as robot:
-        frames = {view: np.full((64, 64, 3), 128, np.uint8) for view in robot.metadata["views"]}
-        state = np.array([[0.4, 0.1, 0.2, 1, 0, 0, 0, 0.2]])
-        own = robot.infer({"images": frames, "state": state, "prompt": "reach", "duration_s": 0.8})
-    assert found["views"] == robot.metadata["views"]
-    np.testing.assert_array_equal(np.array(found["actions"], np.float32), own["actions"])
-    assert found["steps"] == 8 and found["broker"] == found["actions"][:3]
-    assert "prompt says the next event in words" in found["error"]
+@pytest.mark.extended
+def test_the_public_client_talks_to_it_unchanged(server):
+    check_public_client(server.port, steps=8, duration_s=0.8)
 
 
 @pytest.mark.parametrize(

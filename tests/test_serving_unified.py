@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from history_windows import HISTORY, STEPS, configured
+from public_client import check_public_client
 from scipy.spatial.transform import Rotation
 from tiny_model import random_like, random_params
 from vlm_setup import vlm_training_config
@@ -21,7 +22,9 @@ from wallwm_jax.console import UserError
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.latent_conditioner import LatentConditioner
 from wallwm_jax.inference.policy import Policy
+from wallwm_jax.inference.policy import request as event_request
 from wallwm_jax.models import language_pathway
+from wallwm_jax.serving import opening
 from wallwm_jax.serving.client import Client
 from wallwm_jax.serving.messages import Executed, Observed, arm_rows, commands
 from wallwm_jax.serving.past import Past
@@ -43,7 +46,8 @@ def policy(history_store):
 
 @pytest.fixture(scope="module")
 def server(policy):
-    with running(PolicyServer(policy, CALIBRATION, modes=("unified",), warm=False)) as server:
+    calibrations = dict.fromkeys(("event", "unified"), CALIBRATION)
+    with running(PolicyServer(policy, calibrations, modes=("unified",), warm=False)) as server:
         yield server
 
 
@@ -101,6 +105,8 @@ def test_chunks_are_the_policys_bit_for_bit_and_see_what_was_told(robot, policy,
 
 def test_the_metadata_says_what_is_served_and_the_default_is_all_that_the_model_can(robot, policy):
     assert robot.metadata["modes"] == ["unified"] and robot.metadata["chunk_actions"] == STEPS
+    assert robot.metadata["watchdog"] == {"unified": {"threshold": 0.5, "events": 3}}
+    assert robot.metadata["event_time"] == []
     assert PolicyServer(policy)._modes == ("event", "unified")
 
 
@@ -111,7 +117,8 @@ FAULTS = {
     "half steps": ({"steps": 1.5}, "steps is a whole number of at least 0"),
     "odd steps": ({"steps": 3}, "steps is 3; the next chunk begins after a multiple of 2 control steps"),
     "many steps": ({"steps": 10**15}, f"1000000000000000 control steps were executed. The last chunk has {STEPS}"),
-    "done": ({"done": ["reach"]}, r"done is for a server that plans by latents"),
+    "done": ({"done": ["reach"]}, r"done is for a server with latents or a planner"),
+    "now": ({"now": "reach"}, "now is for a server that knows how long events take: one of a run of stage 'chunk'"),
 }
 
 
@@ -168,7 +175,67 @@ def test_the_watchdog_compares_chunks_too(robot, policy, scene):
     right, wrong = score(lambda step: step // 2), score(lambda step: 0)
     assert right["latents"] == 3 and abs(right["score"]) < 0.3
     assert wrong["score"] > right["score"] + 0.5
-    assert right["threshold"] is None and not wrong["alarm"]  # which events have set
+    assert right["threshold"] == 0.5 and not right["alarm"] and wrong["alarm"]
+
+
+@pytest.fixture
+def adapted(policy):
+    """The same model as a run of stage `chunk`, whose duration head has seen events."""
+    config = policy.event_mode.config
+    stage = config.train.stage
+    with config.unlocked():
+        config.train.stage = "chunk"
+    yield policy
+    with config.unlocked():
+        config.train.stage = stage
+
+
+def test_a_reply_speaks_of_the_event_where_the_robot_names_it_and_a_head_knows_events(adapted, scene):
+    served = PolicyServer(adapted, modes=("unified",), warm=False)
+    assert "duration head" in dict(served._programs())
+    asked = event_request(scene(0), "reach the red block")
+    quantiles = adapted.event_mode.durations([asked])[0]
+    with running(served) as server, contextlib.closing(Client("127.0.0.1", server.port)) as robot:
+        assert robot.metadata["event_time"] == ["duration head"]
+        assert "event" not in robot.infer(request(scene(0)))
+        first = robot.infer(request(scene(0), reset=True, now="reach the red block"))
+        later = robot.infer(told(8, scene(8)))
+        again = robot.infer(request(scene(STEPS), now="reach the red block"))
+        other = robot.infer(request(scene(0), steps=STEPS, now="grasp it"))["event"]
+        with pytest.raises(RuntimeError, match="now says the event under way in words"):
+            robot.infer(request(scene(0), now=3))
+    event = first["event"]
+    np.testing.assert_allclose(event["duration_quantiles_s"], quantiles, rtol=1e-4)
+    assert event["elapsed_s"] == event["progress"] == event["done_probability"] == 0.0
+    assert event["predicted_duration_s"] == event["left_s"] == event["duration_quantiles_s"][1]
+    assert later["event"]["elapsed_s"] == 0.8 and later["chunk"]["progress"] == pytest.approx(8 / STEPS)
+    assert again["event"]["elapsed_s"] == STEPS / 10 and again["event"]["progress"] > later["event"]["progress"] > 0.0
+    assert again["event"]["duration_quantiles_s"] == event["duration_quantiles_s"]  # of the event's beginning
+    assert other["elapsed_s"] == 0.0 and other["duration_quantiles_s"] != event["duration_quantiles_s"]
+
+
+def test_a_planner_tells_the_time_left_and_no_probabilities(policy, scene):
+    asked = []
+
+    def time_left(requests):
+        asked.extend(requests)
+        return [None if requests[0].now == "wave" else 3.6]
+
+    planner = SimpleNamespace(levels=("subtask",), time_left=time_left, warm_up=lambda: None)
+    with (
+        running(PolicyServer(policy, modes=("unified",), planner=planner, warm=False)) as server,
+        contextlib.closing(Client("127.0.0.1", server.port)) as robot,
+    ):
+        assert robot.metadata["event_time"] == ["planner"]
+        first, second = (robot.infer(request(scene(n), now="press it", done=["reach it"])) for n in (0, STEPS))
+        silent = robot.infer(request(scene(0), now="wave"))
+    assert first["event"] == {"elapsed_s": 0.0, "progress": 0.0, "predicted_duration_s": 3.6, "left_s": 3.6}
+    assert second["event"]["progress"] == pytest.approx(2.4 / 6.0) and second["event"]["left_s"] == pytest.approx(3.6)
+    assert silent["event"] == {"elapsed_s": 0.0} and silent["server_timing"]["event_time_ms"] >= 0.0
+    assert [(one.now, one.done, one.instruction) for one in asked[:2]] == [("press it", ("reach it",), TASK)] * 2
+    view = next(iter(scene(0).frames))
+    np.testing.assert_array_equal(asked[1].previous_frames[view], scene(0).frames[view])  # it began there
+    np.testing.assert_array_equal(asked[1].frames[view], scene(STEPS).frames[view])
 
 
 def test_latents_take_the_prompts_place(policy, scene):
@@ -215,6 +282,11 @@ def test_a_staircase_tells_what_to_do_and_every_length_of_prompt_is_warm(policy,
             robot.infer(request(scene(0), prompt="sort " * 50))
     assert len({actions.tobytes() for actions in said}) == 3
     assert conditioner._decode._cache_size() == 2
+
+
+@pytest.mark.extended
+def test_the_public_client_plays_chunks_unchanged(server):
+    check_public_client(server.port, steps=STEPS)
 
 
 @pytest.mark.extended
@@ -298,6 +370,16 @@ def test_the_benchmark_times_chunks_beside_events(policy, monkeypatch):
         "video": 2,
         "feedback": STEPS // 2 - 1,
     }
-    request_ = chunk["request"]
-    assert request_["seconds_per_action"] == pytest.approx(request_["seconds"]["median"] / STEPS)
-    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 11
+    assert chunk["request"]["per_action"]["seconds"]["p95"] == chunk["request"]["seconds"]["p95"] / STEPS
+    assert json.loads(json.dumps(found)) == found and len(serving.table(found).splitlines()) == 12
+
+
+@pytest.mark.extended
+def test_the_benchmark_times_chunks_alone_and_under_latents(policy, monkeypatch):
+    latents = jnp.ones((3, policy.event_mode.config.model.text.width))
+    source = SimpleNamespace(levels=("subtask",), latents=lambda _: [latents], warm_up=lambda: None)
+    monkeypatch.setattr(Policy, "from_checkpoint", lambda *_: policy)
+    monkeypatch.setattr(opening, "open_latents", lambda *_: source)
+    (chunk,) = serving.measure(steps=2, workdir="run", mode="unified", latents="staircase")["programs"]
+    assert (chunk["mode"], chunk["told_by"], chunk["actions"]) == ("unified", "latents", STEPS)
+    assert set(chunk["request"]["parts_ms"]) == {"queue", "encode", "latents", "model", "pack"}

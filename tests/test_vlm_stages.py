@@ -429,7 +429,10 @@ def test_the_time_head_of_a_text_run_is_what_training_regressed(clustered_store,
     params = {**state.trainable, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.frozen)}
     planner, questions = VlmPlanner(params, config, batch_size=2), Questions(store, config)
     asked = [questions.ask(window, moment=moment) for window, moment in _moments(store, config)]
+    planner.warm_up()
+    warm = planner._seconds_left._cache_size()
     told = planner.time_left([planner_accuracy.request_of(question, config.data.views) for question in asked])
+    assert planner._seconds_left._cache_size() == warm
     _, metrics = compiled_vlm_step(clustered_store, "vlm_text")(state, jax.device_put(batch, built.rows))
     errors = optax.huber_loss(jnp.log(jnp.array(told)), jnp.log(batch["remaining_s"]))
     assert float(metrics["loss_time"]) == pytest.approx(float(errors.mean()), rel=1e-4)

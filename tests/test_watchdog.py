@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from history_windows import HISTORY, STEPS
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.evaluation import watchdog as evaluation
 from wallwm_jax.evaluation.watchdog import Watched, calibrate, summarize, watch_episode
 from wallwm_jax.models.codecs import get_codec
-from wallwm_jax.serving.watchdog import Calibration, EventWatch
+from wallwm_jax.serving.watchdog import Calibration, EventWatch, load_calibrations, save_calibrations
 
 CODEC = get_codec("haar8")
 MODE = SimpleNamespace(
@@ -93,15 +95,17 @@ def test_steps_run_forward_and_views_stay():
         watch.observe(2, {"front": EVENT[1]})
 
 
-def test_a_calibration_is_of_one_checkpoint_and_survives_its_file(tmp_path):
-    found = Calibration(step=7, threshold=0.8, false_alarm_rate=0.05, spread=0.4, events=9, store="store")
-    found.save(tmp_path / "watchdog.json")
-    assert Calibration.load(tmp_path / "watchdog.json", 7) == found
+def test_calibrations_are_of_one_checkpoint_and_survive_their_file(tmp_path):
+    path = tmp_path / "watchdog.json"
+    event = Calibration(step=7, threshold=0.8, false_alarm_rate=0.05, spread=0.4, events=9, store="store")
+    found = {"event": event, "unified": dataclasses.replace(event, threshold=0.6)}
+    save_calibrations(path, found)
+    assert load_calibrations(path, 7) == found
     with pytest.raises(UserError, match="is of step 7, not 8; make it by --calibrate"):
-        Calibration.load(tmp_path / "watchdog.json", 8)
-    (tmp_path / "watchdog.json").write_text("{}")
+        load_calibrations(path, 8)
+    path.write_text('{"step": 7}')
     with pytest.raises(UserError, match="cannot be read"):
-        Calibration.load(tmp_path / "watchdog.json", 7)
+        load_calibrations(path, 7)
 
 
 def test_the_threshold_is_what_so_many_recorded_events_reach(small_store, monkeypatch):
@@ -119,6 +123,32 @@ def test_the_threshold_is_what_so_many_recorded_events_reach(small_store, monkey
     assert (found.step, found.events, found.threshold, found.spread) == (7, 21, pytest.approx(0.9), 0.25)
     with pytest.raises(UserError, match="a false alarm rate of"):
         calibrate(policy, store, events=1, false_alarm_rate=1.5)
+
+
+def test_chunks_are_calibrated_on_recorded_windows_with_their_history(history_store, small_store, monkeypatch):
+    policy, scores, told = SimpleNamespace(step=7, event_mode=MODE, unified_mode=object()), iter(range(3)), []
+
+    def predict_chunk(mode, asked, words, *, seed):
+        record, score = history_store.read(seed), next(scores)
+        video, now = {view: record.video(view) for view in record.frames}, 4 * HISTORY
+        assert words == history_store.caption(record.caption_id) and mode is policy.unified_mode
+        for view, film in video.items():
+            np.testing.assert_array_equal(asked.frames[view], film[: now + 1])
+
+        def observe(step, frames):
+            told.append(step)
+            for view, film in video.items():
+                np.testing.assert_array_equal(frames[view], film[now + step // 2])
+            return SimpleNamespace(worst=float(score))
+
+        return SimpleNamespace(steps=STEPS, observe=observe, distances=lambda: [0.25])
+
+    monkeypatch.setattr(evaluation, "predict_chunk", predict_chunk)
+    found = calibrate(policy, history_store, mode="unified", events=3, false_alarm_rate=0.5)
+    assert (found.step, found.events, found.threshold, found.store) == (7, 3, 1.0, history_store.path.name)
+    assert told[: STEPS // 2] == list(range(2, STEPS + 1, 2))
+    with pytest.raises(UserError, match="has no history windows, on which mode 'unified' is calibrated"):
+        calibrate(policy, open_store(small_store), mode="unified", events=3, false_alarm_rate=0.5)
 
 
 def test_precision_and_recall_by_hand():
@@ -147,12 +177,39 @@ def test_an_episode_goes_as_the_expert_means_it_until_one_event_is_perturbed(mon
 
     monkeypatch.setattr(evaluation, "predict", predict)
     mode = SimpleNamespace(store={"video_stride": 2, "actions_per_latent": 8}, max_actions=128)
+    policy = SimpleNamespace(event_mode=mode, unified_mode=None)
     calibration = Calibration(step=7, threshold=0.5, false_alarm_rate=0.05, spread=1.0, events=9, store="store")
     environments = OCBenchEnv(env_id, ("front_pixels",), 32), OCBenchEnv(env_id, ())
-    watched = watch_episode(*environments, mode, calibration, "open", seed=3, level="action")
+    watched = watch_episode(*environments, policy, calibration, "open", mode="event", seed=3, level="action")
     *before, last = watched
     assert last.perturbation == "open" and not any(event.perturbation for event in before)
     assert [event.score for event in watched] == changes and all(
         event.alarm == (event.score > 0.5) for event in watched
     )
     assert last.steps >= 8 and last.verb in ("grasp", "lift", "carry", "lower")  # where the expert holds something
+
+
+@pytest.mark.extended
+def test_in_unified_mode_a_chunk_is_perturbed_and_each_is_predicted_from_the_past(monkeypatch):
+    from wallwm_jax.sources.simulator.ocbench_env import OCBenchEnv
+
+    env_id, asked = "block-cpu-lite-single-task1-v0", []
+
+    def predict_chunk(mode, request, instruction, *, seed):
+        asked.append((request, instruction))
+        return SimpleNamespace(observe=lambda step, frames: SimpleNamespace(worst=step / 16))
+
+    monkeypatch.setattr(evaluation, "predict_chunk", predict_chunk)
+    engine = SimpleNamespace(store={"video_stride": 2, "actions_per_latent": 8}, max_actions=8)
+    policy = SimpleNamespace(event_mode=engine, unified_mode=SimpleNamespace(chunk=16, stride=2, past_frames=8))
+    calibration = Calibration(step=7, threshold=0.5, false_alarm_rate=0.05, spread=1.0, events=9, store="store")
+    environments = OCBenchEnv(env_id, ("front_pixels",), 32), OCBenchEnv(env_id, ())
+    watched = watch_episode(*environments, policy, calibration, "open", mode="unified", seed=3, level="action")
+    assert [one.steps for one in watched] == [16] * len(asked) and len(asked) >= 2
+    assert [one.perturbation for one in watched] == [""] * (len(asked) - 1) + ["open"]
+    assert watched[0].verb == "reach" and all(one.alarm and one.score == 1.0 for one in watched)
+    assert [request.number for request, _ in asked] == list(range(1, len(asked) + 1))
+    assert [len(request.command_poses) for request, _ in asked] == [0] + [16] * (len(asked) - 1)
+    assert len({instruction for _, instruction in asked}) == 1
+    first, second = (request.frames["front_pixels"] for request, _ in asked[:2])
+    np.testing.assert_array_equal(second[0], first[-1])  # eight frames, sixteen steps later

@@ -26,6 +26,10 @@ The policy server as a robot feels it, through a client on loopback (pip install
 
     python -m wallwm_jax.benchmark serving --workdir=runs/quickstart/train
 
+Of its chunks alone, of a run on windows with history, conditioned by the latents of a run of stage staircase:
+
+    python -m wallwm_jax.benchmark serving --workdir=runs/arms/chunk --mode=unified --latents=runs/arms/staircase
+
 Staircase Decoding beside decoding as many tokens in turn:
 
     python -m wallwm_jax.benchmark staircase
@@ -62,7 +66,7 @@ _PARTS = {
     "train_step": ("config", "steps", "store", "views", "peer"),
     "loader": ("config", "steps", "store", "peer", "episodes"),
     "inference": ("config", "steps", "store", "views", "workdir"),
-    "serving": ("steps", "workdir"),
+    "serving": ("steps", "workdir", "mode", "latents"),
     "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
     "segment": ("episodes", "tasks"),
@@ -78,6 +82,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
     flags.DEFINE_bool("peer", False, "Time the public twin, too. train_step: diffusers' tower; loader: LeRobot.")
     flags.DEFINE_string("workdir", "", "inference, serving: a run of python -m wallwm_jax.train.")
+    flags.DEFINE_enum("mode", "", ["", "event", "unified"], "serving: the only decoding mode; none takes all.")
+    flags.DEFINE_string("latents", "", "serving: run of stage staircase that tells the chunks what to do.")
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
     flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")

@@ -198,6 +198,14 @@ class VlmPlanner:
                 found += np.asarray(seconds)[: len(part)].tolist()
         return found
 
+    def warm_up(self) -> None:
+        """Compiles what `time_left` asks, of all lengths of prompts."""
+        for inputs in self._questioner.blanks():
+            if self._seconds_left is None:
+                self._generate(self._params, inputs=inputs)
+            else:
+                self._seconds_left(self._params, self._head, inputs)
+
     def answers(self, requests: Sequence[PlanRequest]) -> list[str]:
         """What the model says, unread; at most a batch of requests."""
         said = np.asarray(self._generate(self._params, inputs=self._questioner.inputs(requests)))

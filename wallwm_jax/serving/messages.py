@@ -2,6 +2,10 @@
 
 Arms travel as eight numbers, in requests and replies alike (`ARM_LAYOUT`): position in metres and orientation as a unit
 quaternion, of the end effector in the base frame, then the gripper's closing fraction.
+
+A reply says only what something knows. In mode "event" the model's duration head says how long the event takes. In mode
+"unified" the chunk's progress is its clock; of the event under way a reply speaks where the request names it (`now`)
+and a planner, or the duration head of a model of stage `chunk`, knows its time (`event_clock`).
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ from wallwm_jax.inference.policy import Action, Policy
 
 ARM_LAYOUT = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 PROTOCOL = 1
+PLANNER, DURATION_HEAD = "planner", "duration head"  # what can say how long an event takes in unified mode
 
 _UNIT = 1e-3  # how far a quaternion's length may be from 1
 _GRIPPER = 0.1  # how far a measured closing fraction may lie outside 0..1
-_OF_MODE = {"duration_s": "event", "frames": "event", "steps": "unified", "done": "unified"}
+_OF_MODE = {"duration_s": "event", "frames": "event", "steps": "unified", "done": "unified", "now": "unified"}
 _REQUEST = ("images", "state", "prompt", "mode", "watch", "reset", *_OF_MODE)
 _EXECUTED = ("images", "step", "actions")
 
@@ -46,7 +51,8 @@ class Request:
       mode: decoding mode.
       duration_s: length of the event; None leaves it to the model.
       steps: control steps since the request before, in unified mode; None is its whole chunk.
-      done: captions of the events that are over, in time order, for a server that plans by latents.
+      done: captions of the events that are over, in time order, for a server with latents or a planner.
+      now: caption of the event under way, in unified mode; "" where the robot does not say.
       watch: predict the video, too, so that executed observations can be compared with it.
       reset: an episode begins: sampling noise and history start anew.
     """
@@ -57,6 +63,7 @@ class Request:
     duration_s: float | None
     steps: int | None
     done: tuple[str, ...]
+    now: str
     watch: bool
     reset: bool
 
@@ -81,10 +88,14 @@ class Reader:
       policy: to be asked.
       modes: of decoding, that are served; the first is that of a request that names none.
       latents: whether latents tell unified mode what to do; `done` is for them.
+      event_time: what says how long events take in unified mode; `now` is for it, `done` for a planner.
     """
 
-    def __init__(self, policy: Policy, modes: Sequence[str], *, latents: bool = False) -> None:
-        self._mode, self._modes, self._latents = policy.event_mode, tuple(modes), latents
+    def __init__(
+        self, policy: Policy, modes: Sequence[str], *, latents: bool = False, event_time: Sequence[str] = ()
+    ) -> None:
+        self._mode, self._modes = policy.event_mode, tuple(modes)
+        self._latents, self._event_time = latents, event_time
         self.views = self._mode.views
         self.max_arms = int((self._mode.stats.state.count > 0).sum()) // ARM_DIM
         self.video_fps = float(self._mode.store["video_fps"])
@@ -125,6 +136,7 @@ class Reader:
             seconds,
             steps,
             self._done(message.get("done")),
+            self._now(message.get("now")),
             _flag(message, "watch"),
             _flag(message, "reset"),
         )
@@ -186,11 +198,24 @@ class Reader:
     def _done(self, done: Any) -> tuple[str, ...]:
         if done is None:
             return ()
-        if not self._latents:
-            raise UserError("done is for a server that plans by latents (--latents); this one plans by the prompt")
+        if not self._latents and PLANNER not in self._event_time:
+            raise UserError("done is for a server with latents or a planner (--latents, --planner); this one has none")
         if not isinstance(done, list) or not all(isinstance(caption, str) for caption in done):
             raise UserError(f"done is a list of captions; got {done!r:.60}")
         return tuple(done)
+
+    def _now(self, now: Any) -> str:
+        if now is None:
+            return ""
+        if not self._event_time:
+            raise UserError(
+                "now is for a server that knows how long events take: one of a run of stage 'chunk', or with --planner"
+            )
+        if not isinstance(now, str) or not now.strip():
+            raise UserError(f"now says the event under way in words; got {now!r:.60}")
+        if DURATION_HEAD in self._event_time:
+            self._mode.check_caption(now)
+        return now
 
     def _prompt(self, prompt: Any, mode: str) -> str:
         if not isinstance(prompt, str) or not prompt.strip():

@@ -21,10 +21,11 @@ class Past:
 
     Attributes:
       history: up to the observation of the last request.
+      step: control steps of the episode up to there.
     """
 
     def __init__(self, mode: UnifiedMode) -> None:
-        self.history = History(mode)
+        self.history, self.step = History(mode), 0
         self._stride, self._size = mode.stride, tuple(mode.engine.store["size"])
         self._present: Observed | None = None
         self._told = 0  # step of the chunk that was told last
@@ -63,6 +64,7 @@ class Past:
             self.history.observe(seen, command)
             self._present = seen
         self._sent(self._poses[:0], self._grippers[:0])
+        self.step += steps
         assert self._present is not None
         return self._present
 

@@ -14,7 +14,7 @@ import http
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +28,11 @@ from websockets.protocol import State
 
 from wallwm_jax.console import UserError, phase
 from wallwm_jax.inference.latent_conditioner import LatentConditioner
+from wallwm_jax.inference.planner import VlmPlanner
 from wallwm_jax.inference.policy import Policy
 from wallwm_jax.serving import wire
-from wallwm_jax.serving.messages import Executed, Reader, Request, describe
+from wallwm_jax.serving.event_clock import time_sources
+from wallwm_jax.serving.messages import DURATION_HEAD, Executed, Reader, Request, describe
 from wallwm_jax.serving.session import Session
 from wallwm_jax.serving.watchdog import Calibration
 
@@ -63,9 +65,10 @@ class PolicyServer:
 
     Args:
       policy: all that runs it runs in one thread.
-      calibration: of the watchdog, or None.
+      calibrations: decoding mode → that of the watchdog.
       modes: of decoding, that are served; None is all that the policy has, event mode first.
       latents: tell unified mode what to do in place of the prompt's words; None leaves it to these.
+      planner: asked in unified mode how long the event still takes that a request says is under way; of batch size 1.
       host, port: where to listen; port 0 takes a free one.
       seed: of each session's sampling noise.
       limits: what to bear.
@@ -75,10 +78,11 @@ class PolicyServer:
     def __init__(
         self,
         policy: Policy,
-        calibration: Calibration | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
         *,
         modes: Sequence[str] | None = None,
         latents: LatentConditioner | None = None,
+        planner: VlmPlanner | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         seed: int = 0,
@@ -86,13 +90,23 @@ class PolicyServer:
         warm: bool = True,
     ) -> None:
         self.host, self.port = host, port
-        self._policy, self._calibration, self._seed, self._warm = policy, calibration, seed, warm
+        self._policy, self._calibrations, self._seed, self._warm = policy, calibrations or {}, seed, warm
         self._limits = limits or Limits()
-        self._modes, self._latents = tuple(modes or policy.modes), latents
-        self._reader = Reader(policy, self._modes, latents=latents is not None)
-        alarm = {"threshold": calibration.threshold, "events": calibration.events} if calibration else None
+        self._modes, self._latents, self._planner = tuple(modes or policy.modes), latents, planner
+        self._event_time = time_sources(policy.event_mode, planner) if "unified" in self._modes else []
+        self._reader = Reader(policy, self._modes, latents=latents is not None, event_time=self._event_time)
+        alarms = {
+            mode: {"threshold": one.threshold, "events": one.events}
+            for mode, one in self._calibrations.items()
+            if mode in self._modes and not (latents and mode == "unified")
+        }
         self._metadata = wire.packb(
-            describe(policy, self._modes) | {"watchdog": alarm, "max_message_bytes": self._limits.message_bytes}
+            describe(policy, self._modes)
+            | {
+                "event_time": self._event_time,
+                "watchdog": alarms or None,
+                "max_message_bytes": self._limits.message_bytes,
+            }
         )
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._ready = asyncio.Event()
@@ -157,6 +171,10 @@ class PolicyServer:
             yield f"chunks of {unified.chunk} actions", functools.partial(unified.warm_up, video=True)
         if self._latents:
             yield "latents", self._latents.warm_up
+        if DURATION_HEAD in self._event_time:
+            yield "duration head", functools.partial(mode.warm_up, [])
+        if self._planner:
+            yield "planner", self._planner.warm_up
 
     async def _drain(self, server: Server) -> None:
         """No new connections or requests; those under way are answered, then everybody is sent away."""
@@ -181,7 +199,7 @@ class PolicyServer:
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One robot, from the metadata to its end."""
-        session = Session(self._policy, self._calibration, self._seed, self._latents)
+        session = Session(self._policy, self._calibrations, self._seed, self._latents, self._planner)
         with contextlib.suppress(ConnectionClosed):
             await _first(self._ready.wait(), connection.wait_closed())
             await connection.send(self._metadata)

@@ -6,16 +6,19 @@ All state that outlives a request is here: the sampling noise, what is being exe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from wallwm_jax.console import UserError
 from wallwm_jax.inference.latent_conditioner import LatentConditioner
-from wallwm_jax.inference.planner import PlanRequest
+from wallwm_jax.inference.planner import PlanRequest, VlmPlanner
 from wallwm_jax.inference.policy import Action, Policy
 from wallwm_jax.inference.unified_mode import Chunk, Conditioning
+from wallwm_jax.serving.event_clock import EventClock, EventTime
 from wallwm_jax.serving.messages import Executed, Request, commands
 from wallwm_jax.serving.past import Past
 from wallwm_jax.serving.watchdog import Calibration, EventWatch, Judgement
@@ -28,19 +31,23 @@ class Session:
 
     Args:
       policy: shared by all sessions.
-      calibration: of the watchdog on events; None leaves it without an alarm.
+      calibrations: decoding mode → that of the watchdog; a mode without has no alarm, and chunks under latents have
+        none, since words have set it.
       seed: of the sampling noise; a session's answers are those of a fresh `Policy` of this seed.
       latents: tell unified mode what to do; None leaves it to the prompt's words.
+      planner: tells the time of the event under way in unified mode; see `EventClock`.
     """
 
     def __init__(
         self,
         policy: Policy,
-        calibration: Calibration | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
         seed: int = 0,
         latents: LatentConditioner | None = None,
+        planner: VlmPlanner | None = None,
     ) -> None:
-        self._policy, self._calibration, self._first_seed, self._latents = policy, calibration, seed, latents
+        self._policy, self._calibrations, self._first_seed, self._latents = policy, calibrations or {}, seed, latents
+        self._clock = EventClock(policy.event_mode, planner)
         self._reset()
 
     def answer(self, message: Request | Executed) -> tuple[dict[str, Any], dict[str, float]]:
@@ -52,6 +59,7 @@ class Session:
         self._watch: EventWatch | None = None
         self._unseen: tuple[Action, Frames] | None = None
         self._past: Past | None = None  # of the chunks so far; an event ends it
+        self._under_way: EventTime | None = None  # while these chunks are played
 
     def imagine(self) -> None:
         """Predicts the video of what is to be watched: after the commands are out, so that nobody waits."""
@@ -68,17 +76,15 @@ class Session:
         self._watch = self._watch_over(action, frames, latents)
 
     def _watch_over(self, action: Action, frames: Frames, latents: Frames | None) -> EventWatch:
-        quantiles, is_event = action.duration_quantiles_s, not isinstance(action.plan, Chunk)
-        if not is_event:  # a chunk takes as long as it takes
-            quantiles = np.full(len(self._policy.event_mode.config.model.duration_quantiles), action.duration_s)
+        calibration = self._calibration
         return EventWatch(
             self._policy.event_mode,
             frames,
             latents,
             steps=len(action.actions),
             seconds=action.duration_s,
-            quantiles_s=quantiles,
-            spread=self._calibration.spread if self._calibration and is_event else math.inf,
+            quantiles_s=None if isinstance(action.plan, Chunk) else action.duration_quantiles_s,
+            spread=calibration.spread if calibration else math.inf,
         )
 
     def _plan(self, request: Request) -> tuple[dict[str, Any], dict[str, float]]:
@@ -89,13 +95,13 @@ class Session:
         self._seed += 1
         self._watch, self._unseen = self._watch_over(action, frames, None), (action, frames) if request.watch else None
         reply = {"actions": commands(action), "control_hz": action.control_hz}
-        return reply | self._judged(self._watch.judgement(), about), action.seconds
+        return reply | self._judged(self._watch.judgement(), about, 0), action.seconds
 
     def _event(self, request: Request) -> tuple[Action, Frames, dict[str, Any]]:
         """The next event, the frames it begins with, and what the reply says of it."""
         mode = self._policy.event_mode
         action = self._policy.infer(request.observation, request.prompt, request.duration_s, seed=self._seed + 1)
-        self._past = None
+        self._past, self._under_way = None, None
         quantiles = [float(second) for second in action.duration_quantiles_s]
         about = {
             "steps": len(action.actions),
@@ -113,14 +119,21 @@ class Session:
         if self._past is None:
             self._past = Past(unified)
         prompt: str | Conditioning = request.prompt
-        if self._latents:  # before the past moves: what is refused here leaves no trace in it
-            frames = self._past.fitted(request.observation.frames)
+        # Before the past moves: what is refused here leaves no trace in it.
+        begun, frames = time.perf_counter(), self._past.fitted(request.observation.frames)
+        if self._latents:
             asked = PlanRequest(frames, request.prompt, request.done, self._latents.levels[0])
-            prompt = unified.from_latents(self._latents.latents([asked])[0])
+            prompt = jax.block_until_ready(unified.from_latents(self._latents.latents([asked])[0]))
+        told = time.perf_counter()
+        event = self._clock.ask(request, frames, self._under_way)
+        timed = time.perf_counter()
         observation = self._past.begin(request.observation, request.steps)
+        self._under_way = event and event.at(self._past.step)
         action = self._policy.infer(
             observation, prompt, mode="unified", seed=self._seed + 1, history=self._past.history
         )
+        action.seconds.update({"latents": told - begun} if self._latents else {})
+        action.seconds.update({"event_time": timed - told} if event else {})
         self._past.follow(action)
         assert isinstance(action.plan, Chunk) and action.plan.draft is not None
         chunk = action.plan.draft.request
@@ -138,14 +151,24 @@ class Session:
         judged = self._watch.observe(executed.step, executed.frames)
         if self._past:
             self._past.tell(executed)
-        return self._judged(judged, {"steps": self._watch.steps}), {}
+        return self._judged(judged, {"steps": self._watch.steps}, executed.step), {}
 
-    def _judged(self, judged: Judgement, about: dict[str, Any]) -> dict[str, Any]:
-        threshold = self._calibration.threshold if self._calibration and not self._past else None
+    @property
+    def _calibration(self) -> Calibration | None:
+        """That of what is being executed."""
+        if self._past is None:
+            return self._calibrations.get("event")
+        return None if self._latents else self._calibrations.get("unified")
+
+    def _judged(self, judged: Judgement, about: dict[str, Any], step: int) -> dict[str, Any]:
+        """What is said of the event, or of the chunk and the event under way, `step` control steps after it began."""
+        threshold = self._calibration.threshold if self._calibration else None
         alarm = threshold is not None and judged.worst is not None and judged.worst > threshold
         place = {"progress": judged.progress, "done_probability": judged.done_probability}
-        return {
-            "chunk" if self._past else "event": place | about,
+        reply = {"chunk" if self._past else "event": place | about}
+        if self._past and self._under_way:
+            reply["event"] = self._clock.place(self._under_way, self._past.step + step)
+        return reply | {
             "watchdog": {
                 "score": judged.score,
                 "worst": judged.worst,

@@ -1,13 +1,13 @@
 """The watchdog: does an event or a chunk go as the model predicted? Compares observed latents with predicted ones.
 
 The codec encodes the frames that a robot sends back, on the clock of the prediction. What counts is the *change* since
-the event's first frame: the share of the predicted change that is missing from the observed one,
+the first frame of the event or chunk: the share of the predicted change that is missing from the observed one,
 
     missing = 1 - <observed change, predicted change> / <predicted change, predicted change>,
 
 summed over views, cells and the latents so far. It is 0 where everything happens as predicted and 1 where nothing of it
-does, however blurred the prediction is. An alarm is a share that successful events hardly ever reach; a `Calibration`
-by `wallwm_jax.evaluation.watchdog` has found it on recorded ones.
+does, however blurred the prediction is. An alarm is a share that successful events, or chunks, hardly ever reach; a
+`Calibration` by `wallwm_jax.evaluation.watchdog` has found it on recorded ones, of each mode for itself.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _DURATIONS = 33  # equally probable durations that the place in an event is judg
 
 @dataclass(frozen=True)
 class Calibration:
-    """What successful events look like to the watchdog of one checkpoint.
+    """What successful events, or chunks, look like to the watchdog of one checkpoint.
 
     Attributes:
       step: of the checkpoint.
       threshold: missing share that an event sets off the alarm with.
       false_alarm_rate: share of the successful events that reach it.
       spread: mean squared distance of observed from predicted change, as a share of the predicted one.
-      events: how many successful events that was found on.
+      events: how many successful events, or chunks, that was found on.
       store: name of their event store.
     """
 
@@ -51,20 +51,26 @@ class Calibration:
     events: int
     store: str
 
-    def save(self, path: epath.Path) -> None:
-        """Writes JSON."""
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
-    @classmethod
-    def load(cls, path: epath.Path, step: int) -> Calibration:
-        """Reads what `save` wrote. Raises UserError: no such file, damaged, or of another checkpoint than `step`."""
-        try:
-            found = cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"calibration {str(path)!r} cannot be read ({error}); make it by --calibrate") from error
-        if found.step != step:
-            raise UserError(f"calibration {str(path)!r} is of step {found.step}, not {step}; make it by --calibrate")
-        return found
+def save_calibrations(path: epath.Path, found: Mapping[str, Calibration]) -> None:
+    """Writes JSON: decoding mode → its calibration."""
+    write_text(path, json.dumps({mode: asdict(one) for mode, one in found.items()}, indent=1) + "\n")
+
+
+def load_calibrations(path: epath.Path, step: int) -> dict[str, Calibration]:
+    """Reads what `save_calibrations` wrote.
+
+    Raises:
+      UserError: no such file, damaged, or of another checkpoint than `step`.
+    """
+    try:
+        found = {mode: Calibration(**one) for mode, one in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"calibration {str(path)!r} cannot be read ({error}); make it by --calibrate") from error
+    for one in found.values():
+        if one.step != step:
+            raise UserError(f"calibration {str(path)!r} is of step {one.step}, not {step}; make it by --calibrate")
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class EventWatch:
         the clock.
       steps: control steps of the event.
       seconds: its duration, as planned with.
-      quantiles_s: `[Q]` the model's own duration quantiles; their spread around the median is put around `seconds`.
+      quantiles_s: `[Q]` the model's own duration quantiles; their spread around the median is put around `seconds`;
+        None of a chunk, which takes as long as it takes.
       spread: of a `Calibration`; infinite leaves the progress to the clock.
     """
 
@@ -109,7 +116,7 @@ class EventWatch:
         *,
         steps: int,
         seconds: float,
-        quantiles_s: np.ndarray,
+        quantiles_s: np.ndarray | None = None,
         spread: float = math.inf,
     ) -> None:
         self.steps, self._seconds, self._spread = steps, seconds, spread
@@ -122,7 +129,9 @@ class EventWatch:
         self._gram = self._predicted @ self._predicted.T
         self._products = np.zeros((1, len(self._gram)))
         self._energies = np.zeros(1)
-        self._durations = _durations(quantiles_s, mode.config.model.duration_quantiles, seconds)
+        self._durations = np.array([seconds])
+        if quantiles_s is not None:
+            self._durations = possible_durations(quantiles_s, mode.config.model.duration_quantiles, seconds)
         self._step = 0
 
     def observe(self, step: int, frames: Mapping[str, np.ndarray]) -> Judgement:
@@ -207,7 +216,7 @@ def _changes(latents: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([view - view[:1] for view in rows], axis=1)
 
 
-def _durations(quantiles_s: np.ndarray, levels: Sequence[float], seconds: float) -> np.ndarray:
+def possible_durations(quantiles_s: np.ndarray, levels: Sequence[float], seconds: float) -> np.ndarray:
     """`[K]` equally probable durations: the spread of the quantiles around `seconds`, straight lines in log-seconds."""
     logs = np.log(np.asarray(quantiles_s, np.float64))
     places = (np.arange(_DURATIONS) + 0.5) / _DURATIONS
