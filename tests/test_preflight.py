@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +25,7 @@ from wallwm_jax.models.model_flops import RowShape, forward_flops, training_flop
 from wallwm_jax.parallel import sharding
 from wallwm_jax.parallel.aot import Statistics, Traffic, statistics, topology_devices
 from wallwm_jax.parallel.chips import CHIPS, chip_of
-from wallwm_jax.parallel.mesh import make_mesh
+from wallwm_jax.parallel.mesh import AXES, make_mesh
 from wallwm_jax.parallel.presets import mesh_preset
 
 
@@ -282,6 +284,34 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(small_step):
     assert not small.fits and "DOES NOT FIT" in small.table()
 
 
+WIDTH, LAYERS = 1024, 4
+
+
+def gradient_of_blocks(mesh):
+    """Statistics of four feed-forward blocks, forward and backward, on a mesh; 256 tokens per device."""
+
+    def placed(shape, *names):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(names, shape, mesh))
+
+    def loss(kernels, x):
+        def block(x, kernel):
+            up, down = (part.astype(jnp.bfloat16) for part in kernel)
+            return sharding.constrain(x + jnp.tanh(x @ up) @ down, "batch", "tokens", None), None
+
+        return jnp.mean(jax.lax.scan(jax.checkpoint(block), x, kernels)[0].astype(jnp.float32) ** 2)
+
+    kernels = (
+        placed((LAYERS, WIDTH, 4 * WIDTH), "layers", "embed", "mlp"),
+        placed((LAYERS, 4 * WIDTH, WIDTH), "layers", "mlp", "embed"),
+    )
+    shape = (256 * mesh.size // mesh.shape["context"], mesh.shape["context"], WIDTH)
+    where = sharding.named(("batch", "tokens", None), shape, mesh)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, kernels)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return statistics(jax.jit(jax.grad(loss), out_shardings=outputs).lower(kernels, x).compile())
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     "topology",
@@ -297,31 +327,58 @@ def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
     """A block's feed-forward, forward and backward on the preset's mesh: gathers and reduce-scatters of its weights."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     mesh = make_mesh(mesh_preset(topology), topology_devices(topology))
-    width, layers, rows = 1024, 4, 256 * mesh.size
-
-    def placed(shape, *names):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(names, shape, mesh))
-
-    def loss(kernels, x):
-        def block(x, kernel):
-            up, down = (part.astype(jnp.bfloat16) for part in kernel)
-            return sharding.constrain(x + jnp.tanh(x @ up) @ down, "batch", None), None
-
-        return jnp.mean(jax.lax.scan(jax.checkpoint(block), x, kernels)[0].astype(jnp.float32) ** 2)
-
-    kernels = (
-        placed((layers, width, 4 * width), "layers", "embed", "mlp"),
-        placed((layers, 4 * width, width), "layers", "mlp", "embed"),
-    )
-    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=sharding.rows_sharding(mesh))
-    where = jax.tree.map(lambda leaf: leaf.sharding, kernels)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = statistics(jax.jit(jax.grad(loss), out_shardings=where).lower(kernels, x).compile())
-    weights, shards = 2 * layers * width * 4 * width, mesh.shape["fsdp"]
+    found = gradient_of_blocks(mesh)
+    weights, shards = 2 * LAYERS * WIDTH * 4 * WIDTH, mesh.shape["fsdp"]
     assert found.received["all-gather"] >= 0.9 * 2 * weights * (1 - 1 / shards)  # in bfloat16, at least once
     assert found.received["reduce-scatter"] >= 0.9 * 2 * weights * (1 - 1 / shards)
     copies = mesh.shape["data"]  # sums over copies of the shards remain
     assert found.received["all-reduce"] <= 1.1 * 2 * 4 * weights / shards * (1 - 1 / copies) + 1e4
+
+
+def elements(arrays):
+    """Number of elements of an entry of `Traffic.arrays`."""
+    return sum(
+        math.prod(int(size) for size in sizes.split(",") if size) for sizes in re.findall(r"\[([\d,]*)\]", arrays)
+    )
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("axes", [{"context": 2}, {"tensor": 2}], ids=str)
+def test_no_weight_travels_by_all_reduce_where_context_or_tensor_split_a_row(axes):
+    """Over tensor the sums of a block's outputs do, once forward and once backward."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, **axes}, topology_devices("v5p:2x2x2"))
+    found = gradient_of_blocks(mesh)
+    print(found.table(), {key: moved.arrays for key, moved in found.traffic.items()})
+    weights, shards = 2 * LAYERS * WIDTH * 4 * WIDTH, mesh.shape["fsdp"] * mesh.shape["context"]
+    local = weights / mesh.shape["tensor"]
+    assert found.received["all-gather"] >= 0.9 * 2 * local * (1 - 1 / shards)
+    assert found.received["reduce-scatter"] >= 0.9 * 2 * local * (1 - 1 / shards)
+    outputs = 256 * mesh.size // mesh.shape["context"] // mesh.shape["fsdp"] * WIDTH
+    reduced = {
+        elements(a): n
+        for (kind, _), moved in found.traffic.items()
+        if kind == "all-reduce"
+        for a, n in moved.arrays.items()
+    }
+    assert {size for size in reduced if size > WIDTH} == ({outputs} if "tensor" in axes else set())
+
+
+@pytest.mark.tpu
+def test_between_slices_only_sums_of_shards_travel():
+    """Slices hold the same parameters: a gradient is scattered inside a slice, its shard summed with the other's."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    devices = topology_devices("v5p:2x2x1*2")
+    assert {device.slice_index for device in devices} == {0, 1}
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "slice": 2, "fsdp": 4}, devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    found = gradient_of_blocks(mesh)
+    print(found.table(), {key: moved.arrays for key, moved in found.traffic.items()})
+    weights = 2 * LAYERS * WIDTH * 4 * WIDTH
+    assert found.received["reduce-scatter"] >= 0.9 * 2 * weights * 3 / 4
+    between = {kind: size for kind, size in found.received.items() if kind.startswith("dcn-")}
+    assert set(between) == {"dcn-all-reduce"}
+    assert 2 * weights / 4 <= between["dcn-all-reduce"] <= 1.1 * 4 * weights / 4  # bfloat16 or float32
 
 
 @pytest.mark.tpu

@@ -2,8 +2,8 @@
 
     workdir/run_card.json    {"starts": [...]}, the newest last
 
-A start holds its time and first step; fingerprints of config and store; the code's commit; versions; devices, processes,
-mesh and torus; the compiler's flags; parameters. Nothing of it names a host.
+A start holds its time and first step; fingerprints of config and store; the code's commit; versions; devices,
+processes, mesh and torus; the compiler's flags; parameters. Nothing of it names a host.
 """
 
 from __future__ import annotations
