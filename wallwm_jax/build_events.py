@@ -21,9 +21,9 @@ its text encoder, computed here once, in batches on the local devices (weights: 
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
 A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns (wallwm_jax/sources/embodiment.py) and
-brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Where it has
-no events, they are found in its motion (--segment). Recordings of real robots have late pictures, frozen cameras, jumps
-and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
+brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Levels
+below those that it names are found in its motion (--segment). Recordings of real robots have late pictures, frozen
+cameras, jumps and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
 --prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in the store counts what was
 found by which rule and shows examples, build_report.json has every finding:
 
@@ -167,7 +167,7 @@ def report(build: Build, out: str) -> str:
         for action in ("dropped", "repaired", "noted"):
             lines += [f"  {action:<9} {rule:<16} {count:>6}" for rule, count in build.prepared.counts(action).items()]
     if build.labelled:
-        lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} whose events were found in their motion")
+        lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} with events found in their motion")
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
     if summary.without_window:
         why = "shorter than a video stride, or no event on --levels"
@@ -224,7 +224,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
-    flags.DEFINE_enum("segment", "auto", WHICH, "Find events: where the source names none, in all, or in none")
+    flags.DEFINE_enum(
+        "segment",
+        "auto",
+        WHICH,
+        "Find events: on the levels below those that the source names, on all below the task, or on none",
+    )
     flags.DEFINE_bool("clean", False, "Drop or repair episodes that break a rule of wallwm_jax.events.clean")
     flags.DEFINE_bool("sync", False, "Estimate how late the pictures are, and correct it where that is clear")
     flags.DEFINE_enum(
