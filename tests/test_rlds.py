@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from recorded_motion import DESCRIPTION, recording, recordings, row_of
 
 from wallwm_jax.console import UserError
+from wallwm_jax.sources import rlds
 from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
 from wallwm_jax.sources.lint import lint
@@ -137,6 +138,75 @@ def test_what_the_set_lacks_is_an_error_before_any_work(good_sets, arm, tmp_path
             read(good_sets["array_record"], load_embodiment(str(changed)))
     with pytest.raises(UserError, match=r"is no RLDS set: 0 folders there hold a features.json"):
         RldsSet(tmp_path)
+
+
+def change_json(path, name, change):
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+
+
+def step_of(content):
+    return content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+
+
+def shaped(column, *dimensions):
+    return lambda content: step_of(content)[column]["tensor"].update(shape={"dimensions": list(dimensions)})
+
+
+def test_a_kind_of_feature_that_needs_tensorflow_is_said_so_before_any_work(good_sets, arm, tmp_path):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    video = {"pythonClassName": "tensorflow_datasets.core.features.video_feature.Video", "video": {}}
+    change_json(path, "features.json", lambda content: step_of(content).update(clip=video))
+    with pytest.raises(UserError, match=r"1.0.0 has features that TFDS reads with TensorFlow only \(No module named "):
+        RldsSet(path)
+
+
+@pytest.mark.parametrize("kind", ["riegeli", "parquet"])
+def test_files_of_another_format_are_refused_with_the_command_that_converts_them(good_sets, tmp_path, kind):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    change_json(path, "dataset_info.json", lambda content: content.update(fileFormat=kind))
+    with pytest.raises(UserError, match=rf"holds files of format {kind}; .*`tfds convert_format` makes ArrayRecord"):
+        RldsSet(path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (
+            NotImplementedError("no such decoder"),
+            r"TFDS cannot parse the records of .*NotImplementedError.*features.json",
+        ),
+        (ImportError("No module named 'tensorflow'"), "reads with TensorFlow only"),
+    ],
+)
+def test_what_tfds_cannot_do_is_no_damage_of_a_record(good_sets, arm, monkeypatch, raised, message):
+    def fail(path, wanted):
+        raise raised
+
+    monkeypatch.setattr(rlds, "_wanted", fail)
+    with pytest.raises(UserError, match=message):
+        read(good_sets["array_record"], arm)
+
+
+def test_columns_that_nothing_names_may_be_of_any_kind_and_named_ones_have_one_length(good_sets, arm, tmp_path):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    change_json(path, "features.json", shaped("is_last", "-1", "-1"))
+    assert read(path, arm, size=16)[1].kept == 3
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "other" / "1.0.0"))
+    change_json(path, "features.json", shaped("action", "-1"))
+    with pytest.raises(UserError, match=r"has no numbers 'action', which the embodiment names; it has is_last, obs"):
+        read(path, arm, size=16)
+
+
+def test_a_rewording_that_is_no_text_is_left_out_and_its_episode_stays(short_sets, arm, tmp_path):
+    path = Path(shutil.copytree(short_sets["tfrecord"], tmp_path / "1.0.0"))
+    (file,) = path.glob("*.tfrecord*")
+    records = rlds_files.records_of(file)
+    rlds_files.write_records(file, [record.replace(b"please", b"plea\xff\xfe") for record in records])
+    episodes, count = read(path, arm, size=16)
+    assert count.kept == 2 and episodes[0].spans["task"][0].paraphrases == ()
+    assert episodes[0].provenance[0].startswith("language_instruction_2 left out: is no UTF-8 text")
 
 
 # Whatever is damaged, the file and the field are named

@@ -147,9 +147,10 @@ def _builder(path: str) -> Any:
 
 def _shards(path: str, info: Any) -> list[tuple[str, str, int]]:
     """(file, split, number of its records) of every file."""
-    if info.file_format is None or info.file_format.value not in ("array_record", "tfrecord"):
+    kind = info.file_format and info.file_format.value
+    if kind not in ("array_record", "tfrecord"):
         raise UserError(
-            f"{path} holds files of format {info.file_format}; ArrayRecord and TFRecord are read, and "
+            f"{path} holds files of format {kind}; ArrayRecord and TFRecord are read, and "
             "`tfds convert_format` makes ArrayRecord of others"
         )
     shards = [
