@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wallwm_jax.events.schema import LEVELS, Span
+from wallwm_jax.events.schema import LEFT_OUT, LEVELS, Span
 from wallwm_jax.sources.columns import BadRecording
 
-LEFT_OUT = "left out"  # in each line of an episode's provenance that tells of labels that were not used
 MAX_GAP_S = 0.5  # of unlabelled time that the event before it takes over
 _SNAP_S = 0.25  # boundaries of two levels closer than this are one boundary
 

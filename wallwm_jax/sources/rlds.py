@@ -21,9 +21,10 @@ from google.protobuf.message import DecodeError
 from tensorboardX.record_writer import masked_crc32c
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEFT_OUT
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import Embodiment
-from wallwm_jax.sources.labels import LEFT_OUT, Label, runs
+from wallwm_jax.sources.labels import Label, runs
 from wallwm_jax.sources.recorded import Recording
 
 _HEADER, _SUM = struct.Struct("<QI"), struct.Struct("<I")  # TFRecord: length, its checksum, the record, its checksum

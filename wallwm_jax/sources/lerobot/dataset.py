@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEFT_OUT
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import Embodiment
-from wallwm_jax.sources.labels import LEFT_OUT
 from wallwm_jax.sources.lerobot import event_labels, video
 from wallwm_jax.sources.recorded import Recording
 

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from wallwm_jax.events.schema import LEFT_OUT
 from wallwm_jax.sources.columns import BadRecording
-from wallwm_jax.sources.labels import LEFT_OUT, Label, runs
+from wallwm_jax.sources.labels import Label, runs
 
 COLUMNS = ("subtask_index", "language_events")  # of the rows, both optional
 
