@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 from recorded_motion import FRONT, HEIGHT, WIDTH, WRIST, Raw
 from tensorboardX.record_writer import masked_crc32c
 
@@ -38,7 +40,7 @@ def write_set(folder: Path, raws: Sequence[Raw]) -> Path:
         "is_last": np.bool_,
     }
 
-    class Arm(tfds.core.GeneratorBasedBuilder):
+    class Arm(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "test_arm"
         VERSION = tfds.core.Version("1.0.0")
 
@@ -62,14 +64,8 @@ def write_set(folder: Path, raws: Sequence[Raw]) -> Path:
 def to_tfrecord(version: Path) -> Path:
     """Rewrites a set's files as TFRecord, in place; returns the only file."""
     (file,) = version.glob("*.array_record*")
-    records = ArrayRecordDataSource([str(file)])
     target = file.with_name(file.name.replace("array_record", "tfrecord"))
-    with target.open("wb") as stream:
-        for number in range(len(records)):
-            record = records[number]
-            header = struct.pack("<Q", len(record))
-            stream.write(header + struct.pack("<I", masked_crc32c(header)))
-            stream.write(record + struct.pack("<I", masked_crc32c(record)))
+    write_records(target, records_of(file))
     file.unlink()
     info = version / "dataset_info.json"
     content = json.loads(info.read_text())
@@ -78,6 +74,42 @@ def to_tfrecord(version: Path) -> Path:
         split["filepathTemplate"] = split["filepathTemplate"].replace("array_record", "tfrecord")
     info.write_text(json.dumps(content))
     return target
+
+
+def records_of(file: Path) -> list[bytes]:
+    """The records of a file of either format."""
+    if "array_record" in file.name:
+        records = ArrayRecordDataSource([str(file)])
+        return [records[number] for number in range(len(records))]
+    content, place, out = file.read_bytes(), 0, []
+    while place < len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        out.append(content[place + 12 : place + 12 + length])
+        place += 16 + length
+    return out
+
+
+def write_records(file: Path, records: Sequence[bytes]) -> None:
+    """Writes a file of the format that its name says."""
+    if "array_record" in file.name:
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+        return
+    with file.open("wb") as stream:
+        for record in records:
+            header = struct.pack("<Q", len(record))
+            stream.write(header + struct.pack("<I", masked_crc32c(header)))
+            stream.write(record + struct.pack("<I", masked_crc32c(record)))
+
+
+def entries(content: Any) -> Iterator[tuple[Any, Any]]:
+    """(holder, key or place) of everything inside a JSON value."""
+    keys = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+    for key in keys:
+        yield content, key
+        yield from entries(content[key])
 
 
 def _step(raw: Raw, row: int) -> dict:

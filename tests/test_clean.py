@@ -187,6 +187,26 @@ def test_a_build_prepares_its_episodes_and_keeps_the_page_in_the_store(episodes,
     assert (store.path / "build_report.html").is_file()
 
 
+def test_every_build_has_the_page_with_what_was_dropped_and_left_out(episodes, tmp_path, monkeypatch):
+    note = "subtask labels left out: 1.00 s without one"
+    labelled = [dataclasses.replace(episode, provenance=(note, "resampled")) for episode in episodes[:2]]
+    families = {"squares": build_events.FamilyCount(3, 3, ("arm_7: arm.mp4: front: is no readable video",))}
+    monkeypatch.setattr(build_events, "open_source", lambda *_: ([*labelled, episodes[2]], lambda: families))
+    options = StoreOptions(kinds=("event",), heldout_fraction=0.0, latent_sample=4)
+    target = tmp_path / "store"
+    built = build_events.build("ocbench:squares", str(target), options)
+    told = [line.split() for line in build_events.report(built, str(target)).splitlines()]
+    assert ["dropped", "failed_demonstration", "2"] in told and ["noted", "labels_left_out", "2"] in told
+    data = json.loads((target / "build_report.json").read_text())
+    assert (data["episodes_in"], data["episodes_kept"], data["limits"]) == (6, 3, {})
+    assert data["dropped_by_rule"] == {"invalid_episode": 1, "failed_demonstration": 2}
+    assert data["sources"]["squares"] == {"in": 3, "kept": 0, "dropped": 3}
+    page = (target / "build_report.html").read_text()
+    assert "neither cleaned nor synchronised" in page and "Thresholds" not in page
+    assert "arm_7: arm.mp4: front: is no readable video" in page
+    assert f'<td class="words">{note}</td><td>2</td>' in page and "resampled" not in page
+
+
 @pytest.fixture(scope="session")
 def recordings() -> list[Episode]:
     """Four real demonstrations, one of each family."""

@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from synthetic import synthetic_episode
 
 from wallwm_jax import build_events
@@ -308,25 +311,67 @@ def test_a_flipped_byte_is_one_bad_record_with_its_name(store_copy):
     assert str(pickle.loads(pickle.dumps(bad))) == str(bad)
 
 
-def test_any_flipped_byte_is_either_found_or_harmless(store_copy):
-    file = records_file(store_copy, "heldout")
-    reference = open_store(store_copy, "heldout")
-    good = [reference.read(index) for index in range(len(reference))]
-    content = file.read_bytes()
-    rng = np.random.default_rng(0)
-    found = 0
-    for place in rng.integers(0, len(content), 30):
-        file.write_bytes(content)
-        _flip(file, place)
-        damaged = open_store(store_copy, "heldout")
-        for index, expected in enumerate(good):
-            try:
-                record = damaged.read(index)
-            except BadRecord:
-                found += 1
-                continue
-            assert record.frames == expected.frames and np.array_equal(record.actions, expected.actions)
-    assert found >= 5
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_damage_to_a_file_of_records_is_either_found_or_harmless(heldout_copy, data):
+    check_damage_is_found(*heldout_copy, data)
+
+
+@pytest.mark.extended
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_much_damage_to_a_file_of_records_is_either_found_or_harmless(heldout_copy, data):
+    check_damage_is_found(*heldout_copy, data)
+
+
+@pytest.fixture(scope="module")
+def heldout_copy(small_store, tmp_path_factory):
+    """(store whose heldout records may be damaged, their content, the records as they are read)."""
+    path = Path(shutil.copytree(small_store, tmp_path_factory.mktemp("damage") / "store"))
+    store = open_store(path, "heldout")
+    return path, records_file(path, "heldout").read_bytes(), [store.read(index) for index in range(len(store))]
+
+
+def check_damage_is_found(path, content, good, data):
+    file = records_file(path, "heldout")
+    file.write_bytes(data.draw(damaged(content)))
+    try:
+        store = open_store(path, "heldout")
+    except UserError as error:
+        assert str(file) in str(error)
+        return
+    for index, expected in enumerate(good):
+        try:
+            record = store.read(index)
+        except BadRecord as bad:
+            assert (bad.index, bad.episode_id) == (index, expected.episode_id) and bad.reason
+            continue
+        assert record.frames == expected.frames and np.array_equal(record.actions, expected.actions)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_record_that_is_no_window_is_a_bad_record_although_its_checksum_is_right(clustered_store, data):
+    store = open_store(clustered_store, "heldout")
+    changed = data.draw(damaged(store._records[1]))
+    store.index = np.array(store.index)
+    store.index["checksum"][1] = zlib.crc32(changed)
+    store._records = {1: changed}
+    try:
+        store.read(1)
+    except BadRecord as bad:
+        assert (bad.index, bad.episode_id) == (1, store.index["episode"][1]) and bad.reason
+
+
+@st.composite
+def damaged(draw, content):
+    """Bytes cut off, or up to twenty changed."""
+    if draw(st.booleans()):
+        return content[: draw(st.integers(0, len(content) - 1))]
+    changed = bytearray(content)
+    for place in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=20)):
+        changed[place] ^= draw(st.integers(1, 255))
+    return bytes(changed)
 
 
 def test_a_record_from_another_build_fails_its_checksum(store_copy):

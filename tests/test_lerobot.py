@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded_motion import DESCRIPTION, FRONT, SUBTASKS, WRIST, recording, recordings, row_of
 
+from wallwm_jax import build_events
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.store_writer import StoreOptions
 from wallwm_jax.events.windows import cut_windows
 from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
@@ -353,6 +355,17 @@ def test_the_damage_reaches_the_summary_of_a_build(good_sets, description, tmp_p
     assert len(list(stream)) == 2
     count = counts()["lerobot/kitchen"]
     assert (count.kept, count.dropped) == (2, 1) and FRONT in count.reasons[0]
+
+
+def test_a_set_of_subtasks_alone_has_windows_on_both_default_levels(good_sets, description, tmp_path):
+    options = StoreOptions(kinds=("event",), heldout_fraction=0.0, latent_sample=4)
+    reading = SourceOptions(size=16, workers=0, embodiment=str(description))
+    built = build_events.build(f"lerobot:{good_sets['v3.0']}", str(tmp_path / "store"), options, reading)
+    assert built.labelled == 3 and built.summary.windows["event", "action"] > built.summary.windows["event", "subtask"]
+    for episode in open_store(tmp_path / "store").episodes:
+        assert episode["provenance"] == ["action, segment found in its motion, task, subtask given"]
+    data = json.loads((tmp_path / "store" / "build_report.json").read_text())
+    assert (data["episodes_in"], data["episodes_kept"], data["findings"]) == (3, 3, [])
 
 
 JSON = st.recursive(

@@ -1,5 +1,6 @@
 """RLDS sets as episodes, from ArrayRecord and from TFRecord files, without TensorFlow; what is bad is named."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import cv2
 import numpy as np
 import pytest
 import rlds_files
-from recorded_motion import DESCRIPTION, recordings, row_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from recorded_motion import DESCRIPTION, recording, recordings, row_of
 
 from wallwm_jax.console import UserError
+from wallwm_jax.sources import rlds
 from wallwm_jax.sources.clock import choose_clock
 from wallwm_jax.sources.embodiment import load_embodiment
 from wallwm_jax.sources.lint import lint
@@ -134,3 +138,154 @@ def test_what_the_set_lacks_is_an_error_before_any_work(good_sets, arm, tmp_path
             read(good_sets["array_record"], load_embodiment(str(changed)))
     with pytest.raises(UserError, match=r"is no RLDS set: 0 folders there hold a features.json"):
         RldsSet(tmp_path)
+
+
+def change_json(path, name, change):
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+
+
+def step_of(content):
+    return content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+
+
+def shaped(column, *dimensions):
+    return lambda content: step_of(content)[column]["tensor"].update(shape={"dimensions": list(dimensions)})
+
+
+def test_a_kind_of_feature_that_needs_tensorflow_is_said_so_before_any_work(good_sets, arm, tmp_path):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    video = {"pythonClassName": "tensorflow_datasets.core.features.video_feature.Video", "video": {}}
+    change_json(path, "features.json", lambda content: step_of(content).update(clip=video))
+    with pytest.raises(UserError, match=r"1.0.0 has features that TFDS reads with TensorFlow only \(No module named "):
+        RldsSet(path)
+
+
+@pytest.mark.parametrize("kind", ["riegeli", "parquet"])
+def test_files_of_another_format_are_refused_with_the_command_that_converts_them(good_sets, tmp_path, kind):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    change_json(path, "dataset_info.json", lambda content: content.update(fileFormat=kind))
+    with pytest.raises(UserError, match=rf"holds files of format {kind}; .*`tfds convert_format` makes ArrayRecord"):
+        RldsSet(path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (
+            NotImplementedError("no such decoder"),
+            r"TFDS cannot parse the records of .*NotImplementedError.*features.json",
+        ),
+        (ImportError("No module named 'tensorflow'"), "reads with TensorFlow only"),
+    ],
+)
+def test_what_tfds_cannot_do_is_no_damage_of_a_record(good_sets, arm, monkeypatch, raised, message):
+    def fail(path, wanted):
+        raise raised
+
+    monkeypatch.setattr(rlds, "_wanted", fail)
+    with pytest.raises(UserError, match=message):
+        read(good_sets["array_record"], arm)
+
+
+def test_columns_that_nothing_names_may_be_of_any_kind_and_named_ones_have_one_length(good_sets, arm, tmp_path):
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "1.0.0"))
+    change_json(path, "features.json", shaped("is_last", "-1", "-1"))
+    assert read(path, arm, size=16)[1].kept == 3
+    path = Path(shutil.copytree(good_sets["array_record"], tmp_path / "other" / "1.0.0"))
+    change_json(path, "features.json", shaped("action", "-1"))
+    with pytest.raises(UserError, match=r"has no numbers 'action', which the embodiment names; it has is_last, obs"):
+        read(path, arm, size=16)
+
+
+def test_a_rewording_that_is_no_text_is_left_out_and_its_episode_stays(short_sets, arm, tmp_path):
+    path = Path(shutil.copytree(short_sets["tfrecord"], tmp_path / "1.0.0"))
+    (file,) = path.glob("*.tfrecord*")
+    records = rlds_files.records_of(file)
+    rlds_files.write_records(file, [record.replace(b"please", b"plea\xff\xfe") for record in records])
+    episodes, count = read(path, arm, size=16)
+    assert count.kept == 2 and episodes[0].spans["task"][0].paraphrases == ()
+    assert episodes[0].provenance[0].startswith("language_instruction_2 left out: is no UTF-8 text")
+
+
+# Whatever is damaged, the file and the field are named
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["7", "float64"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module")
+def short_sets(tmp_path_factory) -> dict[str, Path]:
+    """Sets of two recordings of a dozen rows, so that damage hits what matters."""
+    folder = tmp_path_factory.mktemp("short")
+    version = rlds_files.write_set(folder / "array_record", [recording(seed, 12 + seed) for seed in range(2)])
+    copied = Path(shutil.copytree(version, folder / "tfrecord" / "test_arm" / "1.0.0"))
+    rlds_files.to_tfrecord(copied)
+    return {"array_record": version, "tfrecord": copied}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_damage_to_a_set_is_ever_an_unnamed_crash(short_sets, arm, tmp_path_factory, kind, data):
+    check_damage_is_named(short_sets[kind], arm, tmp_path_factory, data)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_much_damage_to_a_set_is_never_an_unnamed_crash(short_sets, arm, tmp_path_factory, kind, data):
+    check_damage_is_named(short_sets[kind], arm, tmp_path_factory, data)
+
+
+def check_damage_is_named(good_set, arm, tmp_path_factory, data):
+    """Bytes of a file, values of its JSON, or of a record whose checksum is right."""
+    path = Path(shutil.copytree(good_set, tmp_path_factory.mktemp("fuzz") / "1.0.0"))
+    (records,) = path.glob("*record*")
+    what = data.draw(st.sampled_from(["cut", "bytes", "dataset_info.json", "features.json", "record"]))
+    if what in ("cut", "bytes"):
+        content = data.draw(damaged(records.read_bytes(), cut=what == "cut"))
+        records.write_bytes(content)
+    elif what == "record":
+        contents = rlds_files.records_of(records)
+        contents[1] = data.draw(damaged(contents[1], cut=data.draw(st.booleans())))
+        rlds_files.write_records(records, contents)
+    else:
+        content = json.loads((path / what).read_text())
+        entries = list(rlds_files.entries(content))
+        holder, key = data.draw(st.sampled_from(entries))
+        if data.draw(st.booleans()):
+            holder[key] = data.draw(JSON)
+        else:
+            del holder[key]
+        (path / what).write_text(json.dumps(content))
+    try:
+        episodes, count = read(path, arm, size=16, damage_limit=1.0)
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    assert len(episodes) == count.kept and len(episodes) + len(count.damaged) == len(RldsSet(path))
+    for line in count.damaged:
+        name, file, field, _ = line.split(": ", 3)
+        assert name and str(path) in file and field
+
+
+@st.composite
+def damaged(draw, content, cut):
+    if cut:
+        return content[: draw(st.integers(0, len(content) - 1))]
+    changed = bytearray(content)
+    for place in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=20)):
+        changed[place] ^= draw(st.integers(1, 255))
+    return bytes(changed)

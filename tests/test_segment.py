@@ -14,6 +14,7 @@ from wallwm_jax.events.labelling import Labelled
 from wallwm_jax.events.phases import Options, gripper_changes, knots_of
 from wallwm_jax.events.schema import Episode, Span
 from wallwm_jax.events.segment import boundaries, segment
+from wallwm_jax.events.windows import cut_windows
 
 JPEG = {grey: figures.thumbnail(np.full((8, 8, 3), grey, np.uint8), 8) for grey in (40, 200)}
 DOWN = np.diag([1.0, -1.0, -1.0])
@@ -152,6 +153,51 @@ def test_labels_are_never_read():
     assert segment(labelled).spans == segment(episode).spans
 
 
+def with_subtasks(episode, cuts, finer=False):
+    """The episode with given subtasks between `cuts`, and actions that halve them where `finer`."""
+    edges = list(zip([0, *cuts], [*cuts, episode.num_steps]))
+    spans = {**episode.spans, "subtask": [Span(a, b, f"part {n}", "part", 0) for n, (a, b) in enumerate(edges)]}
+    if finer:
+        halves = [(n, edge) for n, (a, b) in enumerate(edges) for edge in ((a, (a + b) // 2), ((a + b) // 2, b))]
+        spans["action"] = [Span(a, b, "half", "half", n) for n, (a, b) in halves]
+    return dataclasses.replace(episode, spans=spans)
+
+
+def test_finer_levels_are_found_inside_the_subtasks_that_are_given():
+    episode, starts = acted([*PRESS, *PICK_AND_PLACE])
+    cut = starts[3] - 2  # people put the boundary 0.2 s before the hand turns to its next task
+    told = with_subtasks(episode, [cut])
+    found = segment(told, keep=("task", "subtask"))
+    assert found.spans["subtask"] == told.spans["subtask"] and found.spans["task"] == told.spans["task"]
+    alone = boundaries(segment(episode), "action")
+    moved = [cut if abs(step - starts[3]) <= 1 else step for step in alone]
+    assert moved != alone and boundaries(found, "action") == moved
+    assert verbs(found)[-8:] == ["reach", "descend", "grasp", "lift", "carry", "lower", "release", "retract"]
+    assert [span.parent for span in found.spans["action"]] == [int(span.start >= cut) for span in found.spans["action"]]
+    assert set(boundaries(found, "action")) <= set(boundaries(found, "segment"))
+
+
+def test_a_given_boundary_that_no_motion_shows_is_kept():
+    told = with_subtasks(acted(PICK_AND_PLACE)[0], [38, 41])
+    found = segment(told, keep=("task", "subtask"))
+    assert {38, 41} <= set(boundaries(found, "action")) and [s.parent for s in found.spans["action"]][-1] == 2
+
+
+def test_segments_are_found_inside_the_actions_that_are_given():
+    told = with_subtasks(acted(PICK_AND_PLACE)[0], [30], finer=True)
+    found = segment(told, keep=("task", "subtask", "action"))
+    assert found.spans["action"] == told.spans["action"]
+    assert set(boundaries(told, "action")) < set(boundaries(found, "segment"))
+    without = dataclasses.replace(
+        told,
+        spans={
+            "task": told.spans["task"],
+            "action": [dataclasses.replace(span, parent=0) for span in told.spans["action"]],
+        },
+    )
+    assert set(segment(without, keep=("task", "action")).spans) == {"task", "action", "segment"}
+
+
 def test_each_arm_has_its_say():
     episode, _ = acted(PICK_AND_PLACE)
     idle = np.tile(episode.poses[:1], (len(episode.poses), 1, 1, 1))
@@ -194,10 +240,16 @@ def test_spans_are_valid_whatever_the_hand_does(data):
         gripper[part + 1] = closed
     rough = data.draw(st.sampled_from([0.0, 1e-4, 1e-2])) * np.random.default_rng(steps).normal(size=step.shape)
     path = np.concatenate([np.zeros((1, 3)), np.cumsum(step + rough, axis=0)])
-    found = segment(recording(path, gripper, arms=data.draw(st.sampled_from([1, 2]))))  # Episode checks its spans
+    episode = recording(path, gripper, arms=data.draw(st.sampled_from([1, 2])))
+    found = segment(episode)  # Episode checks its spans
     for level in ("subtask", "action", "segment"):
         assert all(span.length >= min(2, steps) and span.verb for span in found.spans[level])
     assert set(boundaries(found, "subtask")) <= set(boundaries(found, "action")) <= set(boundaries(found, "segment"))
+    cuts = sorted(data.draw(st.sets(st.integers(1, steps - 1), max_size=5))) if steps > 1 else []
+    told = with_subtasks(episode, cuts)
+    found = segment(told, keep=("task", "subtask"))
+    assert found.spans["subtask"] == told.spans["subtask"]
+    assert set(cuts) <= set(boundaries(found, "action")) <= set(boundaries(found, "segment"))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +317,7 @@ def test_held_out_families_are_cut_better_than_by_either_baseline():
     assert "held out, mean" in benchmark.table(found)
 
 
-def test_events_are_found_where_the_source_names_none():
+def test_events_are_found_on_the_levels_that_the_source_does_not_name():
     bare, _ = acted(PICK_AND_PLACE)
     told = segment(bare)
     for which, cut in {"auto": 1, "always": 2, "never": 0}.items():
@@ -274,4 +326,22 @@ def test_events_are_found_where_the_source_names_none():
         assert labelled.count == cut
         assert ("action" in first.spans) == (cut > 0)
         assert (second.spans["action"][0].provenance == "templates") == (which == "always")
-    assert boundaries(next(Labelled([bare], "auto")), "action") == boundaries(told, "action")
+    found = next(Labelled([bare], "auto"))
+    assert boundaries(found, "action") == boundaries(told, "action")
+    assert found.provenance == ("subtask, action, segment found in its motion, task given",)
+
+
+def test_subtasks_alone_get_actions_and_segments_worded_by_templates():
+    told = with_subtasks(acted(PICK_AND_PLACE)[0], [20])
+    (episode,) = labelled = Labelled([told], "auto")
+    assert labelled.count == 1 and episode.spans["subtask"] == told.spans["subtask"]
+    assert episode.provenance == ("action, segment found in its motion, task, subtask given",)
+    assert {span.provenance for level in ("action", "segment") for span in episode.spans[level]} == {"templates"}
+    assert [(a.caption, a.verb, a.parent) for a in episode.spans["action"][1:3]] == [
+        ("lower the open gripper by about 20 cm", "descend", 0),
+        ("grasp the object", "grasp", 1),
+    ]
+    assert len(cut_windows(episode, ["event"], levels=["subtask", "action"])) == 2 + len(episode.spans["action"])
+    (again,) = Labelled([told], "always")
+    assert again.provenance == ("subtask, action, segment found in its motion, task given",)
+    assert len(again.spans["subtask"]) == 1

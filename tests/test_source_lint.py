@@ -67,10 +67,27 @@ def hold_state(raw):
     raw.state[1::2] = raw.state[: len(raw.state) // 2 * 2 : 2][: len(raw.state[1::2])]
 
 
+def wrap(turn):
+    if len(turn) == 41:
+        turn[20] += 2 * np.pi
+
+
 def spike(raw):
     raw.state[:, 2] = 0.2
     if len(raw.times) == 41:
         raw.state[5, 2] = 0.9  # one row of the set
+
+
+def outlier(attribute, column, value, still=0.0):
+    """A dimension that stays where it is, but for one row of the set."""
+
+    def plant(raw):
+        values = getattr(raw, attribute)
+        values[:, column] = still + 1e-6 * np.sin(np.arange(len(values)))
+        if len(values) == 41:
+            values[5, column] = value
+
+    return plant
 
 
 DELTA = ('mode = "absolute"', 'mode = "delta"')
@@ -108,6 +125,32 @@ FAULTS = {
     ),
     "millimetres": (change("state", lambda state: scale(state, slice(0, 3), 1000)), [], "unit", '"mm"'),
     "tiny range": (spike, [], "range", "scaled by quantiles it would be"),
+    "tiny range of shifts": (both(as_shifts, outlier("action", 2, 0.05)), [DELTA], "range", "the extreme is 0.05 m"),
+    "no shifts along an axis": (
+        both(as_shifts, change("action", lambda action: scale(action, slice(2, 3), 0.0))),
+        [DELTA],
+        "range",
+        "span 0 m",
+    ),
+    "tiny range of turns": (both(as_shifts, outlier("action", 4, 0.3)), [DELTA], "range", "the extreme is 0.3 rad"),
+    "differences of angles that wrap": (
+        both(as_shifts, change("action", lambda action: wrap(action[:, 5]))),
+        [DELTA],
+        "range",
+        "that wrap at half a turn",
+    ),
+    "tiny range of measured rotations": (
+        both(outlier("state", 3, 0.6), outlier("state", 4, 0.0), outlier("state", 5, 0.0)),
+        [],
+        "range",
+        "rad from their middle",
+    ),
+    "tiny range of commanded rotations": (
+        both(outlier("action", 3, 0.6), outlier("action", 4, 0.0), outlier("action", 5, 0.0)),
+        [],
+        "range",
+        "rad from their middle",
+    ),
     "another Euler order": (
         lambda raw: None,
         [
@@ -184,6 +227,15 @@ def test_nothing_is_found_in_a_good_set_of_shifts(good_set, tmp_path, frame):
     path = lerobot_files.write_set(tmp_path / "set", raws, videos_of=good_set)
     changes = [DELTA, ('position = "action[0:3]"', f'frame = "{frame}"\nposition = "action[0:3]"')]
     findings = lint(LeRobotSet(path), load_embodiment(str(described(tmp_path, changes))))
+    assert [str(finding) for finding in findings] == []
+
+
+def test_a_hand_that_always_points_down_is_no_finding(good_set, tmp_path):
+    raws = copy.deepcopy(GOOD)
+    for raw in raws:
+        raw.state[:, 3:6] = raw.action[:, 3:6] = (np.pi, 0.0, 0.0)
+    path = lerobot_files.write_set(tmp_path / "set", raws, videos_of=good_set)
+    findings = lint(LeRobotSet(path), load_embodiment(str(described(tmp_path, []))))
     assert [str(finding) for finding in findings] == []
 
 

@@ -21,11 +21,11 @@ its text encoder, computed here once, in batches on the local devices (weights: 
         --codec=wan22 --codec_weights=weights/wan22_vae --text_encoder=umt5 --text_weights=weights/umt5
 
 A LeRobot set (version 2 or 3) or an RLDS set, with a description of its columns (wallwm_jax/sources/embodiment.py) and
-brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Where it has
-no events, they are found in its motion (--segment). Recordings of real robots have late pictures, frozen cameras, jumps
-and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
---prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in the store counts what was
-found by which rule and shows examples, build_report.json has every finding:
+brought to 5 frames and 10 commands per second; check it first (python -m wallwm_jax.sources.lint --help). Levels
+below those that it names are found in its motion (--segment). Recordings of real robots have late pictures, frozen
+cameras, jumps and pauses: --clean drops or repairs what breaks a rule, --sync moves pictures and actions together,
+--prune_static=SECONDS shortens pauses inside event windows. The page build_report.html in every store counts what was
+dropped, repaired and left out by which rule and shows examples, build_report.json has every finding:
 
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
         --clean --sync --out=runs/kitchen
@@ -79,15 +79,15 @@ class Build:
       seconds: per phase.
       cpu_seconds: processor time of this process and its workers.
       peak_bytes: the most memory of this process, and of the largest of its workers, since they began.
-      prepared: what cleaning and synchronising found, where they were asked for.
+      prepared: what came in, what was dropped or repaired, and why.
       labelled: episodes whose events were found here.
     """
 
     summary: StoreSummary
     families: dict[str, FamilyCount]
     size_on_disk: int
+    prepared: Summary
     seconds: dict[str, float] = field(default_factory=dict)
-    prepared: Summary | None = None
     labelled: int = 0
     cpu_seconds: float = 0.0
     peak_bytes: tuple[int, int] = (0, 0)
@@ -111,31 +111,25 @@ def build(
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
-    from wallwm_jax.events.preparing import prepare
+    from wallwm_jax.evaluation.build_report import write_build_report
+    from wallwm_jax.events.preparing import PrepareOptions, prepare
 
     seconds: dict[str, float] = {}
-    found = None
     cpu = _used()[0]
     with atomic_directory(out, overwrite=overwrite) as directory:
         stream, families = open_source(source, recording or SourceOptions(seed=options.seed))
-        if preparation:
-            stream = prepare(stream, preparation)
-            found = stream.summary
-        labelled = Labelled(stream, segment)
+        prepared = prepare(stream, preparation or PrepareOptions())
+        labelled = Labelled(prepared, segment)
         with phase(f"record {source} into windows", seconds):
             summary = write_store(directory, labelled, options)
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
-        if found:
-            from wallwm_jax.evaluation.build_report import write_build_report
-
-            for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
-                found.add_unreadable(name, count.reasons)
-
-            write_build_report(directory, found, f"Event store of {source}")
+        for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
+            prepared.summary.add_lost(name, count.dropped, count.reasons)
+        write_build_report(directory, prepared.summary, f"Event store of {source}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     spent, peak = _used()
-    return Build(summary, families(), size_on_disk, seconds, found, labelled.count, spent - cpu, peak)
+    return Build(summary, families(), size_on_disk, prepared.summary, seconds, labelled.count, spent - cpu, peak)
 
 
 def _used() -> tuple[float, tuple[int, int]]:
@@ -163,11 +157,10 @@ def report(build: Build, out: str) -> str:
             outcomes = f"{tried.kept:>6} kept {tried.failed:>6} failed {tried.void:>6} void, {each:.1f} s each"
             lines.append(f"  recovery  {f'{family}/{kind}':<16} {outcomes}")
     lines += [f"  dropped   {reason}" for count in build.families.values() for reason in count.reasons]
-    if build.prepared:
-        for action in ("dropped", "repaired", "noted"):
-            lines += [f"  {action:<9} {rule:<16} {count:>6}" for rule, count in build.prepared.counts(action).items()]
+    for action in ("dropped", "repaired", "noted"):
+        lines += [f"  {action:<9} {rule:<16} {count:>6}" for rule, count in build.prepared.counts(action).items()]
     if build.labelled:
-        lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} whose events were found in their motion")
+        lines.append(f"  episodes  {'segmented':<16} {build.labelled:>6} with events found in their motion")
     lines += [f"  episodes  {split:<16} {count:>6}" for split, count in splits.items()]
     if summary.without_window:
         why = "shorter than a video stride, or no event on --levels"
@@ -224,7 +217,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Everything random follows from it")
     flags.DEFINE_integer("workers", 2, "Processes that record or read; 0 does it in this one", 0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing store")
-    flags.DEFINE_enum("segment", "auto", WHICH, "Find events: where the source names none, in all, or in none")
+    flags.DEFINE_enum(
+        "segment",
+        "auto",
+        WHICH,
+        "Find events: on the levels below those that the source names, on all below the task, or on none",
+    )
     flags.DEFINE_bool("clean", False, "Drop or repair episodes that break a rule of wallwm_jax.events.clean")
     flags.DEFINE_bool("sync", False, "Estimate how late the pictures are, and correct it where that is clear")
     flags.DEFINE_enum(

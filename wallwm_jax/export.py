@@ -44,7 +44,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to make; it must not exist", required=True)
     flags.DEFINE_enum("to", "lerobot", ["lerobot"], "Layout of the set")
     flags.DEFINE_integer("episodes", None, "To record of each family (default 40); the first so many of a set (all)", 1)
-    flags.DEFINE_enum("segment", "auto", WHICH, "Find events: where the source names none, in all, or in none")
+    flags.DEFINE_enum(
+        "segment",
+        "auto",
+        WHICH,
+        "Find events: on the levels below those that the source names, on all below the task, or on none",
+    )
     flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
     flags.DEFINE_float("video_fps", 0.0, "Frames per second that the source is brought to; 0 keeps its own", 0.0)
     flags.DEFINE_enum("level", "subtask", LEVELS, "Events that subtask_index names")

@@ -238,7 +238,10 @@ class EventStore:
             raise BadRecord(index, int(row["episode"]), f"unreadable ({' '.join(str(error).split())})") from None
         if zlib.crc32(serialized) != row["checksum"]:
             raise BadRecord(index, int(row["episode"]), "the checksum differs from the index")
-        record = parse_record(serialized, index, self._layout)
+        try:
+            record = parse_record(serialized, index, self._layout)
+        except Exception as error:  # protobuf's and numpy's, of whatever lacks or has another length
+            raise BadRecord(index, int(row["episode"]), f"no window of this store ({error!r})") from None
         return record if self._layer is None else replace(record, **self._layer.ids(record))
 
     def latents(self, record: WindowRecord, views: Sequence[str]) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from wallwm_jax.events.preparing import EXPLANATIONS, Example, Summary
 
 _WIDTH = 8.6  # inches of a full-width figure
 _BINS = 61
+_LINES = 50  # of findings without pictures
 _ACTIONS = (DROPPED, REPAIRED, NOTED)
 
 
@@ -83,8 +85,8 @@ def _content(summary: Summary, data: dict[str, Any]) -> dict[str, Any]:
     done = [word for word, used in (("cleaned", options.clean), ("synchronised", options.sync)) if used]
     found = [rule for rule in EXPLANATIONS if any(rule in data[f"{action}_by_rule"] for action in _ACTIONS)]
     return {
-        "lead": f"Episodes were {' and '.join(done)} before they were cut into windows. What did not go on is here, "
-        "each with the rule that stopped it and what the rule saw.",
+        "lead": f"Episodes were {' and '.join(done) or 'neither cleaned nor synchronised'} before they were cut into "
+        "windows. What did not go on is here, each with the rule that stopped it and what the rule saw.",
         "facts": [
             {"name": "episodes in", "value": f"{taken:,}"},
             {"name": "kept", "value": f"{kept:,}"},
@@ -103,6 +105,7 @@ def _content(summary: Summary, data: dict[str, Any]) -> dict[str, Any]:
             }
             for rule in found
         ],
+        "told": _told(summary),
         "lags": _lags(summary),
         "examples": [
             {
@@ -115,6 +118,13 @@ def _content(summary: Summary, data: dict[str, Any]) -> dict[str, Any]:
         ],
         "limits": data["limits"],
     }
+
+
+def _told(summary: Summary) -> list[dict[str, Any]]:
+    """What rules without pictures found, equal findings of several episodes together, the most frequent first."""
+    shown = {example.finding.rule for example in summary.examples}
+    told = Counter((finding.rule, finding.where) for finding in summary.findings if finding.rule not in shown)
+    return [{"name": _words(rule), "where": where, "count": count} for (rule, where), count in told.most_common(_LINES)]
 
 
 def _words(rule: str) -> str:

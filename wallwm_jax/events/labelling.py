@@ -1,4 +1,4 @@
-"""Events for recordings whose source names none: cut by `events.segment`, worded by the template captioner.
+"""Events on the levels that a recording's source does not name: cut by `events.segment`, worded by templates.
 
 labelled = Labelled(episodes, "auto")
 for episode in labelled: ...
@@ -7,21 +7,25 @@ labelled.count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from wallwm_jax.events.captioners.templates import TemplateCaptioner
-from wallwm_jax.events.schema import Episode
+from wallwm_jax.events.schema import LEVELS, Episode
 from wallwm_jax.events.segment import segment
 
 WHICH = ("auto", "always", "never")
 
 
 class Labelled(Iterator[Episode]):
-    """The episodes, one at a time, with events on every level; `count` tells how many were cut here so far."""
+    """The episodes, one at a time, with events on every level below the finest that their source names.
+
+    `count` tells how many were cut here so far; the provenance of such an episode, which levels were found and which
+    given.
+    """
 
     def __init__(self, episodes: Iterable[Episode], which: str) -> None:
-        """`which` is one of `WHICH`: "auto" cuts episodes with nothing below the task level, "always" all of them."""
+        """`which` is one of `WHICH`: "always" takes nothing but the task as given, "never" cuts nothing."""
         self.count = 0
         self._which = which
         self._labelled = self._run(episodes)
@@ -30,16 +34,22 @@ class Labelled(Iterator[Episode]):
         return next(self._labelled)
 
     def _run(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
-        captioner = TemplateCaptioner()
         for episode in episodes:
-            if self._which == "always" or (self._which == "auto" and set(episode.spans) == {"task"}):
+            given = [level for level in LEVELS if level in episode.spans]
+            if self._which == "always":
+                given = ["task"]
+            found = LEVELS[LEVELS.index(given[-1]) + 1 :]
+            if found and self._which != "never":
                 self.count += 1
-                found = segment(episode)
-                (worded,) = captioner.caption([found])
-                spans = {  # the verbs are those of segmentation, which knows what the gripper holds
-                    level: [replace(said, verb=cut.verb) for said, cut in zip(worded.spans[level], row)]
-                    for level, row in found.spans.items()
-                }
-                provenance = (*episode.provenance, "events found in its motion")
-                episode = replace(found, spans=spans, provenance=provenance)
+                episode = self._cut(episode, given, found)
             yield episode
+
+    def _cut(self, episode: Episode, given: Sequence[str], levels: Sequence[str]) -> Episode:
+        cut = segment(episode, keep=given)
+        (worded,) = TemplateCaptioner(levels).caption([cut])
+        spans = {  # the verbs are those of segmentation, which knows what the gripper holds
+            level: [replace(said, verb=of.verb) for said, of in zip(worded.spans[level], row)]
+            for level, row in cut.spans.items()
+        }
+        told = f"{', '.join(levels)} found in its motion, {', '.join(given)} given"
+        return replace(cut, spans=spans, provenance=(*episode.provenance, told))

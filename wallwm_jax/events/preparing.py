@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wallwm_jax.events.clean import DROPPED, REPAIRED, RULES, Finding, Limits, clean, explanation
+from wallwm_jax.events.clean import DROPPED, NOTED, REPAIRED, RULES, Finding, Limits, clean, explanation
 from wallwm_jax.events.motion import Motion
-from wallwm_jax.events.schema import Episode, EpisodeError
+from wallwm_jax.events.schema import LEFT_OUT, Episode, EpisodeError
 from wallwm_jax.events.sync import Synchronised, SyncLimits, synchronise
 
 _EXAMPLES = 3  # of each rule that keep their pictures
@@ -26,6 +26,8 @@ _STRIP = 7  # frames of an example
 
 EXPLANATIONS = {
     "invalid_episode": "No episode could be made of the recording: a value is not finite, or lengths do not fit.",
+    "failed_demonstration": "The scripted expert missed its goal; it was asked for a further one.",
+    "labels_left_out": "Some labels of the recording could not be used; the episode goes on without them.",
     **{rule.__name__: explanation(rule) for rule in RULES},
     "lag_corrected": "Pictures and actions were apart; they were moved together, ends without a partner cut off.",
     "lag_unclear": "Pictures and actions do not tell how far they are apart.",
@@ -92,12 +94,15 @@ class Summary:
     lags: list[tuple[str, float, bool]] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
-    def add_unreadable(self, source: str, reasons: Sequence[str]) -> None:
-        """Counts recordings of which no episode could be made; each reason begins with the recording's name."""
-        self.taken[source] += len(reasons)
+    def add_lost(self, source: str, count: int, reasons: Sequence[str]) -> None:
+        """Counts recordings of which no episode could be made; each reason begins with the recording's name, those
+        without one are demonstrations that failed."""
+        self.taken[source] += count
         self.findings += [
             Finding("invalid_episode", reason.partition(": ")[0], source, reason, {}, DROPPED) for reason in reasons
         ]
+        failed = [f"attempt {number}" for number in range(count - len(reasons))]
+        self.findings += [Finding("failed_demonstration", name, source, "no success", {}, DROPPED) for name in failed]
 
     def counts(self, action: str) -> dict[str, int]:
         """Rule → episodes with a finding of this action; an episode that two rules drop counts for both."""
@@ -128,6 +133,11 @@ class Prepared(Iterator[Episode]):
                 summary.findings.append(Finding("invalid_episode", name, "unknown", str(episode), {}, DROPPED))
                 continue
             summary.taken[episode.source] += 1
+            summary.findings += [
+                Finding("labels_left_out", episode.episode_id, episode.source, told, {}, NOTED)
+                for told in episode.provenance
+                if LEFT_OUT in told
+            ]
             kept = self._prepare(episode)
             if kept is not None:
                 summary.kept[kept.source] += 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LEVELS = ("task", "subtask", "action", "segment")
+LEFT_OUT = "left out"  # in each line of an episode's provenance that tells of labels which were not used
 
 
 class EpisodeError(ValueError):
@@ -87,7 +88,7 @@ class Episode:
       spans: level → spans in time order.
       cameras: view name → calibration; a view without calibration is absent.
       success: whether the whole episode achieved its task.
-      provenance: every repair made to the recording, in order, in words.
+      provenance: every repair made to the recording, in order, in words; `LEFT_OUT` where labels were not used.
       derived_from: `episode_id` of the recording that it was made from, for example of the demonstration that it is a
         recovery of; both are always in one split.
     """

@@ -13,8 +13,8 @@ Three steps, each a plain idea:
    slide, while it holds something. A grasp that is undone and tried again at the same place stays in its subtask.
 
 Actions are phases, subtasks run from reach to retract, segments are actions cut at every station. Labels of the
-episode below the task level are never read. With `Options.lookahead_s` every boundary at time t depends on data up to
-t + lookahead alone.
+episode below the levels that are kept are never read; what is found lies inside those. With `Options.lookahead_s` every
+boundary at time t depends on data up to t + lookahead alone.
 """
 
 from __future__ import annotations
@@ -29,27 +29,32 @@ import numpy as np
 
 from wallwm_jax.console import UserError
 from wallwm_jax.events.phases import Arm, Options, thinned
-from wallwm_jax.events.schema import Episode, EpisodeError, Span
+from wallwm_jax.events.schema import LEVELS, Episode, EpisodeError, Span
 
+_NEAR_S = 0.25  # a boundary found this near to one that is given is the same, as people see it
 _PICTURE_CHANGE = 2.0  # grey levels of 255 by which a picture changes beyond the usual
 
 
-def segment(episode: Episode, options: Options | None = None) -> Episode:
-    """The episode with its subtask, action and segment spans replaced by those found in the recording.
+def segment(episode: Episode, options: Options | None = None, *, keep: Sequence[str] = ("task",)) -> Episode:
+    """The episode with spans found in the recording on every level below those kept.
 
-    The task span and its captions stay. Spans are half-open, gap-free, nested, at least `min_steps` long where the
-    episode is. Captions say what the hand does, plainly, since nothing is known of objects. With a lookahead boundaries
-    are those of a stream; verbs and captions then still speak of whole spans.
+    Args:
+      keep: levels whose spans and captions stay as they are, the task among them. Those found on finer levels lie
+        inside them; a boundary that people set within a quarter of a second of a found one takes its place.
+
+    Found spans are half-open, gap-free, nested, at least `min_steps` long where what they lie in is. Captions say what
+    the hand does, plainly, since nothing is known of objects. With a lookahead boundaries are those of a stream; verbs
+    and captions then still speak of whole spans.
 
     Raises:
       EpisodeError: a picture that is needed cannot be decoded.
       UserError: a lookahead of too few steps.
     """
     options = options or Options()
-    arms, bounds = _analyse(episode, options)
+    arms, found = _analyse(episode, options)
     if options.lookahead_s is not None:
-        bounds = _causal_boundaries(episode, options)
-    return dataclasses.replace(episode, spans=_spans(episode, arms, bounds))
+        found = _causal_boundaries(episode, options)
+    return dataclasses.replace(episode, spans=_spans(episode, arms, found, keep, options))
 
 
 def tolerance_s(seconds: Sequence[float]) -> float:
@@ -74,19 +79,30 @@ def boundaries(episode: Episode, level: str) -> list[int]:
 
 
 def _analyse(episode: Episode, options: Options) -> tuple[list[Arm], dict[str, list[int]]]:
-    """The arms, and the boundaries per level, those of all arms together, each level's among the next finer one's."""
+    """The arms, and the boundaries per level, those of all arms together."""
     arms = [Arm(episode, arm, options) for arm in range(episode.grippers.shape[1])]
-    bounds: dict[str, list[int]] = {}
-    coarser = boundaries(episode, "task")
-    found = {
+    return arms, {
         "subtask": [phase.start for arm in arms for phase in arm.plan if phase.opens],
         "action": [phase.start for arm in arms for phase in arm.plan],
         "segment": [edge for arm in arms for station in arm.stations for edge in (station.lo, station.hi)]
         + _picture_changes(episode, arms),
     }
+
+
+def _nested(
+    episode: Episode, found: dict[str, list[int]], options: Options, keep: Sequence[str] = ("task",)
+) -> dict[str, list[int]]:
+    """Boundaries per level below those kept: each level's are among the next finer one's, and none is too close."""
+    finest = max(map(LEVELS.index, keep))
+    given = [step for level in keep if level != "task" for step in boundaries(episode, level)]
+    coarser = sorted({*boundaries(episode, "task"), *given})
+    near = _NEAR_S * episode.clock_hz
+    bounds = {}
     for level, steps in found.items():
-        coarser = bounds[level] = thinned(coarser, steps, episode.num_steps, options.min_steps)
-    return arms, bounds
+        if LEVELS.index(level) > finest:
+            free = [step for step in steps if all(abs(step - other) >= near for other in given)]
+            coarser = bounds[level] = thinned(coarser, free, episode.num_steps, options.min_steps)
+    return bounds
 
 
 def _causal_boundaries(episode: Episode, options: Options) -> dict[str, list[int]]:
@@ -100,12 +116,10 @@ def _causal_boundaries(episode: Episode, options: Options) -> dict[str, list[int
         raise UserError(f"lookahead_s is {options.lookahead_s}; at {episode.clock_hz:g} Hz give at least {least:g}")
     found: dict[str, list[int]] = {"subtask": [], "action": [], "segment": []}
     for seen in range(ahead + 1, episode.num_steps + 1):
-        _, bounds = _analyse(_until(episode, seen), options)
+        until = _until(episode, seen)
+        bounds = _nested(until, _analyse(until, options)[1], options)
         for level, steps in found.items():
             steps += [b for b in bounds[level] if b == seen - ahead or (b > seen - ahead and seen == episode.num_steps)]
-    coarser = boundaries(episode, "task")
-    for level, steps in found.items():
-        coarser = found[level] = thinned(coarser, steps, episode.num_steps, options.min_steps)
     return found
 
 
@@ -193,11 +207,14 @@ _SUBTASKS = {
 _AXES = (("forward", "back"), ("to the left", "to the right"), ("up", "down"))  # of the base frame
 
 
-def _spans(episode: Episode, arms: Sequence[Arm], bounds: dict[str, list[int]]) -> dict[str, list[Span]]:
-    task = [dataclasses.replace(span, parent=None) for span in episode.spans["task"]]
-    spans: dict[str, list[Span]] = {"task": task, "subtask": [], "action": [], "segment": []}
-    for coarser, level in itertools.pairwise(spans):
-        for start, end in itertools.pairwise([0, *bounds[level], episode.num_steps]):
+def _spans(
+    episode: Episode, arms: Sequence[Arm], found: dict[str, list[int]], keep: Sequence[str], options: Options
+) -> dict[str, list[Span]]:
+    spans = {level: list(episode.spans[level]) for level in LEVELS if level in keep}
+    for level, bounds in _nested(episode, found, options, keep).items():
+        coarser = next(reversed(spans))
+        spans[level] = []
+        for start, end in itertools.pairwise([0, *bounds, episode.num_steps]):
             parent = next(i for i, span in enumerate(spans[coarser]) if span.start <= start < span.end)
             arm = max(range(len(arms)), key=lambda a: arms[a].speed[start:end].sum())  # the one that moves most
             verb = arms[arm].subtask_verb(start, end) if level == "subtask" else arms[arm].verb(start, end)

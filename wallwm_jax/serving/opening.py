@@ -1,4 +1,4 @@
-"""What stands beside a policy in unified mode, opened from its run: latents of a staircase, a planner."""
+"""What stands beside a policy in unified mode, opened from its run: what conditions it without words, a planner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wallwm_jax.inference.policy import Policy
 
 
 def open_latents(run: str, policy: Policy) -> LatentConditioner:
-    """The latents of a run of stage `staircase`, one robot at a time.
+    """What a run of stage `staircase` or `vlm_text` says in place of words, one robot at a time.
 
     Raises:
       UserError: no such run, the policy has no unified mode, or the two do not fit.

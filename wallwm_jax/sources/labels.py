@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wallwm_jax.events.schema import LEVELS, Span
+from wallwm_jax.events.schema import LEFT_OUT, LEVELS, Span
 from wallwm_jax.sources.columns import BadRecording
 
 MAX_GAP_S = 0.5  # of unlabelled time that the event before it takes over
@@ -43,12 +43,13 @@ def spans(
 ) -> tuple[dict[str, list[Span]], tuple[str, ...]]:
     """Spans of every labelled level over control steps `[0, steps)`, and in words what was repaired for that.
 
-    Unlabelled time of up to half a second goes to the event before it (at the start: after it); a level with more is
-    left out. Boundaries of a finer level are moved on to those of a coarser one where they are within a quarter of a
-    second; elsewhere a finer event is cut where a coarser one ends, so that each lies in one parent.
+    Unlabelled time of up to half a second goes to the event before it (at the start: after it); a level with more, or
+    with an empty caption, is left out. Boundaries of a finer level are moved on to those of a coarser one where they
+    are within a quarter of a second; elsewhere a finer event is cut where a coarser one ends, so that each lies in one
+    parent.
 
     Raises:
-      BadRecording: there is no task text.
+      BadRecording: there is no task text, or an empty one.
     """
     levels: dict[str, list[Span]] = {}
     repairs: list[str] = []
@@ -57,15 +58,19 @@ def spans(
         given = sorted(labels[level], key=lambda label: label.start_s)
         empty = [label for label in given if not label.caption.strip()]
         if empty:
-            raise BadRecording(level, f"has an empty caption at {empty[0].start_s:.2f} s")
+            where = f"empty caption at {empty[0].start_s:.2f} s"
+            if level == "task":
+                raise BadRecording(level, f"has an {where}")
+            repairs.append(f"{level} labels {LEFT_OUT}: an {where}")
+            continue
         edges, chosen, gap_s = _tile(given, steps, hz)
         if gap_s > MAX_GAP_S:
-            repairs.append(f"{level} labels left out: {gap_s:.2f} s without one")
+            repairs.append(f"{level} labels {LEFT_OUT}: {gap_s:.2f} s without one")
             continue
         if gap_s > 0.5 / hz:
             repairs.append(f"{level} labels extended over {gap_s:.2f} s without one")
         if len(chosen) < len(given):
-            repairs.append(f"{len(given) - len(chosen)} {level} labels left out: shorter than a control step")
+            repairs.append(f"{len(given) - len(chosen)} {level} labels {LEFT_OUT}: shorter than a control step")
         snapped = edges.copy()
         for cut in cuts[1:-1]:  # one boundary moves to each, so that no event vanishes; the first stays at 0
             closest = int(np.abs(edges - cut).argmin())

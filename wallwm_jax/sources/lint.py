@@ -4,10 +4,10 @@ r"""Holds an embodiment description against a recorded set, and names what does 
     python -m wallwm_jax.sources.lint --source=rlds:oxe/bridge/1.0.0 --embodiment=bridge --episodes=64
 
 Reads the rows of some episodes, spread over the set, and a few pictures of each camera. It finds rates and strides that
-disagree, wrong units (degrees for radians, millimetres for metres), joints beyond their model's limits, dimensions that
-hardly move, poses for shifts and shifts for poses, shifts in the axes of the other frame, rotations of another kind, a
-gripper of wrong sign or range, cameras that are swapped, flipped or frozen, and damaged episodes. Exit code 1 where it
-finds something, else 0.
+disagree, wrong units (degrees for radians, millimetres for metres), joints beyond their model's limits, dimensions of
+positions, shifts and rotations that hardly move but for a few rows, poses for shifts and shifts for poses, shifts in
+the axes of the other frame, rotations of another kind, a gripper of wrong sign or range, cameras that are swapped,
+flipped or frozen, and damaged episodes. Exit code 1 where it finds something, else 0.
 
 Thresholds are meant for arms on tables; a finding is a reason to look, and its evidence says at what.
 """
@@ -23,13 +23,23 @@ from scipy.spatial.transform import Rotation
 from wallwm_jax.console import progress, run_command
 from wallwm_jax.sources.clock import RATE_TOLERANCE, check_times, row_rate
 from wallwm_jax.sources.columns import BadRecording, Column
-from wallwm_jax.sources.embodiment import Arm, Embodiment, PoseColumns, as_matrices, load_embodiment, rotation_width
+from wallwm_jax.sources.embodiment import (
+    ActionColumns,
+    Arm,
+    Embodiment,
+    PoseColumns,
+    as_matrices,
+    load_embodiment,
+    rotation_width,
+)
 from wallwm_jax.sources.findings import Finding, Sample
 from wallwm_jax.sources.labels import spans
 from wallwm_jax.sources.lint_pictures import picture_findings
 from wallwm_jax.sources.recorded import RecordedSet
 
 TINY_RANGE = 1e-3  # metres, or share of the gripper's way, between the 1 % and 99 % quantiles
+_OUTLYING = 10.0  # half ranges from 1 % to 99 % that a shift or turn may be from their middle
+_LEAST = {"m": 1e-4, "rad": 1e-3}  # less is no outlier
 _REACH_M = 3.0  # no arm on a table moves further
 _BEYOND = 0.2  # radians or metres that a joint may be outside the model's limits: they are never quite the arm's
 _ALIGNED = 0.7  # cosine from which two motions go the same way
@@ -106,6 +116,9 @@ def _arm_findings(sample: Sample, number: int) -> Iterator[Finding]:
     yield from _ranges(sample, arm.state)
     if arm.action.mode == "absolute":
         yield from _ranges(sample, arm.action)
+    if arm.action.mode == "delta":
+        yield from _shift_ranges(sample, arm.action)
+    yield from _turn_ranges(sample, number)
     yield from _units_of_turns(sample, arm)
     if arm.action.place is not None:
         yield from _meaning(sample, number)
@@ -133,16 +146,72 @@ def _ranges(sample: Sample, pose: PoseColumns) -> Iterator[Finding]:
             f"{'joint' if pose.joints else 'position'}_unit is too small, or these are other columns (shifts?)",
         )
     else:
-        for axis in np.flatnonzero(high - low < TINY_RANGE).tolist():
-            extreme = float(np.abs(positions[:, axis] - (low + high)[axis] / 2).max())
-            times = extreme / max(float(high[axis] - low[axis]) / 2, 1e-9)
-            yield Finding(
-                "range",
-                f"{where}, {'xyz'[axis]}",
-                f"1 % to 99 % span {high[axis] - low[axis]:.2g} m, the extreme is {extreme:.3g} m from their middle: "
-                f"scaled by quantiles it would be {times:.3g}",
-                "a dead or almost dead column: name the right one, or take the outliers out of the set",
-            )
+        yield from _narrow(where, "xyz", "m", positions, high - low < TINY_RANGE)
+
+
+def _shift_ranges(sample: Sample, action: ActionColumns) -> Iterator[Finding]:
+    """Shifts of which one dimension is next to nothing but for a few rows: scaled by quantiles these are huge."""
+    if action.joints is not None:
+        assert action.kinematics is not None
+        names, unit = action.kinematics.joints, "rad"
+        parts = [action.angles(recording.columns, shifts=True) for recording in sample.recordings]
+    else:
+        names, unit = ("x", "y", "z"), "m"
+        parts = [action.positions(recording.columns) for recording in sample.recordings]
+    values = np.concatenate(parts)
+    narrow = _outlying(values, unit)
+    if action.joints is None:  # a joint may stand still
+        span = np.ptp(np.quantile(values, (0.01, 0.99), axis=0), axis=0)
+        narrow |= span < TINY_RANGE * span.max()
+    yield from _narrow(str(action.place), names, unit, values, narrow)
+
+
+def _turn_ranges(sample: Sample, number: int) -> Iterator[Finding]:
+    """Rotations likewise; a hand that never turns about an axis is none, many point down for good."""
+    arm = sample.embodiment.arms[number]
+    turns: list[tuple[str, np.ndarray]] = []
+    if arm.state.rotation or arm.state.joints:
+        turns.append(("state", np.concatenate([motion.poses[:, number, :3, :3] for motion in sample.motions])))
+    if arm.action.mode == "absolute" and (arm.action.rotation or arm.action.joints):
+        turns.append(("action", np.concatenate([motion.command_poses[:, number, :3, :3] for motion in sample.motions])))
+    for name, matrices in turns:
+        rotations = Rotation.from_matrix(matrices)
+        values = (rotations.mean().inv() * rotations).as_rotvec()
+        where = f"rotation of the {name}, axes of its mean"
+        yield from _narrow(where, "xyz", "rad", values, _outlying(values, "rad"))
+    if arm.action.mode == "delta" and arm.action.rotation is not None:
+        kind, unit = arm.action.rotation_as, arm.action.rotation_unit
+        if rotation_width(kind) == 3:  # as they are: a difference of angles that wraps is a whole turn
+            parts = [unit * arm.action.rotation.of(recording.columns, 3) for recording in sample.recordings]
+        else:
+            matrices = [as_matrices(r.columns, arm.action.rotation, kind, unit) for r in sample.recordings]
+            parts = [Rotation.from_matrix(part).as_rotvec() for part in matrices]
+        values = np.concatenate(parts)
+        yield from _narrow(str(arm.action.rotation), "012", "rad", values, _outlying(values, "rad"))
+
+
+def _outlying(values: np.ndarray, unit: str) -> np.ndarray:
+    """`[D]` whether the extreme of each dimension is far outside its range from 1 % to 99 %."""
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    extreme = np.abs(values - (low + high) / 2).max(axis=0)
+    return (extreme > _LEAST[unit]) & (extreme > _OUTLYING * (high - low) / 2)
+
+
+def _narrow(where: str, names: Sequence[str], unit: str, values: np.ndarray, narrow: np.ndarray) -> Iterator[Finding]:
+    for dimension in np.flatnonzero(narrow).tolist():
+        column = values[:, dimension]
+        low, high = np.quantile(column, (0.01, 0.99))
+        extreme = float(np.abs(column - (low + high) / 2).max())
+        remedy = "a dead or almost dead column: name the right one, or take the outliers out of the set"
+        if unit == "rad" and abs(extreme - 2 * np.pi) < 0.5:
+            remedy = "differences of angles that wrap at half a turn: take them back into -pi..pi when they are made"
+        yield Finding(
+            "range",
+            f"{where}, {names[dimension]}",
+            f"1 % to 99 % span {high - low:.2g} {unit}, the extreme is {extreme:.3g} {unit} from their middle: "
+            f"scaled by quantiles it would be {2 * extreme / max(high - low, 1e-9):.3g}",
+            remedy,
+        )
 
 
 def _units_of_turns(sample: Sample, arm: Arm) -> Iterator[Finding]:

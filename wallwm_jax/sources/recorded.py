@@ -44,6 +44,7 @@ class Recording:
       columns: key → `[N, ...]` of the numbers that the embodiment reads.
       labels: level → labels in seconds from the first row; at least "task".
       pictures: gives the RGB pictures `[H, W, 3]` uint8 of a camera's column at rows in rising order.
+      notes: what the reader left out of the labels, in words.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Recording:
     columns: Mapping[str, np.ndarray]
     labels: Mapping[str, Sequence[Label]]
     pictures: Callable[[str, Sequence[int]], Iterator[np.ndarray]]
+    notes: tuple[str, ...] = ()
 
 
 class RecordedSet(Protocol):
@@ -173,7 +175,7 @@ def to_episode(recording: Recording, source: str, embodiment: Embodiment, clock:
         command_poses=motion.command_poses,
         command_grippers=motion.command_grippers,
         spans=levels,
-        provenance=((rate,) if resampled else ()) + repairs,
+        provenance=((rate,) if resampled else ()) + recording.notes + repairs,
     )
 
 

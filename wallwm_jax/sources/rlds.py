@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from tensorboardX.record_writer import masked_crc32c
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEFT_OUT
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import Embodiment
 from wallwm_jax.sources.labels import Label, runs
@@ -52,25 +53,18 @@ class RldsSet:
                 "one version, such as bridge/1.0.0"
             )
         self.path = str(versions[0])
-        info = _builder(self.path).info
-        self.name = f"rlds/{info.name}"
-        if info.file_format is None or info.file_format.value not in ("array_record", "tfrecord"):
-            raise UserError(
-                f"{self.path} holds files of format {info.file_format}; ArrayRecord and TFRecord are read, and "
-                "`tfds convert_format` makes ArrayRecord of others"
-            )
-        self._shards = [
-            (str(file), split, length)
-            for split, entry in info.splits.items()
-            for file, length in zip(entry.filepaths, entry.shard_lengths)
-        ]
+        try:
+            info = _builder(self.path).info
+            self.name = f"rlds/{info.name}"
+            self._shards = _shards(self.path, info)
+            self._kinds = _kinds(self.path, info)
+        except UserError:
+            raise
+        except ImportError as error:
+            raise _needs_tensorflow(self.path, error) from None
+        except Exception as error:  # of many kinds, whatever is wrong with dataset_info.json or features.json
+            raise UserError(f"{self.path!r} is no RLDS set that TFDS can open: {error!r}") from None
         self._ends = np.cumsum([length for _, _, length in self._shards])
-        if "steps" not in info.features:
-            raise UserError(
-                f"{self.path} has no nested `steps`; it is a TFDS set, but no RLDS set: {list(info.features)}"
-            )
-        steps = info.features["steps"]
-        self._kinds = dict(_flat(getattr(steps, "feature", steps)))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -79,7 +73,7 @@ class RldsSet:
         """Raises `UserError` where the set has not the columns and pictures that a description names."""
         pictures = sorted(key for key, kind in self._kinds.items() if kind == "Image")
         texts = sorted(key for key, kind in self._kinds.items() if kind == "Text")
-        numbers = sorted(set(self._kinds) - set(pictures) - set(texts))
+        numbers = sorted(key for key, kind in self._kinds.items() if kind == "numbers")
         cameras = {camera.column for camera in embodiment.cameras.values()}
         for what, named, present in (
             ("numbers", embodiment.columns, numbers),
@@ -101,20 +95,32 @@ class RldsSet:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         file, split, length = self._shards[shard]
         place = number - int(self._ends[shard]) + length
+        try:
+            return self._recording(number, embodiment, file, split, place)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise BadRecording("steps", f"of record {place} cannot be used: {error!r}", file) from None
+
+    def _recording(self, number: int, embodiment: Embodiment, file: str, split: str, place: int) -> Recording:
         read = _array_record if "array_record" in Path(file).name else _tf_record
-        columns = _parse(self.path, read(file, place), file)
+        rewordings = sorted(
+            key for key, kind in self._kinds.items() if kind == "Text" and key.startswith(f"{embodiment.task}_")
+        )
+        cameras = {camera.column for camera in embodiment.cameras.values()}
+        wanted = frozenset({*embodiment.columns, *cameras, embodiment.task, *rewordings})
+        columns = _parse(self.path, wanted, read(file, place), file)
         rows = len(next(iter(columns.values()), ()))
         if not rows:
             raise BadRecording("steps", "no rows", file)
         times = np.arange(rows) / embodiment.control_hz
-        tasks = [label for label in runs(_texts(columns, embodiment.task, file), times)]
-        rewordings = [
-            _texts(columns, key, file)[0]
-            for key in sorted(columns)
-            if key.startswith(f"{embodiment.task}_") and self._kinds[key] == "Text"
-        ]
+        tasks = runs(_texts(columns, embodiment.task, file), times)
+        reworded, notes = [], []
+        for key in rewordings:
+            try:
+                reworded.append(_texts(columns, key, file)[0])
+            except BadRecording as error:  # what is said besides is an extra
+                notes.append(f"{key} {LEFT_OUT}: {error.what}")
         first = tasks[0]
-        wordings = tuple(dict.fromkeys(text for text in rewordings if text.strip() and text != first.caption))
+        wordings = tuple(dict.fromkeys(text for text in reworded if text.strip() and text != first.caption))
         return Recording(
             name=f"{self.name.partition('/')[2]}/{split}_{number:06d}",
             file=f"{file} record {place}",
@@ -122,17 +128,53 @@ class RldsSet:
             columns={key: columns[key] for key in embodiment.columns if key in columns},
             labels={"task": [Label(first.start_s, first.caption, first.end_s, wordings), *tasks[1:]]},
             pictures=functools.partial(_pictures, columns, file),
+            notes=tuple(notes),
         )
+
+
+def _needs_tensorflow(path: str, error: ImportError) -> UserError:
+    return UserError(
+        f"{path} has features that TFDS reads with TensorFlow only ({error}); install tensorflow-cpu beside this "
+        "package, or leave them out of the set"
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def _builder(path: str) -> Any:
     import tensorflow_datasets as tfds
 
-    try:
-        return tfds.builder_from_directory(path)
-    except Exception as error:  # of many kinds, whatever is wrong with dataset_info.json or features.json
-        raise UserError(f"{path!r} is no RLDS set that TFDS can open: {error!r}") from None
+    return tfds.builder_from_directory(path)
+
+
+def _shards(path: str, info: Any) -> list[tuple[str, str, int]]:
+    """(file, split, number of its records) of every file."""
+    kind = info.file_format and info.file_format.value
+    if kind not in ("array_record", "tfrecord"):
+        raise UserError(
+            f"{path} holds files of format {kind}; ArrayRecord and TFRecord are read, and "
+            "`tfds convert_format` makes ArrayRecord of others"
+        )
+    shards = [
+        (str(file), split, int(length))
+        for split, entry in info.splits.items()
+        for file, length in zip(entry.filepaths, entry.shard_lengths)
+    ]
+    for file, _, length in shards:
+        if length < 0:
+            raise UserError(f"{path}: dataset_info.json: {Path(file).name} has {length} records")
+    if not any(length for *_, length in shards):
+        raise UserError(f"{path}: dataset_info.json names no records in any split")
+    return shards
+
+
+def _kinds(path: str, info: Any) -> dict[str, str]:
+    """What each leaf of a step holds; see `_flat`."""
+    if "steps" not in info.features:
+        raise UserError(f"{path} has no nested `steps`; it is a TFDS set, but no RLDS set: {list(info.features)}")
+    steps = info.features["steps"]
+    stored = dict(_leaves(info.features.get_serialized_info()["steps"]))
+    ragged = {key: "lists of any length" for key, spec in stored.items() if spec.shape.count(None) > 1}
+    return {**dict(_flat(getattr(steps, "feature", steps))), **ragged}
 
 
 def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -147,37 +189,50 @@ def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _undecoded(path: str) -> Any:
-    """TFDS decoders that leave pictures encoded."""
+def _wanted(path: str, wanted: frozenset[str]) -> tuple[Any, Any]:
+    """TFDS features of the wanted leaves of a step alone, and decoders that leave their pictures encoded."""
     import tensorflow_datasets as tfds
 
-    def skip(features: Any) -> dict[str, Any]:
-        entries = {key: skip(value) if hasattr(value, "items") else value for key, value in features.items()}
+    def chosen(features: Any, prefix: str = "") -> dict[str, Any]:
+        entries = {
+            key: chosen(value, f"{prefix}{key}/") if hasattr(value, "items") else value
+            for key, value in features.items()
+        }
         return {
-            key: tfds.decode.SkipDecoding() if isinstance(value, tfds.features.Image) else value
+            key: value
             for key, value in entries.items()
-            if isinstance(value, tfds.features.Image) or (isinstance(value, dict) and value)
+            if (value if isinstance(value, dict) else prefix + key in wanted)
+        }
+
+    def skip(entries: dict[str, Any]) -> dict[str, Any]:
+        inner = {key: skip(value) if isinstance(value, dict) else value for key, value in entries.items()}
+        return {
+            key: value if isinstance(value, dict) else tfds.decode.SkipDecoding()
+            for key, value in inner.items()
+            if isinstance(value, dict | tfds.features.Image)
         }
 
     steps = _builder(path).info.features["steps"]
-    return {"steps": skip(getattr(steps, "feature", steps))}
+    step = chosen(getattr(steps, "feature", steps))
+    return tfds.features.FeaturesDict({"steps": type(steps)(step)}), {"steps": skip(step)}
 
 
-def _parse(path: str, record: bytes, file: str) -> dict[str, np.ndarray]:
-    """Columns of one record: path of the leaf → `[N, ...]`; pictures stay encoded."""
-    features = _builder(path).info.features
+def _parse(path: str, wanted: frozenset[str], record: bytes, file: str) -> dict[str, np.ndarray]:
+    """Wanted columns of one record: path of the leaf → `[N, ...]`; pictures stay encoded."""
     try:
-        steps = features.deserialize_example_np(record, decoders=_undecoded(path))["steps"]
+        features, decoders = _wanted(path, wanted)
+        steps = features.deserialize_example_np(record, decoders=decoders)["steps"]
         if isinstance(steps, Mapping):  # `steps` is a Sequence: already one array per leaf
             return dict(_leaves(steps))
         rows = [dict(_leaves(step)) for step in steps]
     except ImportError as error:
-        raise UserError(
-            f"{path} has features that TFDS decodes with TensorFlow only ({error}); install tensorflow-cpu beside this "
-            "package, or leave them out of the set"
-        ) from None
-    except (DecodeError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise _needs_tensorflow(path, error) from None
+    except (AttributeError, DecodeError, ValueError, KeyError, TypeError, IndexError) as error:
         raise BadRecording("steps", f"the record cannot be parsed: {error!r}", file) from None
+    except Exception as error:  # no fault of this record
+        raise UserError(
+            f"TFDS cannot parse the records of {path}: {error!r}; is features.json that of this set?"
+        ) from None
     return {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else ())}
 
 
@@ -198,7 +253,8 @@ def _texts(columns: Mapping[str, np.ndarray], key: str, file: str) -> list[str]:
 
 def _pictures(columns: Mapping[str, np.ndarray], file: str, key: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
     for row in rows:
-        encoded = np.frombuffer(columns[key][row], np.uint8)
+        stored = columns[key][row]
+        encoded = np.frombuffer(stored if isinstance(stored, bytes) else b"", np.uint8)
         picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
         if picture is None:
             raise BadRecording(key, f"no picture at row {row}", file)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wallwm_jax.console import UserError
+from wallwm_jax.events.schema import LEFT_OUT
 from wallwm_jax.sources.columns import BadRecording
 from wallwm_jax.sources.embodiment import Embodiment
 from wallwm_jax.sources.lerobot import event_labels, video
@@ -108,23 +109,30 @@ class LeRobotSet:
         entry = self._entry(number)
         index = int(entry["episode_index"])
         file = self._root / self._fill(self._data_path, entry, "data")
-        numbers, subtasks = sorted(embodiment.columns), {"subtask_index"} & set(self.features)
-        table = self._rows(file, index, ["timestamp", "task_index", *subtasks, *numbers])
+        numbers = sorted(embodiment.columns)
+        labelled = [key for key in event_labels.COLUMNS if key in self.features]
+        table = self._rows(file, index, ["timestamp", "task_index", *numbers], labelled)
         if table.num_rows != entry["length"]:
             raise BadRecording("length", f"meta says {entry['length']} rows, there are {table.num_rows}", str(file))
         if not table.num_rows:
             raise BadRecording("length", "no rows", str(file))
         columns = {key: _numbers(table[key], key, str(file)) for key in numbers}
         times = _numbers(table["timestamp"], "timestamp", str(file)).reshape(-1).astype(np.float64)
-        said = _said(file, index) if _LANGUAGE in self.features else []
-        labels = event_labels.labels(table, said, entry, self._texts, times, str(file))
+        said, missing = None, [key for key in labelled if key not in table.column_names]
+        if _LANGUAGE in self.features:
+            try:
+                said = _said(file, index)
+            except (LookupError, OSError, ValueError, pa.ArrowException):
+                missing.append(_LANGUAGE)
+        found = event_labels.labels(table, said, entry, self._texts, times, str(file))
         return Recording(
             name=f"{self.name.partition('/')[2]}/episode_{index:06d}",
             file=str(file),
             times=times,
             columns=columns,
-            labels=labels,
+            labels=found.levels,
             pictures=functools.partial(self._pictures, entry, file, times),
+            notes=(*(f"{key} {LEFT_OUT}: {file.name} has none that can be read" for key in missing), *found.notes),
         )
 
     def _entry(self, number: int) -> dict[str, Any]:
@@ -148,9 +156,9 @@ class LeRobotSet:
                 f"{what}/chunk_index, file_index", f"cannot be filled in {pattern!r}: {error}", self.path
             ) from None
 
-    def _rows(self, file: Path, index: int, wanted: list[str]) -> pa.Table:
+    def _rows(self, file: Path, index: int, wanted: list[str], optional: list[str]) -> pa.Table:
         """The rows of one episode."""
-        table = _table(file, tuple(sorted({"episode_index", *wanted})))
+        table = _table(file, tuple(sorted({"episode_index", *wanted, *optional})))
         for key in wanted:
             if key not in table.column_names:
                 raise BadRecording(key, "is missing", str(file))
@@ -211,7 +219,10 @@ def _texts(meta: Path, name: str) -> dict[int, str]:
     texts = {}
     for row in rows:
         words = [value for other, value in row.items() if other != key and isinstance(value, str)]
-        if not isinstance(row.get(key), int) or not words:
+        whole = isinstance(row.get(key), int) and bool(words)
+        if not whole and name == "subtasks":  # an extra: who names it is told that it is missing
+            continue
+        if not whole:
             raise UserError(f"{str(meta)!r}: a row of {name} has no {key} or no text: {row}")
         texts[row[key]] = words[0]
     return texts
