@@ -112,7 +112,7 @@ build_events.build({two.sources}, {str(tmp_path / "store")!r}, StoreOptions(kind
 def test_one_description_is_for_all_sets(two):
     _, counts = open_sources(two.sources[:1], OPTIONS, two.embodiments[:1])
     assert list(counts()) == ["lerobot/kitchen"]
-    with pytest.raises(UserError, match="has no numbers .observation.state"):  # the second set does not fit the first one's
+    with pytest.raises(UserError, match="has no numbers 'observation"):  # those of the first set, in the second
         open_sources(two.sources, OPTIONS, two.embodiments[:1])
 
 
