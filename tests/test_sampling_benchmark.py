@@ -19,7 +19,7 @@ from wallwm_jax.events.schema import LEVELS
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> sampling.MadeUp:
     folder = tmp_path_factory.mktemp("made_up")
-    assert sampling.make_store(folder, 4000) == {"clusters": [80, 80], "index_bytes": 34 * 4000}
+    assert sampling.make_store(folder, 4000) == {"clusters": [81, 81], "index_bytes": 34 * 4000}
     return sampling.MadeUp(folder)
 
 
@@ -33,7 +33,7 @@ def test_made_up_events_have_real_lengths_and_long_tails(store):
         sizes = np.sort(np.bincount(store.index["cluster_vl"][level]))[::-1]
         assert sizes[0] > 10 * np.median(sizes[sizes > 0])
     pairs = len(np.unique(store.index[["cluster_vl", "cluster_action"]][~subtasks]))
-    assert pairs < 0.5 * 57**2  # of the table of scenes and motions, much is empty
+    assert pairs < 0.5 * 54**2  # of the table of scenes and motions, much is empty
 
 
 def test_what_is_described_falls_into_the_clusters_that_are_said(store):
@@ -65,6 +65,6 @@ def test_each_step_has_its_own_process_and_figures():
     index, raking = found["rows"]["index"], found["rows"]["raking"]
     assert raking["peak_bytes"] >= index["peak_bytes"] - 2**22 > 2e7
     assert 100 < raking["effective_sample_size"] < 2000
-    assert 0 < raking["cpu_seconds"] and "raking" in sampling.table(found)
+    assert raking["cpu_seconds"] > 0 and "raking" in sampling.table(found)
     with pytest.raises(UserError, match="--rows=all: one of index, clusters, product"):
         sampling.measure(rows=("all",))
