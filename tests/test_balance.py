@@ -5,7 +5,7 @@ import pytest
 
 from configs import base
 from wallwm_jax.console import UserError
-from wallwm_jax.data.balance import balance_report, gini, normalised_entropy, plan_draw, rake, sampling_weights
+from wallwm_jax.data.balance import balance_report, gini, normalised_entropy, plan_draw, rake, sampling_weights, tally
 from wallwm_jax.data.event_store import INDEX_DTYPE
 from wallwm_jax.events.schema import LEVELS
 
@@ -214,3 +214,10 @@ def test_a_config_of_an_earlier_run_draws_as_it_did():
     old, new = (plan_draw(mixed_index(), each, SOURCES) for each in (data, section()))
     np.testing.assert_array_equal(old.target, new.target)
     assert not new.group.any()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.int64])
+def test_a_tally_is_what_sorting_would_find(kind):
+    values = np.random.default_rng(0).choice(np.array([-1, 0, 3, 90, 127], kind), 500)
+    for found, expected in zip(tally(values), np.unique(values, return_inverse=True, return_counts=True)):
+        np.testing.assert_array_equal(found, expected)

@@ -174,7 +174,7 @@ def test_large_frames_are_judged_at_a_fraction_of_their_size(episodes):
 def test_a_build_prepares_its_episodes_and_keeps_the_page_in_the_store(episodes, tmp_path, monkeypatch):
     late, frozen = late_pictures(episodes[0], 4), planted("frozen camera", episodes[1])
     families = {"squares": build_events.FamilyCount(kept=3)}
-    monkeypatch.setattr(build_events, "open_source", lambda *_: ([late, frozen, episodes[2]], lambda: families))
+    monkeypatch.setattr(build_events, "open_sources", lambda *_: ([late, frozen, episodes[2]], lambda: families))
     options = StoreOptions(kinds=("event",), heldout_fraction=0.0, latent_sample=4)
     target = str(tmp_path / "store")
     built = build_events.build("ocbench:squares", target, options, preparation=PrepareOptions(clean=True, sync=True))

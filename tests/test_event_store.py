@@ -518,12 +518,12 @@ with atomic_directory({str(target)!r}, overwrite=False) as directory:
 
 
 def test_build_writes_clusters_and_a_summary(tmp_path, monkeypatch):
-    def four_episodes(source, options):
-        assert (source, options.episodes, options.size) == ("ocbench:chamber", 4, 16)
+    def four_episodes(sources, options, embodiments):
+        assert (sources, options.episodes, options.size, embodiments) == (["ocbench:chamber"], 4, 16, ())
         stream = (synthetic_episode(options.seed + number, steps=48, size=16) for number in range(4))
         return stream, lambda: {"chamber": build_events.FamilyCount(4, 1, ("episode 2: no rows",))}
 
-    monkeypatch.setattr(build_events, "open_source", four_episodes)
+    monkeypatch.setattr(build_events, "open_sources", four_episodes)
     target = str(tmp_path / "store")
     start = time.monotonic()
     built = build_events.build("ocbench:chamber", target, StoreOptions(latent_sample=8), SourceOptions(4, size=16))

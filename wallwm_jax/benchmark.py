@@ -44,8 +44,12 @@ into OCBench episodes, by how many are recovered and caught (pip install 'wallwm
     python -m wallwm_jax.benchmark segment --episodes=20 --tasks=push,drawer-open,assembly --json
     python -m wallwm_jax.benchmark sync --json
 
-All but muon, segment and sync take --steps=N, how many calls are timed, and --config.section.knob=value. Progress goes
-to standard error, the figures alone to standard output.
+What is drawn of ten million events: clusters, weights, rows and coverage, seconds and memory of each:
+
+    python -m wallwm_jax.benchmark sampling --windows=10000000
+
+All but muon, segment, sync and sampling take --steps=N, how many calls are timed, and --config.section.knob=value.
+Progress goes to standard error, the figures alone to standard output.
 """
 
 from __future__ import annotations
@@ -71,6 +75,7 @@ _PARTS = {
     "muon": ("model", "topology", "rows"),
     "segment": ("episodes", "tasks"),
     "sync": (),
+    "sampling": ("windows", "rows"),
 }
 
 
@@ -86,7 +91,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("latents", "", "serving: run of stage staircase that tells the chunks what to do.")
     flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
-    flags.DEFINE_list("rows", [], "muon: rows of the table to compile; none takes all.")
+    flags.DEFINE_list("rows", [], "muon, sampling: rows of the table to measure; none takes all.")
+    flags.DEFINE_integer("windows", 1_000_000, "sampling: events of the made-up index.", 100)
     flags.DEFINE_integer("episodes", 20, "segment: episodes per OCBench family; loader: of the peer.", 1)
     flags.DEFINE_list("tasks", [], "segment: MetaWorld tasks to report, too.")
 

@@ -30,6 +30,13 @@ dropped, repaired and left out by which rule and shows examples, build_report.js
     python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml --video_fps=5 \
         --clean --sync --out=runs/kitchen
 
+Several sources in one store, of any formats, on one clock and with views of the same names; of each, damaged episodes
+are counted on their own. A training draws them in the shares of its config, here half and half
+(--config.data.mixture='(("lerobot/kitchen", 1), ("rlds/lab", 1))'), however many episodes they have:
+
+    python -m wallwm_jax.build_events --source=lerobot:sets/kitchen --embodiment=arm.toml \
+        --source=rlds:sets/lab --embodiment=lab.toml --video_fps=5 --out=runs/both
+
 Recoveries of OCBench's experts: at a contact the hand is pushed aside, the gripper opens or closes too early, or the
 block is moved; how the expert goes on from there is an episode of source ocbench-recovery/..., in the split of the
 demonstration that it was made from. Three windows of twenty are recoveries in a training with
@@ -60,7 +67,7 @@ from absl import flags
 
 from wallwm_jax.console import UserError, phase, run_command
 from wallwm_jax.events.labelling import WHICH, Labelled
-from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_source
+from wallwm_jax.sources.opening import NAMES, FamilyCount, SourceOptions, open_sources
 
 # Recording processes import this module again, so what is heavy is imported where it is used.
 if TYPE_CHECKING:
@@ -94,11 +101,12 @@ class Build:
 
 
 def build(
-    source: str,
+    sources: str | Sequence[str],
     out: str,
     options: StoreOptions,
     recording: SourceOptions | None = None,
     *,
+    embodiments: Sequence[str] = (),
     preparation: PrepareOptions | None = None,
     segment: str = "auto",
     overwrite: bool = False,
@@ -106,8 +114,8 @@ def build(
     """Builds and clusters a store; see the flags of the command for the arguments.
 
     Raises:
-      UserError: unknown source, codec, window kind or level; `out` exists; what the source needs is not installed, or
-        too many of its episodes are damaged.
+      UserError: unknown source, codec, window kind or level; sources that do not fit together; `out` exists; what a
+        source needs is not installed, or too many of its episodes are damaged.
     """
     from wallwm_jax.data.clusters import cluster_store
     from wallwm_jax.data.store_writer import atomic_directory, write_store
@@ -116,17 +124,19 @@ def build(
 
     seconds: dict[str, float] = {}
     cpu = _used()[0]
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    named = ", ".join(sources)
     with atomic_directory(out, overwrite=overwrite) as directory:
-        stream, families = open_source(source, recording or SourceOptions(seed=options.seed))
+        stream, families = open_sources(sources, recording or SourceOptions(seed=options.seed), embodiments)
         prepared = prepare(stream, preparation or PrepareOptions())
         labelled = Labelled(prepared, segment)
-        with phase(f"record {source} into windows", seconds):
+        with phase(f"record {named} into windows", seconds):
             summary = write_store(directory, labelled, options)
         with phase("cluster windows", seconds):
             cluster_store(directory, seed=options.seed)
         for name, count in families().items():  # of these no episode could be made, so `prepare` never saw them
             prepared.summary.add_lost(name, count.dropped, count.reasons)
-        write_build_report(directory, prepared.summary, f"Event store of {source}")
+        write_build_report(directory, prepared.summary, f"Event store of {named}")
         size_on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     spent, peak = _used()
     return Build(summary, families(), size_on_disk, prepared.summary, seconds, labelled.count, spent - cpu, peak)
@@ -176,13 +186,17 @@ def report(build: Build, out: str) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("source", None, f"Where episodes come from: {' or '.join(NAMES.values())}")
+    flags.DEFINE_multi_string(
+        "source", [], f"Where episodes come from, again for each source: {' or '.join(NAMES.values())}"
+    )
     flags.DEFINE_integer(
         "episodes",
         None,
         "To record of each family (default 40), with shares of all; the first of a set (all); to --inspect (4)",
     )
-    flags.DEFINE_string("embodiment", "", "What a set's columns mean: a name, or the path of a TOML file")
+    flags.DEFINE_multi_string(
+        "embodiment", [], "What a set's columns mean, a name or the path of a TOML file; of several sets, once for each"
+    )
     flags.DEFINE_float(
         "video_fps", 0.0, "Frames per second, two commands each, that the source is brought to; 0 keeps its own"
     )
@@ -269,7 +283,6 @@ def main(_: Sequence[str]) -> None:
         size=values.size,
         views=tuple(values.views),
         workers=values.workers,
-        embodiment=values.embodiment,
         video_fps=values.video_fps,
         damage_limit=values.damage_limit,
         recoveries=values.recoveries,
@@ -280,6 +293,7 @@ def main(_: Sequence[str]) -> None:
         values.out,
         options,
         recording,
+        embodiments=values.embodiment,
         preparation=preparation if values.clean or values.sync else None,
         segment=values.segment,
         overwrite=values.overwrite,

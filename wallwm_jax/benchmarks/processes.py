@@ -21,3 +21,9 @@ def memory(pid: int) -> int:
     """Bytes of a process; memory that it shares counts by its share."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held, mapped files included; `getrusage` counts its parent's, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

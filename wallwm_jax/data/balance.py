@@ -95,7 +95,8 @@ def plan_draw(index: np.ndarray, data: ConfigDict, sources: Sequence[str] = ()) 
         kept &= margin.shares[margin.labels] > 0
     for margin in margins:
         _check_present(margin, margin.labels[kept], "those that have the other shares have only")
-    candidates, windows = candidates[kept], windows[kept]
+    if not kept.all():
+        candidates, windows = candidates[kept], windows[kept]
     if (data.vl_power or data.action_power) and not all(
         (windows[name] >= 0).any() for name in ("cluster_vl", "cluster_action")
     ):
@@ -147,7 +148,7 @@ def sampling_weights(index: np.ndarray, a: float, b: float, clip: float, balance
         if balance == "raking":
             raw, _ = rake(np.ones(len(chosen)), [(each.labels, each.target) for each in clusters])
         else:
-            raw = math.prod(each.sizes[each.labels] ** -each.power for each in clusters)
+            raw = math.prod((each.sizes**-each.power)[each.labels] for each in clusters)
         weights[chosen] = np.clip(raw / raw.mean(), 1 / clip, clip)
     return weights
 
@@ -171,12 +172,10 @@ def rake(
     """
     if not margins:
         return weights / weights.sum(), 0.0
-    key = np.zeros(len(weights), np.int64)
-    for labels, shares in margins:
-        key = key * len(shares) + labels
-    _, first, cell = np.unique(key, return_index=True, return_inverse=True)
+    shape = [len(shares) for _, shares in margins]
+    cells, cell, _ = tally(np.ravel_multi_index([labels for labels, _ in margins], shape))
     start = np.bincount(cell, weights)
-    mass, places = start / start.sum(), [labels[first] for labels, _ in margins]
+    mass, places = start / start.sum(), np.unravel_index(cells, shape)
     for _ in range(sweeps):
         for place, (_, shares) in zip(places, margins):
             held = np.bincount(place, mass, len(shares))
@@ -250,8 +249,17 @@ def normalised_entropy(shares: np.ndarray) -> float:
 
 def kinds_and_levels(index: np.ndarray) -> list[tuple[int, int]]:
     """The (kind, level) pairs that occur, as numbers."""
-    keys = np.unique(index["kind"].astype(np.int64) * len(LEVELS) + index["level"])
+    keys = np.flatnonzero(np.bincount(index["kind"] * len(LEVELS) + index["level"]))
     return [divmod(int(key), len(LEVELS)) for key in keys]
+
+
+def tally(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`np.unique` with inverse and counts, of whole numbers close to each other: it counts instead of sorting."""
+    least = int(values.min())
+    places = values - least if least else values
+    counts = np.bincount(places)
+    present = counts > 0
+    return np.flatnonzero(present) + least, (np.cumsum(present) - 1)[places], counts[present]
 
 
 def positions(index: np.ndarray, kind: int, level: int) -> np.ndarray:
@@ -271,7 +279,7 @@ class _Clustering:
 
     @classmethod
     def of(cls, clusters: np.ndarray, power: float) -> _Clustering:
-        ids, labels, counts = np.unique(clusters, return_inverse=True, return_counts=True)
+        ids, labels, counts = tally(clusters)
         sizes = counts.astype(np.float64)
         wanted = sizes ** (1 - power)
         return cls(ids, labels, sizes, power, wanted / wanted.sum())

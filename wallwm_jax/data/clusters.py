@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ from wallwm_jax.events.windows import KINDS
 
 FILE_NAME = "clusters.json"
 _EXAMPLES = 5  # captions kept per cluster
+_FITTED = 256  # windows per cluster that move the centres, as in FAISS: more tell k-means nothing new
 _WORDINGS = 64  # captions counted per cluster: the most frequent so far
+
+Reader = Callable[[EventStore, np.ndarray], Described]
+"""Describes windows, `[n]` index positions, of a split."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def cluster_store(
       scale: each clustering of a kind and level of n windows has `scale * sqrt(n / 10)` clusters,
       most_vl, most_action: but at most these many.
       held_windows: a kind and level of up to so many windows is clustered by k-means at once. Of more, a random sample
-        of so many gives the spaces and the first centres, and the others move these in mini-batches, each seen once.
+        of so many gives the spaces and the first centres, and others, up to 256 per cluster, move these in
+        mini-batches, each seen once.
 
     Returns:
       What `load_clusters` would return.
@@ -189,12 +194,14 @@ def find_clusters(
     most: tuple[int, int],
     held_windows: int,
     chunk: int = 8192,
+    read: Reader = describe,
 ) -> tuple[tuple[list[dict[str, Any]], list[dict[str, Any]]], dict[str, np.ndarray]]:
     """The work of `cluster_store`, which writes what this returns.
 
     Args:
       splits: the store by split, first `train`, which is fitted.
       chunk: windows described at a time.
+      read: how windows are described.
 
     Returns:
       The two tables of `Clusters`, and per split the ids `[2, windows]` int32.
@@ -205,14 +212,15 @@ def find_clusters(
     for number, (kind, level) in enumerate(kinds_and_levels(train.index)):
         name = f"{KINDS[kind]} windows, {LEVELS[level]}"
         order = np.random.default_rng([seed, number]).permutation(positions(train.index, kind, level))
-        seen = describe(train, np.sort(order[:held_windows]))
+        seen = read(train, np.sort(order[:held_windows]))
         if not len(seen.windows):
             raise UserError(f"no record of {name} of event store {str(train.path)!r} can be read")
         spaces: tuple[Space, Space] = (embedder.fit(train, seen, seed), ActionSpace(seen))
         unread = max(0, len(order) - held_windows)
         counts = [number_of_clusters(len(seen.windows) + unread, scale, limit) for limit in most]
+        others = order[held_windows:][: _FITTED * max(counts)]
         fits = [_KMeans(space.features(train, seen), count, seed) for space, count in zip(spaces, counts)]
-        stream = itertools.chain([seen], _chunks(train, order[held_windows:], chunk, f"fit {name}"))
+        stream = itertools.chain([seen], _chunks(train, others, chunk, read, f"fit {name}"))
         for described in stream if unread else ():
             for fit, space in zip(fits, spaces):
                 fit.add(space.features(train, described))
@@ -222,7 +230,7 @@ def find_clusters(
         for split, store in splits.items():
             inside = positions(store.index, kind, level)
             whole = store is train and not unread  # all that the fit saw: no need to read it again
-            for described in [seen] if whole else _chunks(store, inside, chunk, f"clusters of {split} {name}"):
+            for described in [seen] if whole else _chunks(store, inside, chunk, read, f"clusters of {split} {name}"):
                 for which, (fit, space) in enumerate(zip(fits, spaces)):
                     nearest = _nearest(space.features(store, described), fit.centres)
                     ids[split][which, described.windows] = totals[which].first + nearest
@@ -243,10 +251,10 @@ def number_of_clusters(windows: int, scale: float, most: int) -> int:
     return max(1, min(round(scale * math.sqrt(windows / 10)), most, windows))
 
 
-def _chunks(store: EventStore, windows: np.ndarray, chunk: int, label: str) -> Iterator[Described]:
+def _chunks(store: EventStore, windows: np.ndarray, chunk: int, read: Reader, label: str) -> Iterator[Described]:
     starts = range(0, len(windows), chunk)
     for start in progress(starts, total=len(starts), unit="part", label=label):
-        described = describe(store, np.sort(windows[start : start + chunk]))
+        described = read(store, np.sort(windows[start : start + chunk]))
         if len(described.windows):
             yield described
 
@@ -259,14 +267,17 @@ class _Totals:
         self._windows: dict[str, np.ndarray] = {"train": np.zeros(count, int), "heldout": np.zeros(count, int)}
         self._captions: list[Counter[int]] = [Counter() for _ in range(count)]
         self._seconds = np.zeros(count)
-        self._actions = np.zeros((count, STEPS, ACTION_DIM))
+        self._actions = np.zeros((count if with_actions else 0, STEPS, ACTION_DIM))
 
     def add(self, split: str, store: EventStore, seen: Described, cluster: np.ndarray) -> None:
         np.add.at(self._windows[split], cluster, 1)
         if split != "train":
             return
         np.add.at(self._seconds, cluster, np.exp(seen.log_duration))
-        np.add.at(self._actions, cluster, seen.trajectories)
+        if self._with_actions:
+            order = np.argsort(cluster, kind="stable")
+            numbers, starts = np.unique(cluster[order], return_index=True)
+            self._actions[numbers] += np.add.reduceat(seen.trajectories[order], starts, dtype=np.float64)
         for number, caption in zip(cluster.tolist(), seen.captions.tolist()):
             counts = self._captions[number]
             counts[caption] += 1
@@ -278,7 +289,9 @@ class _Totals:
         used = self._windows["train"] > 0
         self._windows = {split: windows[used] for split, windows in self._windows.items()}
         self._captions = [captions for captions, any_ in zip(self._captions, used) if any_]
-        self._seconds, self._actions = self._seconds[used], self._actions[used]
+        self._seconds = self._seconds[used]
+        if self._with_actions:
+            self._actions = self._actions[used]
         return used
 
     def rows(self, kind: str, level: str, store: EventStore) -> list[dict[str, Any]]:

@@ -79,8 +79,7 @@ class Sampler:
         draw = plan_draw(index, data, sources)
         self.candidates, self.target = draw.candidates, draw.target
         chosen = index[self.candidates]
-        self._lengths = chosen["length"].astype(np.int64)
-        self._actions = chosen["num_actions"].astype(np.int64)
+        self._lengths, self._actions = chosen["length"].copy(), chosen["num_actions"].copy()
         _check_sizes(self._lengths, self._actions, self._capacity, self.candidates)
         self._make_cells(chosen, draw.group)
         self._shrink_until_packable(float(data.fill_target))
@@ -138,21 +137,23 @@ class Sampler:
         for name in ("level", "cluster_vl", "cluster_action"):
             ids = chosen[name].astype(np.int64) - int(chosen[name].min())
             key = key * (int(ids.max()) + 1) + ids
-        cells, cell, sizes = np.unique(key, return_inverse=True, return_counts=True)
-        self._members = np.argsort(cell, kind="stable")
-        self._cell_size = sizes.astype(np.int64)
-        self._cell_first = np.cumsum(sizes) - sizes
-        self._cell_target = np.bincount(cell, weights=self.target)
+        order = np.argsort(key, kind="stable")
+        ordered = key[order]
+        self._cell_first = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
+        self._cell_size = np.diff(self._cell_first, append=len(ordered))
+        cells = ordered[self._cell_first]
+        self._members = order.astype(np.int32)  # every process that loads holds them
+        self._cell_target = np.bincount(np.repeat(np.arange(len(cells)), self._cell_size), self.target[order])
         # Where a deck's quota of a cell is a fraction, its phase says in which decks it rounds up. Golden-ratio phases
         # over cells sorted by vision-language cluster and rate keep the counts of those clusters even in each deck.
         cluster = cells // (int(chosen["cluster_action"].max()) - int(chosen["cluster_action"].min()) + 1)
         order = np.lexsort((self._cell_target, cluster))
-        self._phase = np.empty(len(sizes))
-        self._phase[order] = np.modf((np.arange(len(sizes)) + 0.5) * 0.6180339887498949)[0]
+        self._phase = np.empty(len(cells))
+        self._phase[order] = np.modf((np.arange(len(cells)) + 0.5) * 0.6180339887498949)[0]
 
-    def _plan(self, fill: float) -> None:
-        """Sets how many draws a deck has, so that a block's mean load is `fill` of the scarcest of its capacities."""
-        means = np.array([self.target @ self._lengths, self.target @ self._actions, 1.0])
+    def _plan(self, fill: float, means: np.ndarray) -> None:
+        """Sets how many draws a deck has, so that a block's mean load is `fill` of the scarcest of its capacities;
+        `means` are latents, actions and slots of a draw."""
         room = np.array(self._capacity) * self.rows_per_block * fill / means  # events per block that each would allow
         scarcest = int(np.argmin(room))
         self._load = (self._lengths, self._actions, np.ones_like(self._lengths))[scarcest]
@@ -162,8 +163,9 @@ class Sampler:
 
     def _shrink_until_packable(self, fill: float) -> None:
         """Lowers the planned fill until trial blocks pack (almost) whole: long events leave gaps that nothing fills."""
+        means = np.array([self.target @ self._lengths, self.target @ self._actions, 1.0])
         while True:
-            self._plan(fill)
+            self._plan(fill, means)
             deck = self._make_deck(0)
             drawn = placed = 0
             for number in range(_TRIAL_BLOCKS):
@@ -188,7 +190,7 @@ class Sampler:
             _mix(np.uint64(self._seed & 0xFFFFFFFFFFFFFFFF) + _mix(cell.astype(np.uint64))) + lap.astype(np.uint64)
         )
         windows = self._members[self._cell_first[cell] + _shuffled(rank, size, key)]
-        load = self._load[windows]
+        load = self._load[windows].astype(np.int64)
         middle = np.cumsum(load) - load / 2
         edges = np.linspace(0, load.sum(), BLOCKS_PER_DECK + 1)
         return _Deck(windows, np.searchsorted(middle, edges))

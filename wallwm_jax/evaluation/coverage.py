@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.config import define_config_flag
 from wallwm_jax.console import run_command
-from wallwm_jax.data.balance import balance_report, effective_sample_size
+from wallwm_jax.data.balance import balance_report, effective_sample_size, tally
 from wallwm_jax.data.clusters import load_clusters
 from wallwm_jax.data.event_store import EventStore, open_store
 from wallwm_jax.data.sampler import Sampler
@@ -57,7 +57,7 @@ def coverage(store: EventStore, config: ConfigDict, steps: int) -> dict[str, Any
     latents = target * chosen["length"] / (target @ chosen["length"])
     parts = {}
     for part, (labels, name) in _parts(store, chosen).items():
-        values, group = np.unique(labels, return_inverse=True)
+        values, group, _ = tally(labels)
         windows, *sums = (np.bincount(group, weights) for weights in (None, target, latents, passes, never))
         parts[part] = [
             {

@@ -25,6 +25,9 @@ class Clock:
     hz: float
     video_stride: int
 
+    def __str__(self) -> str:
+        return f"{self.hz:g} control steps and {self.hz / self.video_stride:g} frames per second"
+
 
 def choose_clock(embodiment: Embodiment, video_fps: float) -> Clock:
     """`two_step_clock(video_fps)`; the set's own clock where that is 0."""

@@ -6,13 +6,15 @@ lerobot:DIR                  a LeRobot set of version 2 or 3
 rlds:DIR                     an RLDS set (Open X-Embodiment)
 
 A simulator records as many episodes of each family or task, or shares of one total: ocbench:chamber=80,switch=20.
+Several sources, of any formats, are read one after the other, where they have one clock and the same views.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.events.schema import Episode
 
 if TYPE_CHECKING:
+    from wallwm_jax.sources.clock import Clock
     from wallwm_jax.sources.recorded import RecordedSet
     from wallwm_jax.sources.simulator.ocbench_demos import RecoveryCount
 
@@ -30,6 +33,7 @@ NAMES = {
     "lerobot": "lerobot:DIR",
     "rlds": "rlds:DIR",
 }
+SETS = ("lerobot", "rlds")  # of these, recordings that an embodiment describes
 _EPISODES = 40  # of each family that is recorded, where the command does not say
 
 
@@ -76,12 +80,73 @@ class SourceOptions:
 Opened = tuple[Iterable[Episode], Callable[[], dict[str, FamilyCount]]]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Episodes, a function that tells the count per family, and what all episodes of one store must share."""
+
+    episodes: Iterable[Episode]
+    counts: Callable[[], dict[str, FamilyCount]]
+    clock: Clock
+    views: tuple[str, ...]
+
+
 def open_source(source: str, options: SourceOptions) -> Opened:
     """The episodes of a source, and a function that tells the count per family once they are all read.
 
     Raises:
       UserError: an unknown source, options that do not fit it, or what the source itself finds.
     """
+    opened = _open(source, options)
+    return opened.episodes, opened.counts
+
+
+def open_sources(sources: Sequence[str], options: SourceOptions, embodiments: Sequence[str] = ()) -> Opened:
+    """The episodes of several sources, one source after the other, as `open_source` has those of one.
+
+    Args:
+      sources: each as `open_source` takes it; `options` hold for each, recoveries for those that can be disturbed.
+      embodiments: of the recorded sets, in their order; one is for all of them.
+
+    Raises:
+      UserError: before anything is read, what `open_source` finds in any of them; embodiments without a set; and
+        sources with the same family, another clock, or a view that the first lacks.
+    """
+    sets = [source for source in sources if source.partition(":")[0] in SETS]
+    if len(embodiments) not in ((0, 1, len(sets)) if sets else (0,)):
+        raise UserError(
+            f"--embodiment describes recorded sets, here {len(sets)}, and is given {len(embodiments)} times; "
+            "give it once for all of them, or once for each in their order"
+        )
+    described = itertools.cycle(embodiments or [options.embodiment])
+    disturbed = any(source.startswith("ocbench:") for source in sources)
+    opened: list[_Source] = []
+    for source in sources:
+        own = replace(options, embodiment=next(described) if source in sets else "")
+        if disturbed and not source.startswith("ocbench:"):
+            own = replace(own, recoveries=0)
+        opened.append(_open(source, own))
+    families = Counter(name for one in opened for name in one.counts())
+    if twice := [name for name, count in families.items() if count > 1]:
+        raise UserError(f"two sources are called {twice[0]!r}, so no mixture could tell them apart; rename one")
+    first = opened[0]
+    for source, one in zip(sources, opened):
+        if one.clock != first.clock:
+            raise UserError(
+                f"{source} has {one.clock}, {sources[0]} {first.clock}; a store has one clock, bring both to it by "
+                "--video_fps"
+            )
+        if extra := set(one.views) - set(first.views):
+            raise UserError(
+                f"{source} has views {sorted(extra)} that {sources[0]} lacks ({', '.join(first.views)}); name the "
+                "source with all views first, or give views that show the same one name in the embodiments"
+            )
+    return (
+        itertools.chain.from_iterable(one.episodes for one in opened),
+        lambda: {name: count for one in opened for name, count in one.counts().items()},
+    )
+
+
+def _open(source: str, options: SourceOptions) -> _Source:
     name, _, argument = source.partition(":")
     if name not in NAMES or not argument:
         raise UserError(f"unknown source {source!r}; give {' or '.join(NAMES.values())}")
@@ -144,8 +209,8 @@ def families_of(argument: str, episodes: int | None) -> dict[str, int]:
     return dict(zip(names, counts.tolist()))
 
 
-def _open_simulator(name: str, families: dict[str, int], options: SourceOptions) -> Opened:
-    from wallwm_jax.sources.clock import resample_episode, two_step_clock
+def _open_simulator(name: str, families: dict[str, int], options: SourceOptions) -> _Source:
+    from wallwm_jax.sources.clock import Clock, resample_episode, two_step_clock
     from wallwm_jax.sources.columns import BadRecording
     from wallwm_jax.sources.simulator import metaworld_demos, ocbench_demos
 
@@ -186,25 +251,30 @@ def _open_simulator(name: str, families: dict[str, int], options: SourceOptions)
             else:
                 yield slower
 
-    return resampled(), lambda: {
-        name: FamilyCount(
-            count.kept - lost[name], count.dropped + len(short[name]), tuple(short[name]), count.recoveries
-        )
-        for name, count in stream.counts.items()
-    }
+    def counts() -> dict[str, FamilyCount]:
+        return {
+            name: FamilyCount(
+                count.kept - lost[name], count.dropped + len(short[name]), tuple(short[name]), count.recoveries
+            )
+            for name, count in stream.counts.items()
+        }
+
+    own_clock = Clock(simulator.CLOCK_HZ, simulator.VIDEO_STRIDE)
+    return _Source(resampled(), counts, clock or own_clock, tuple(options.views or simulator.VIEWS))
 
 
-def _open_set(source: str, options: SourceOptions) -> Opened:
+def _open_set(source: str, options: SourceOptions) -> _Source:
     dataset = open_set(source)
     from wallwm_jax.sources.clock import choose_clock
     from wallwm_jax.sources.embodiment import load_embodiment
     from wallwm_jax.sources.recorded import read_episodes
 
     embodiment = load_embodiment(options.embodiment)
+    clock = choose_clock(embodiment, options.video_fps)
     stream = read_episodes(
         dataset,
         embodiment,
-        choose_clock(embodiment, options.video_fps),
+        clock,
         size=options.size,
         episodes=options.episodes,
         workers=options.workers,
@@ -214,4 +284,4 @@ def _open_set(source: str, options: SourceOptions) -> Opened:
     def counts() -> dict[str, FamilyCount]:
         return {dataset.name: FamilyCount(stream.count.kept, len(stream.count.damaged), tuple(stream.count.damaged))}
 
-    return stream, counts
+    return _Source(stream, counts, clock, tuple(embodiment.cameras))
