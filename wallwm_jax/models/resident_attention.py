@@ -47,7 +47,7 @@ class Rotary(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a kernel is compiled for: lanes of a head; segments instead of a bias; a gradient of the rotary tables; which
+    """What a kernel is compiled for: lanes of a head; segments, not a bias; a gradient of the rotary tables; which
     masks and tables come in blocks of queries; to be interpreted."""
 
     width: int
