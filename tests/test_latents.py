@@ -1,6 +1,7 @@
 """What latents and features tell: conditions that are the same cost the same, gaps and their shares, refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -125,10 +126,11 @@ def test_a_projectors_run_is_measured_with_the_towers_of_the_model_that_it_is_al
     assert found["align"]["head"]["mean"] > 0.5 and found["next"]["head"]["mean"] > 1.0
     assert found["figures"]["time, the head's"] == found["time"]["head"]["mean"] > 0
 
-    _, rows, windows = latents._prepared(config, store, 3, 1)
+    prepared, rows, windows = latents._prepared(config, store, 3, 1)
+    tell = jax.jit(functools.partial(latents._tell, config=prepared))
     questions = Questions(store, config)
     asked = [request_of(questions.ask(window), config.data.views) for window in windows[:2]]
     for features, window in zip(LatentConditioner(own, config, batch_size=2).latents(asked), windows):
-        told = latents._tell(params, config, latents._alone(rows.asked(window))).instead
+        told = tell(params, batch=latents._alone(rows.asked(window))).instead
         assert len(features) == int(told.length[0, 0])
         np.testing.assert_allclose(features, told.features[0, 0, : len(features)], atol=1e-4)
