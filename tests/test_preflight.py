@@ -64,6 +64,7 @@ def products(jaxpr, times=1):
 
 
 def forward(config, run_actions):
+    """The forward pass of one row without noise, and the shapes of its arguments, parameters and batch."""
     shapes = {name: jax.ShapeDtypeStruct(*spec) for name, spec in batch_spec(config, 1).items()}
     params = wam.abstract_params(config.model)
 
@@ -81,7 +82,13 @@ def forward(config, run_actions):
             run_actions=run_actions,
         )
 
-    return jax.make_jaxpr(run)(params, shapes)
+    return run, (params, shapes)
+
+
+def multiplied(config, run_actions):
+    """FLOPs of the products of a forward pass, as traced."""
+    run, shapes = forward(config, run_actions)
+    return products(jax.make_jaxpr(run)(*shapes).jaxpr)
 
 
 @pytest.mark.parametrize("view_attention", [True, False])
@@ -91,13 +98,32 @@ def test_the_formula_is_what_the_program_multiplies(view_attention):
     row = RowShape.of(config, 3)
     assert dataclasses.astuple(row) == (3, 17, 1, 128, 32)
     parts = forward_flops(config.model, row)
-    video = products(forward(config, run_actions=False).jaxpr)
-    both = products(forward(config, run_actions=True).jaxpr)
+    video = multiplied(config, run_actions=False)
+    both = multiplied(config, run_actions=True)
     assert parts["video"] == pytest.approx(video, rel=0.03)
     keys = training_flops(config, row, "action") - parts["video"]  # three times one draw and the keys of the video
     assert keys / 3 == pytest.approx(both - video, rel=0.03)
     assert training_flops(config, row, "video") == 3 * parts["video"]
     assert training_flops(config, row, "joint") == pytest.approx(3 * both, rel=0.03)
+
+
+@pytest.mark.tpu
+def test_the_formula_is_what_the_tpu_program_executes():
+    """Products outside kernels and in them, of 1024 cells a view, which blocks of the kernel fill."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    config = sized_config()
+    with config.unlocked():
+        config.model.update(max_latents=16, latent_shape=(16, 16), compute_dtype="bfloat16")
+        config.data.update(latents_per_row=16)
+    mesh = make_mesh(dict.fromkeys(AXES, 1), topology_devices("v5p:2x2x1")[:1])
+    run, shapes = forward(config, run_actions=False)
+    whole = sharding.replicated(mesh)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = statistics(jax.jit(run).lower(*shapes).compile())
+    assert any("splash" in name for name in found.kernels), found.table()
+    needed = forward_flops(config.model, RowShape.of(config, 3))["video"]
+    assert found.flops + found.kernel_flops == pytest.approx(needed, rel=0.03)
 
 
 def test_more_draws_cost_only_their_own_stream():
