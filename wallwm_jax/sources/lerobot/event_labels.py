@@ -75,9 +75,9 @@ def labels(
     source: dict[str, str] = {}
     for way, given in ways.items():
         for level, found in given.items():
-            first = levels.setdefault(level, found)
+            chosen = levels.setdefault(level, found)
             source.setdefault(level, way)
-            if [(it.start_s, it.caption) for it in first] != [(it.start_s, it.caption) for it in found]:
+            if [(it.start_s, it.caption) for it in chosen] != [(it.start_s, it.caption) for it in found]:
                 notes.append(f"{level} labels of {way} {LEFT_OUT}: those of {source[level]} come first")
     first, *others = levels["task"]
     reworded = [row.get("content") for row in persistent if row.get("style") == "task_aug"]
