@@ -121,8 +121,11 @@ def parse_arm(text: str) -> Arm:
 def compare_arms(
     arms: Sequence[Arm], store_path: str | Path, out: str | Path, options: Options
 ) -> tuple[dict[str, Any], bool]:
-    """Runs what is missing of the arms' trials, writes into `out`; returns the content of `arms.json`: `compare`'s
-    result and `settings`, name → what the arm's trials were made with; and whether all is done.
+    """Runs what is missing of the arms' trials, and writes into `out`.
+
+    Returns:
+      The content of `arms.json`, as `compare` and `settings`, name → what the arm's trials were made with; and whether
+      all is done.
 
     Raises:
       UserError: a path is missing, runs that do not fit the store or each other, or trials made with other settings.
