@@ -399,7 +399,7 @@ def main(_: list[str]) -> int:
     config = ConfigDict(loaded.config)
     config.data.views = tuple(loaded.assets["store"]["views"])
     store = open_store(values.store, "heldout")
-    params = loaded.params
+    params: Params = loaded.params
     if values.towers and "vlm_text" not in params:
         raise UserError(
             "--towers is for a run of stage 'vlm_text'; one of stage 'staircase' holds those it was tied to"

@@ -126,10 +126,11 @@ def same_encoder(one: Any, other: Any) -> bool:
 
     Encoders that a stage froze are kept in bfloat16, so they are compared as such.
     """
-    left, right = jax.tree.leaves(one), jax.tree.leaves(other)
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(
-        np.shape(a) == np.shape(b) and np.array_equal(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16))
-        for a, b in zip(left, right)
+    left, right = (dict(jax.tree.leaves_with_path(tree)) for tree in (one, other))
+    return left.keys() == right.keys() and all(
+        np.shape(leaf) == np.shape(right[path])
+        and np.array_equal(jnp.asarray(leaf, jnp.bfloat16), jnp.asarray(right[path], jnp.bfloat16))
+        for path, leaf in left.items()
     )
 
 
