@@ -5,7 +5,7 @@ motions with Zipf's long tail, as many as clusters would be made, and most motio
 behind it: clusters are fitted to made-up captions, thumbnails and trajectories, whose making is not timed. Each step
 has a process of its own, so that its peak (of the whole process, the index that it has mapped included) is its own.
 
-Everything grows in proportion to the events but the row that is drawn: no step but coverage took more than 7 s.
+All of it grows in proportion to the events, except that rows come as fast, and a run resumes as soon.
 
 | processor seconds (peak MiB)             | 1 M events  | 10 M events  |
 |------------------------------------------|-------------|--------------|
