@@ -46,6 +46,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorstore>=0.1.70",
+        "threadpoolctl>=3.1",
         "tqdm>=4.66",
     ],
     extras_require={
