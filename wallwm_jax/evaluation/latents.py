@@ -344,8 +344,8 @@ def _judge(
 def _print(result: Mapping[str, Any]) -> None:
     names = [*result["action"], *(["nothing"] if "trace" in result else [])]
     print(f"{result['events']} held-out events" + "".join(f"{name.replace('_', ' '):>24}" for name in names))
-    for measure_ in ("trace", "match", "action", "video"):
-        cells = [_cell(result.get(measure_, {}).get(name)) for name in names]
+    for measure_ in (*(["trace"] if "trace" in result else []), "match", "action", "video"):
+        cells = [_cell(result[measure_].get(name)) for name in names]
         print(f"{measure_:<20}" + "".join(f"{cell:>24}" for cell in cells))
     for stream in ("action", "video"):
         for floor in FLOORS:
