@@ -282,6 +282,12 @@ def small_step():
         return config, preflight.inspect(config, "v5p:2x2x1"), *found
 
 
+def shapes(moved):
+    """Of all arrays in a `Traffic`."""
+    found = {sizes for arrays in moved.arrays for sizes in re.findall(r"\[([\d,]*)\]", arrays)}
+    return {tuple(int(size) for size in sizes.split(",") if size) for sizes in found}
+
+
 @pytest.mark.tpu
 def test_the_train_step_runs_the_splash_kernel_once_per_layer_and_pass(small_step):
     config, _, found = small_step
@@ -289,6 +295,15 @@ def test_the_train_step_runs_the_splash_kernel_once_per_layer_and_pass(small_ste
     assert set(runs.values()) == {config.model.depth}, found.table()
     assert len(runs) >= 6, found.table()  # forward, recomputed and backward, of the video's cells and of the actions'
     assert found.received["all-reduce"] > 0 and found.memory < 2 << 30
+
+
+@pytest.mark.tpu
+def test_the_train_step_all_reduces_no_weight_that_fsdp_splits(small_step):
+    """Of the video tower's attention and feed-forward: halves over data, whole ones never."""
+    _, _, found = small_step
+    reduced = {shape for (kind, _), moved in found.traffic.items() if kind == "all-reduce" for shape in shapes(moved)}
+    assert {(128, 2, 128), (2, 128, 128), (512, 128), (128, 512)} <= reduced
+    assert not {(256, 2, 128), (2, 128, 256), (256, 256), (512, 256), (256, 512)} & reduced
 
 
 @pytest.mark.tpu
@@ -362,18 +377,11 @@ def test_on_no_preset_does_a_weight_travel_by_all_reduce(topology):
     assert found.received["all-reduce"] <= 1.1 * 2 * 4 * weights / shards * (1 - 1 / copies) + 1e4
 
 
-def elements(arrays):
-    """Number of elements of an entry of `Traffic.arrays`."""
-    return sum(
-        math.prod(int(size) for size in sizes.split(",") if size) for sizes in re.findall(r"\[([\d,]*)\]", arrays)
-    )
-
-
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("axes", "reduced"),
     [
-        pytest.param({"data": 2, "fsdp": 2, "context": 2}, 2 * WEIGHT // 4, id="shards over data"),
+        pytest.param({"data": 2, "fsdp": 2, "context": 2}, WEIGHT // 4, id="shards over data"),
         pytest.param({"fsdp": 4, "tensor": 2}, 512 * WIDTH, id="outputs over tensor"),
         pytest.param(
             {"fsdp": 4, "context": 2},
@@ -394,12 +402,8 @@ def test_where_context_or_tensor_split_a_row_weights_travel_by_gather_and_scatte
     local, shards = 2 * LAYERS * WEIGHT / mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["context"]
     assert found.received["all-gather"] >= 0.9 * 2 * 2 * local * (1 - 1 / shards)  # forward and again backward
     assert found.received["reduce-scatter"] >= 0.9 * 2 * local * (1 - 1 / shards)
-    sizes = {
-        elements(arrays)
-        for (kind, _), moved in found.traffic.items()
-        if kind == "all-reduce"
-        for arrays in moved.arrays
-    }
+    reduces = (shapes(moved) for (kind, _), moved in found.traffic.items() if kind == "all-reduce")
+    sizes = {math.prod(shape) for found_shapes in reduces for shape in found_shapes}
     assert {size for size in sizes if size > WIDTH} == ({reduced} if reduced else set())
 
 
