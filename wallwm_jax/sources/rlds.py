@@ -209,7 +209,7 @@ def _wanted(path: str, wanted: frozenset[str]) -> tuple[Any, Any]:
         return {
             key: value if isinstance(value, dict) else tfds.decode.SkipDecoding()
             for key, value in inner.items()
-            if isinstance(value, dict | tfds.features.Image)
+            if isinstance(value, tfds.features.Image) or (isinstance(value, dict) and value)
         }
 
     steps = _builder(path).info.features["steps"]
