@@ -107,25 +107,6 @@ def test_the_formula_is_what_the_program_multiplies(view_attention):
     assert training_flops(config, row, "joint") == pytest.approx(3 * both, rel=0.03)
 
 
-@pytest.mark.tpu
-def test_the_formula_is_what_the_tpu_program_executes():
-    """Products outside kernels and in them, of 1024 cells a view, which blocks of the kernel fill."""
-    pytest.importorskip("libtpu", reason="needs the tpu extra")
-    config = sized_config()
-    with config.unlocked():
-        config.model.update(max_latents=16, latent_shape=(16, 16), compute_dtype="bfloat16")
-        config.data.update(latents_per_row=16)
-    mesh = make_mesh(dict.fromkeys(AXES, 1), topology_devices("v5p:2x2x1")[:1])
-    run, shapes = forward(config, run_actions=False)
-    whole = sharding.replicated(mesh)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = statistics(jax.jit(run).lower(*shapes).compile())
-    assert any("splash" in name for name in found.kernels), found.table()
-    needed = forward_flops(config.model, RowShape.of(config, 3))["video"]
-    assert found.flops + found.kernel_flops == pytest.approx(needed, rel=0.03)
-
-
 def test_more_draws_cost_only_their_own_stream():
     config = sized_config()
     row = RowShape.of(config, 3)
