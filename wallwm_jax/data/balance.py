@@ -256,7 +256,7 @@ def kinds_and_levels(index: np.ndarray) -> list[tuple[int, int]]:
 def tally(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`np.unique` with inverse and counts, of whole numbers close to each other: it counts instead of sorting."""
     least = int(values.min())
-    places = np.subtract(values, least, dtype=np.int64) if least else values
+    places = np.subtract(values, least, dtype=np.result_type(values, np.int32)) if least else values
     counts = np.bincount(places)
     present = counts > 0
     return np.flatnonzero(present) + least, (np.cumsum(present) - 1)[places], counts[present]
