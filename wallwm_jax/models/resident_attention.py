@@ -176,7 +176,7 @@ class _Inputs:
         tables = [ref[0] for ref in others[len(masks) :]]
         self.by_query, self.by_key = tables[:2], tables[-2:]
         self.bias = None if plan.by_segment else masks[0][0]
-        self.is_open = masks[0][0] == masks[1][0] if plan.by_segment else None
+        self.is_open = masks[0][0] == masks[1][0] if plan.by_segment else True
         block = self.query.shape[1]
         first = pl.program_id(2) * block
         rows = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)

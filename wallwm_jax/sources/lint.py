@@ -184,8 +184,8 @@ def _turn_ranges(sample: Sample, number: int) -> Iterator[Finding]:
         if rotation_width(kind) == 3:  # as they are: a difference of angles that wraps is a whole turn
             parts = [unit * arm.action.rotation.of(recording.columns, 3) for recording in sample.recordings]
         else:
-            matrices = [as_matrices(r.columns, arm.action.rotation, kind, unit) for r in sample.recordings]
-            parts = [Rotation.from_matrix(part).as_rotvec() for part in matrices]
+            turned = [as_matrices(r.columns, arm.action.rotation, kind, unit) for r in sample.recordings]
+            parts = [Rotation.from_matrix(part).as_rotvec() for part in turned]
         values = np.concatenate(parts)
         yield from _narrow(str(arm.action.rotation), "012", "rad", values, _outlying(values, "rad"))
 
