@@ -230,7 +230,7 @@ def test_hbm_traffic_is_what_the_compiler_counts(devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["video", "action"])
 def test_the_5b_train_step_compiles_for_128_chips(stage):
-    """WALL-WM's size at event shapes on v5p:4x4x8: the kernel once per layer and pass, most of the memory free."""
+    """WALL-WM's size at event shapes on v5p:4x4x8: kernels once per layer and pass, most of the memory free."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     config = wan5b.get_config(stage)
     with config.unlocked():
@@ -240,7 +240,8 @@ def test_the_5b_train_step_compiles_for_128_chips(stage):
     compiled = built.step.lower(built.abstract_state, built.abstract_batch(batch_spec(config, 128))).compile()
     found = statistics(compiled)
     print(found.table())
-    assert {count for name, count in found.kernels.items() if "splash" in name} == {config.model.depth}
+    assert found.kernels["resident_attention_fwd"] >= 3 * config.model.depth  # along views, across them, to captions
+    assert all(count % config.model.depth == 0 for count in found.kernels.values())
     assert found.memory < 0.9 * 95 * 2**30
 
 

@@ -203,7 +203,8 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         executed_flops=found.flops + found.kernel_flops,
         hbm_bytes=found.hbm,
         collectives={
-            f"{kind} over {'slice' if kind.startswith(DCN) else _axes(mesh.shape, size)}": asdict(moved)
+            f"{kind} over {'slice' if kind.startswith(DCN) else _axes(mesh.shape, size)}": vars(moved)
+            | {"arrays": dict(moved.arrays)}
             for (kind, size), moved in sorted(found.traffic.items())
         },
         muon=built.muon_cost,
