@@ -7,6 +7,12 @@ r"""Latents of a staircase on OCBench, tied to a frozen small language model and
 `init_from` is a run of configs/ocbench_vlm.py, stage `vlm_sft`; `text_from` one of a world action model, both towers,
 of the sizes of configs/ocbench_quickstart.py. A tie of the latents is left out by its weight, say
 --config.objective.trace_weight=0; configs/sweeps/latent_ties.py compares them.
+
+Measured with all three ties, on the runs of configs/ocbench_chunk.py and 267 held-out events: of the gap in action
+loss between no text and the true caption (0.025) the latents close 43 % [36, 50], those of another event 26 % [15, 37];
+of that between another caption and the true one 50 % [36, 62] against 35 % [20, 48]. What the tower's cross-attention
+reads is 1.07 away from what it reads of the true caption, with other latents 1.51, with another caption 2.01. The
+trace is read as well from nothing (0.195) as from the latents (0.199): that tie tells nothing here.
 """
 
 from ml_collections import ConfigDict

@@ -13,6 +13,10 @@ Four models from scratch, which see as many latents; the store has windows of bo
 (`--windows=event,history`). The sweep trains three, the fourth is `configs/ocbench_chunk.py:event` (runs/arms/event).
 The second command acts, on the same trials: events by the scripted planner's words, its durations (the oracle) or the
 model's own, chunks by the task's instruction.
+
+Measured of the two models of events, told actions (`level=action` in each arm), on 50 trials: with view attention
+20 % [12, 32] of the subtasks, without 14 % [7, 25], the difference 7 points [-3, 16]; by their own durations 21 and
+16 %. Those of chunks have not been run.
 """
 
 from configs import ocbench_chunk
