@@ -52,9 +52,9 @@ Measured with these commands on two busy cores, seed 0, without the arm of featu
                                           0 % [0, 7]           2 % [0, 10]
 
 Told actions, events are 16 points [4, 27] above chunks of the adapted model and 18 [10, 26] above those from scratch,
-trial by trial. Told whole subtasks, models of this size do not act at all, whatever names them: what they do there
-comes of looking again sooner, for their own durations of a subtask are those of actions (8 events in the time of 3).
-No episode of several subtasks was finished. So acting says nothing yet of planners and latents; what they tell is in
+trial by trial. Told whole subtasks, models of this size do not act, whatever names them, unless by their own durations,
+which are those of actions: they look again after 14 steps in the mean, with the oracle's after 43 (its `trials/`). No
+episode of several subtasks was finished. So acting says nothing yet of planners and latents; what they tell is in
 `configs/ocbench_vlm.py` and `configs/ocbench_staircase.py`.
 """
 

@@ -14,13 +14,13 @@ text encoder of a world action model, with the model's own sizes from configs/oc
 In words a row has 176 + 144 tokens, where bytes need 416 + 320 for the same history, and what an answer says is a third
 of its tokens, not a tenth.
 
-Measured with the first two commands, 13 minutes of training on two busy cores, on twice the quickstart's demonstrations
-(the store of configs/ocbench_chunk.py): of 331 held-out questions 32 % [27, 37] exact, 66 % [61, 71] with the right
-object; of 129 after orders that training had not seen 33 % [26, 42] and 66 % [57, 74]. What followed most often on the
-last event, by its text alone: 38 % [33, 43] and 52 % [46, 57], of unseen orders 38 % [30, 47] and 48 % [40, 57]. So it
-reads from the picture what is next, and words it worse. On half the demonstrations 28 % [21, 35] and 61 % [53, 68] of
-151. Time of the next event: median error 0.90 s; time left inside events 0.60 s, where half of the caption's usual
-duration has 0.63.
+Measured with the first two commands on twice the quickstart's demonstrations, the store of configs/ocbench_chunk.py:
+of 331 held-out questions 32 % [27, 37] exact, 66 % [61, 71] with the right object; of 129 after orders that training
+had not seen 33 % [26, 42] and 66 % [57, 74]. What followed most often on the last event, by its text alone: 38 %
+[33, 43] and 52 % [46, 57], of unseen orders 38 % [30, 47] and 48 % [40, 57]. So it reads from the picture what is next,
+and words it worse. On half the demonstrations, 13 minutes of training on two busy cores, 28 % [21, 35] and 61 %
+[53, 68] of 151. Time of the next event: median error 0.90 s; time left inside events 0.60 s, where half of the
+caption's usual duration has 0.63.
 """
 
 from ml_collections import ConfigDict
