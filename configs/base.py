@@ -185,6 +185,8 @@ def get_config() -> ConfigDict:
             log_every=10,
             save_every=500,  # steps between checkpoints
             save_minutes=0.0,  # also save when the last one is this old, looked at every log_every steps; 0 never
+            heldout_every=0,  # steps between evaluations of the losses on the store's heldout split; 0 never
+            heldout_batches=4,  # of data.rows rows, the same each time
             keep_checkpoints=3,  # newest ones kept
             keep_every=0,  # keep those at multiples of this many steps for good; 0 none
             max_failed_saves=3,  # abort when more saves in a row than this fail, as on a full disk

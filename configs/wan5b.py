@@ -36,8 +36,8 @@ def get_config(stage: str = "video") -> ConfigDict:
         )
     )
     config.model.text.update(dict(kind="features", width=4096, pad_to=512))
-    config.data.update(dict(rows=512, workers=8))
+    config.data.update(dict(rows=512, events_per_row=8, workers=8))
     config.objective.update(dict(action_draws=6))
     config.optim.update(dict(lr=5e-5, muon_lr=5e-5, muon_dtype="bfloat16", warmup_steps=1000))
-    config.train.update(dict(steps=200_000, log_every=20, save_every=1000))
+    config.train.update(dict(steps=200_000, log_every=20, save_every=1000, heldout_every=1000))
     return config

@@ -107,6 +107,18 @@ def test_the_formula_is_what_the_program_multiplies(view_attention):
     assert training_flops(config, row, "joint") == pytest.approx(3 * both, rel=0.03)
 
 
+@pytest.mark.tpu
+def test_the_formula_is_what_the_compiler_counts():
+    """Of both towers' forward pass, whose float32 attention runs outside kernels and pads nothing."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    config = sized_config()
+    run, arguments = forward(config, run_actions=True)
+    chip = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1")[0])
+    found = statistics(jax.jit(run, in_shardings=chip).lower(*arguments).compile())
+    assert not found.kernel_flops
+    assert training_flops(config, RowShape.of(config, 3), "joint") == pytest.approx(3 * found.flops, rel=0.002)
+
+
 def test_more_draws_cost_only_their_own_stream():
     config = sized_config()
     row = RowShape.of(config, 3)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_setup import STEPS, built_step, traced_steps, training_config, use_prepared_steps
@@ -17,10 +19,14 @@ from training_setup import STEPS, built_step, traced_steps, training_config, use
 from wallwm_jax.console import UserError
 from wallwm_jax.data import device_feed
 from wallwm_jax.data.event_store import open_store
+from wallwm_jax.data.packing import batch_spec
+from wallwm_jax.data.pipeline import RowSource
 from wallwm_jax.train import run
+from wallwm_jax.training import heldout
 from wallwm_jax.training.checkpoint import load_params, prepare_workdir
 from wallwm_jax.training.goodput import Goodput
-from wallwm_jax.training.telemetry import METRICS_FILE, Telemetry, clock, read_metrics
+from wallwm_jax.training.objectives import compute_loss
+from wallwm_jax.training.telemetry import METRICS_FILE, Telemetry, clock, read_heldout, read_metrics
 from wallwm_jax.training.train_state import count, flatten
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +226,43 @@ def test_repeated_steps_are_lost_and_the_spans_fill_the_wall_time(resumed):
     steps_s = sum(line["step_s"] - line["input_wait_s"] for line in read_metrics(resumed))
     assert found["useful_s"] == pytest.approx(steps_s)
     assert 0 < found["goodput"] == found["useful_s"] / found["wall_s"] < 1
+
+
+def test_held_out_losses_are_those_of_the_average_and_come_again_after_a_resume(clustered_store, tmp_path, resumed):
+    config = changed(training_config(clustered_store), train__heldout_every=4, train__heldout_batches=2)
+    with pytest.MonkeyPatch.context() as patch:
+        use_prepared_steps(patch, clustered_store)
+        run(config, tmp_path / "run")
+        found = read_heldout(tmp_path / "run")
+        os.rename(tmp_path / "run" / "checkpoints" / str(STEPS), tmp_path / "lost")
+        run(config, tmp_path / "run", resume=True)
+    assert read_heldout(tmp_path / "run") == found
+    assert [line["step"] for line in found] == [4, STEPS]
+    assert found[0]["loss"] != found[1]["loss"] and {"loss_video", "loss_action"} < set(found[0])
+    assert [line["loss"] for line in read_metrics(tmp_path / "run")] == [line["loss"] for line in read_metrics(resumed)]
+    spans = json.loads((tmp_path / "run" / "goodput.json").read_text())["spans"]
+    assert spans["evaluation"] > 0
+
+    built, state = built_step(clustered_store, "joint"), load_params(tmp_path / "run")  # the average
+    store = open_store(clustered_store, "heldout")
+    source = RowSource(store, config)
+    losses = []
+    for number in range(2):
+        rows = [source[2 * number + place] for place in range(2)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in batch_spec(config, 2)}
+        stream = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2)
+        key = jax.random.fold_in(stream, number)
+        weight = jnp.asarray(open_store(clustered_store).channel_weights())
+        losses.append(compute_loss(state.params, {}, config, built.stage, batch, key, weight)[0])
+    assert found[-1]["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_held_out_losses_need_held_out_events(clustered_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(heldout, "open_store", lambda path, split: SimpleNamespace(index=[]))
+    config = changed(training_config(clustered_store), train__heldout_every=1)
+    with pytest.raises(UserError, match="no heldout windows; build it with --heldout_fraction, or set"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_is_profiled_where_it_goes_on(resumed):

@@ -39,6 +39,9 @@ Exit codes: 0 the schedule or the time limit has ended; 2 something is wrong, an
 SIGTERM or preemption; 75 another process of the run was lost, or a phase hung (`train.hang_aborts`). After 143 and 75
 the same command with --resume goes on, with any number of processes.
 
+With --config.train.heldout_every=500 the losses on the store's held-out events are written to heldout.jsonl, of the
+averaged parameters on the same rows and noise each time.
+
 The workdir then holds checkpoints/ (parameters, average, optimizer, statistics), metrics.jsonl (one line per step),
 tensorboard/, config.json, run_card.json (code, versions, devices of every start) and goodput.json (where the time
 went). To look into a run that goes on, `touch WORKDIR/profile`: it traces its next steps to WORKDIR/profiles/;
@@ -130,13 +133,14 @@ def run(
     from wallwm_jax.training.checkpoint import CONFIG_FILE, Checkpointer, prepare_workdir
     from wallwm_jax.training.families import family_of
     from wallwm_jax.training.goodput import GOODPUT_FILE, Goodput
+    from wallwm_jax.training.heldout import Heldout, open_heldout
     from wallwm_jax.training.limits import TimeLimit, Watchdog, explained_disk_full
     from wallwm_jax.training.mirror import Mirror
     from wallwm_jax.training.profiling import Profiler, dump_program
     from wallwm_jax.training.run_card import RUN_CARD_FILE, add_start
     from wallwm_jax.training.stages import get_stage
     from wallwm_jax.training.starting import check_resumed, fresh_state
-    from wallwm_jax.training.telemetry import METRICS_FILE, Telemetry, ideal_step_s
+    from wallwm_jax.training.telemetry import HELDOUT_FILE, METRICS_FILE, Telemetry, ideal_step_s
     from wallwm_jax.training.train_step import build_train_step
 
     began = time.monotonic()
@@ -148,6 +152,7 @@ def run(
     config = _with_views(config, store)
     rows = family_of(get_stage(config.train.stage)).rows
     rows.check(store, config)
+    heldout_store = open_heldout(config)
     described = {**store.meta, "views": list(config.data.views), "fingerprint": store.fingerprint}
     assets = {"store": described, "stats": store.stats.to_dict()}
 
@@ -166,7 +171,7 @@ def run(
         )
 
     with contextlib.ExitStack() as stack:
-        earlier = (METRICS_FILE, GOODPUT_FILE, RUN_CARD_FILE) if host.is_first else ()
+        earlier = (METRICS_FILE, HELDOUT_FILE, GOODPUT_FILE, RUN_CARD_FILE) if host.is_first else ()
         mirror = stack.enter_context(Mirror(workdir, fetch=earlier))
         files = mirror.local
         if host.is_first and is_remote(workdir):
@@ -226,6 +231,11 @@ def run(
         if config.train.dump_hlo and host.is_first:
             dump_program(program, files)
         step_fn = profiler.around(program, first)
+        heldout = None
+        if heldout_store is not None:
+            watchdog.enter("held-out events")
+            with phase("read held-out events"), goodput.span("evaluation"):
+                heldout = Heldout(heldout_store, config, built, host_index=index, host_count=parts)
 
         # Loop.
         telemetry = Telemetry(
@@ -256,6 +266,12 @@ def run(
                     with goodput.span("checkpoint"):
                         mirror.upload()  # first the metrics: a checkpoint should have those of its steps
                         checkpointer.save(done, state, assets, saved_config)
+                    telemetry.start()
+                if heldout is not None and (done % config.train.heldout_every == 0 or done == config.train.steps):
+                    telemetry.flush()
+                    watchdog.enter(f"evaluation after step {done}")
+                    with goodput.span("evaluation"):
+                        telemetry.heldout(done, heldout(state))
                     telemetry.start()
                 stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
                 if stopped_by:

@@ -40,15 +40,23 @@ STYLE: Any = {
 _WIDTH = 8.6  # inches of a full-width figure
 
 
-def loss_curves(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> bytes:
-    """One panel per stream: logged losses, thin, and their running median, bold; logarithmic where they fall far."""
+Curves = tuple[Sequence[int], Mapping[str, Sequence[float]]]  # steps, and losses by stream
+
+
+def loss_curves(losses: Curves, heldout: Curves = ((), {})) -> bytes:
+    """One panel per stream: logged losses, thin, and their running median, bold; those on held-out events as points.
+    Logarithmic where they fall far."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
-        panels = np.atleast_1d(figure.subplots(1, max(1, len(losses))))
-        for panel, (name, values) in zip(panels, losses.items()):
+        steps, streams = losses
+        panels = np.atleast_1d(figure.subplots(1, max(1, len(streams))))
+        for panel, (name, values) in zip(panels, streams.items()):
             curve = np.asarray(values, float)
             panel.plot(steps, curve, color=BLUE, alpha=0.3, linewidth=0.8)
             panel.plot(steps, _running_median(curve), color=BLUE, linewidth=1.8)
+            if name in heldout[1]:
+                panel.plot(heldout[0], heldout[1][name], "o", color=INK, markersize=3.5, label="held-out events")
+                panel.legend(loc="upper right")
             positive = curve[np.isfinite(curve) & (curve > 0)]
             if len(positive) == len(curve) and len(positive) and positive.max() > 5 * positive.min():
                 panel.set_yscale("log")

@@ -53,7 +53,7 @@ from wallwm_jax.evaluation.open_loop import BASELINES, MODEL, MODEL_PREDICTED, P
 from wallwm_jax.evaluation.timelines import data_uri, frames_along, level_bars
 from wallwm_jax.events.windows import KINDS
 from wallwm_jax.paths import open_run
-from wallwm_jax.training.telemetry import METRICS_FILE, read_metrics
+from wallwm_jax.training.telemetry import METRICS_FILE, read_heldout, read_metrics
 
 POLICIES = ("trained", "untrained", "expert_replay")
 _STREAMS = {"loss_video": "video loss", "loss_action": "action loss", "loss_duration": "duration loss"}
@@ -147,7 +147,8 @@ def _evaluated(
         "training": _training_summary(metrics),
         "evaluations": _compared(directories, results),
     }
-    return data, _content(result, directories[0], store, data, metrics)
+    curves = figures.loss_curves(losses, _losses(read_heldout(run))) if (losses := _losses(metrics))[0] else b""
+    return data, _content(result, directories[0], store, data, curves)
 
 
 def _environment() -> jinja2.Environment:
@@ -157,11 +158,11 @@ def _environment() -> jinja2.Environment:
 
 
 def _content(
-    result: dict[str, Any], directory: Path, store: EventStore, data: dict[str, Any], metrics: list[dict[str, Any]]
+    result: dict[str, Any], directory: Path, store: EventStore, data: dict[str, Any], curves: bytes
 ) -> dict[str, Any]:
     """The variables of the template."""
     success = {policy: result["success"][policy] for policy in POLICIES if policy in result["success"]}
-    open_loop, losses = result["open_loop"], _losses(metrics)
+    open_loop = result["open_loop"]
     unified = decoding_mode(result["options"]) == "unified"  # whose chunks have one length, which is given
     predictors = [name for name in PREDICTORS if not (unified and name == MODEL_PREDICTED)]
     errors = {_LABELS[name]: _error(open_loop, name) for name in predictors}
@@ -197,7 +198,7 @@ def _content(
         if not unified
         else None,
         "clusters": _cluster_pictures(data["balance"]),
-        "losses": _png(figures.loss_curves(*losses)) if losses[0] else None,
+        "losses": _png(curves) if curves else None,
     }
     return {
         "lead": _lead(result, store),
@@ -395,7 +396,7 @@ def _balance_table(balance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"columns": ["clusters", "Gini", "normalised entropy", "effective sample size"], "rows": rows}
 
 
-def _losses(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
+def _losses(metrics: Sequence[Mapping[str, Any]]) -> figures.Curves:
     """Steps, and the loss of each stream at them."""
     streams = [name for name in _STREAMS if any(name in line for line in metrics)]
     lines = [line for line in metrics if all(name in line for name in streams)]

@@ -49,7 +49,7 @@ from wallwm_jax.training.integrity import (
     read_manifest,
     seal,
 )
-from wallwm_jax.training.telemetry import METRICS_FILE
+from wallwm_jax.training.telemetry import HELDOUT_FILE, METRICS_FILE
 from wallwm_jax.training.train_state import TrainState, flatten
 
 PyTree = Any
@@ -58,7 +58,7 @@ CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 CONFIG_FILE = "config.json"
 _REPORTS = ("tensorboard", "goodput.json", "run_card.json", "profile", "profiles", "hlo")
-_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS)
+_OWN = (CHECKPOINTS, FROZEN, METRICS_FILE, HELDOUT_FILE, CONFIG_FILE, COMPILE_CACHE, *_REPORTS)
 """What a run writes into its workdir, and all that overwriting may delete."""
 
 _ITEMS = ("state", "ema", "assets", "config")

@@ -9,6 +9,7 @@ Every second of a start belongs to one span:
     compile     of the train step
     step        dispatching steps and waiting for them
     data        waiting for the next batch; the devices may still be busy with the step before
+    evaluation  losses on held-out events, and at the start their rows and program
     checkpoint  what saving holds the loop up, and the wait for the last one at the end
     other       the rest
 

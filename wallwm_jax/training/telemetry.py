@@ -2,7 +2,7 @@
 
 Metrics are read from the device one step late, after the next step has been dispatched, so reading never holds the
 device up. `metrics.jsonl` has one line per step; its numbers are written in full, so that two runs can be compared bit
-by bit.
+by bit. `heldout.jsonl` has one line per evaluation on held-out events, if there are any.
 
 MFU is what a step's model FLOPs (`models.model_flops`, `models.language_flops`) would take at the devices' bfloat16
 peak, over what the step took. As in preflight, rows count as full of events of the greatest length: with shorter
@@ -34,6 +34,7 @@ from wallwm_jax.training.goodput import Goodput
 from wallwm_jax.training.stages import get_stage
 
 METRICS_FILE = "metrics.jsonl"
+HELDOUT_FILE = "heldout.jsonl"
 _TIMING = ("step_s", "input_wait_s", "mfu")
 """Fields of a line that depend on the machine; every other field is a pure function of config, data and step."""
 
@@ -85,6 +86,8 @@ class Telemetry:
             kept, lost = _cut(path, first_step)
             goodput.begin(first_step, useful_s=sum(map(_useful_s, kept)), lost_steps=len(lost))
             self._file = path.open("a")
+            self._heldout = workdir / HELDOUT_FILE
+            _cut(self._heldout, first_step + 1)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
 
     def start(self) -> None:
@@ -110,6 +113,16 @@ class Telemetry:
         previous, self._pending = self._pending, None
         if previous is not None:
             self._settle(previous)
+
+    def heldout(self, done: int, losses: Mapping[str, float]) -> None:
+        """Says what an evaluation after `done` steps found (`training.heldout`)."""
+        if self._board:
+            for name, value in losses.items():
+                self._board.add_scalar(f"heldout/{name}", value, done)
+        if self._file:
+            with self._heldout.open("a") as file:
+                file.write(json.dumps({"step": done, **losses}) + "\n")
+            print(f"    held-out events after {done} steps: loss {losses['loss']:.4f} ({_streams(losses)})", flush=True)
 
     def close(self) -> None:
         """Closes the files."""
@@ -158,13 +171,12 @@ class Telemetry:
             for name, value in shown.items():
                 self._board.add_scalar(name, value, step)
         if self._file:
-            streams = " ".join(f"{name[5:]} {value:.4f}" for name, value in shown.items() if name.startswith("loss_"))
             left = (self.last_step - step - 1) * seconds
             shares = {"MFU": "mfu", "input wait": "input_wait_share", "goodput": "goodput"}
             percent = "".join(f"  {label} {100 * shown[name]:.1f} %" for label, name in shares.items() if name in shown)
             print(
-                f"step {step + 1:>{len(str(self.last_step))}}/{self.last_step}  loss {shown['loss']:.4f} ({streams})"
-                f"  grad {shown['grad_norm']:.2f}  {shown['events_per_s']:.1f} events/s  {1e3 * seconds:.0f} ms/step"
+                f"step {step + 1:>{len(str(self.last_step))}}/{self.last_step}  loss {shown['loss']:.4f} "
+                f"({_streams(shown)})  grad {shown['grad_norm']:.2f}  {shown['events_per_s']:.1f} events/s  {1e3 * seconds:.0f} ms/step"
                 f"{percent}  left {clock(left)}",
                 flush=True,
             )
@@ -197,6 +209,12 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return _lines(path)
 
 
+def read_heldout(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's heldout.jsonl, "step" being how many were done; none where nothing was evaluated."""
+    path = open_path(workdir) / HELDOUT_FILE
+    return _lines(path) if path.is_file() else []
+
+
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     whole = round(max(0.0, seconds))
@@ -222,6 +240,10 @@ def _cut(path: Path, first_step: int) -> tuple[list[dict[str, Any]], list[dict[s
     kept = [line for line in lines if line["step"] < first_step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept, [line for line in lines if line["step"] >= first_step]
+
+
+def _streams(losses: Mapping[str, float]) -> str:
+    return " ".join(f"{name[5:]} {value:.4f}" for name, value in losses.items() if name.startswith("loss_"))
 
 
 def _useful_s(line: Mapping[str, float]) -> float:

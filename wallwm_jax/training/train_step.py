@@ -8,7 +8,7 @@ the state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 _INIT_STREAM = 2**31 - 1  # folded into the seed for the initial parameters; steps fold in their number
+_HELDOUT_STREAM = 2**31 - 2  # and for the noise of held-out batches
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class TrainStep:
     Attributes:
       step: jitted (state, batch) -> (state, metrics); the state is donated. Metrics are float32 or int32 scalars:
         "loss", "loss_<stream>", "grad_norm" (before the clip), "lr", "muon_lr", "events".
+      evaluate: jitted (state, batch, number) -> metrics of the averaged parameters; its noise follows from the batch's
+        number alone.
       init: jitted () -> fresh TrainState, made where it lives; a pure function of `config.seed`.
       abstract_state: shapes, dtypes and shardings of the state, no memory.
       rows: sharding of every array of a batch.
@@ -52,6 +55,7 @@ class TrainStep:
     """
 
     step: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
     init: jax.stages.Wrapped
     abstract_state: TrainState
     rows: NamedSharding
@@ -94,9 +98,8 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return _step(state, batch)
 
-    def _step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss = functools.partial(
+    def loss_of(state: TrainState, batch: Batch, key: jax.Array) -> Callable[[PyTree], tuple[jax.Array, Metrics]]:
+        return functools.partial(
             family.compute_loss,
             frozen=state.frozen,
             config=config,
@@ -105,6 +108,14 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
             key=key,
             channel_weight=jnp.asarray(weight),
         )
+
+    def evaluate(state: TrainState, batch: Batch, number: jax.Array) -> Metrics:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            stream = jax.random.fold_in(jax.random.key(config.seed), _HELDOUT_STREAM)
+            return loss_of(state, batch, jax.random.fold_in(stream, number))(state.ema)[1]
+
+    def _step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss = loss_of(state, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -125,6 +136,7 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
     rows, whole = sharding.rows_sharding(mesh), sharding.replicated(mesh)
     return TrainStep(
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings, rows, whole), out_shardings=whole),
         init=jax.jit(fresh, out_shardings=shardings, compiler_options=_quick_compilation(mesh)),
         abstract_state=jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
