@@ -176,7 +176,8 @@ class Telemetry:
             percent = "".join(f"  {label} {100 * shown[name]:.1f} %" for label, name in shares.items() if name in shown)
             print(
                 f"step {step + 1:>{len(str(self.last_step))}}/{self.last_step}  loss {shown['loss']:.4f} "
-                f"({_streams(shown)})  grad {shown['grad_norm']:.2f}  {shown['events_per_s']:.1f} events/s  {1e3 * seconds:.0f} ms/step"
+                f"({_streams(shown)})  grad {shown['grad_norm']:.2f}  {shown['events_per_s']:.1f} events/s"
+                f"  {1e3 * seconds:.0f} ms/step"
                 f"{percent}  left {clock(left)}",
                 flush=True,
             )
