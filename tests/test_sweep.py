@@ -1,8 +1,10 @@
 """Sweeps: which runs there are, what their commands are, how they are compared, and that a stopped sweep goes on."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,21 @@ def test_the_commands_of_a_run_train_evaluate_and_report_on_one_store(tmp_path):
     assert report[0] == "wallwm_jax.evaluation.report" and "--store=the store" in report
     line = shell_lines(sweep, tmp_path, "the store")[3]
     assert line.count("python -m") == 3 and "'--store=the store'" in line and line.endswith("done.json")
+
+
+def test_a_launch_script_gets_all_of_a_run_under_its_name(tmp_path):
+    sweep = small()
+    plain = shell_lines(sweep, tmp_path, "the store")
+    lines = shell_lines(sweep, tmp_path, "the store", "bash launch/local.sh up --name={name} --dry-run")
+    for line, run, alone in zip(lines, sweeps.plan(sweep), plain, strict=True):
+        words = shlex.split(line)
+        name = {"a 1": "a-1", "b 2": "b-2"}[run.arm] + f"-seed-{run.seed}"
+        assert words[:6] == ["bash", "launch/local.sh", "up", f"--name={name}", "--dry-run", "--"]
+        assert words[6:] == ["bash", "-c", alone]
+    printed = subprocess.run(
+        shlex.split(lines[0]), cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    ).stdout
+    assert "wallwm_jax.train" in printed and "done.json" in printed and printed.count("--name") == 0
 
 
 def test_the_final_loss_is_the_mean_of_the_last_twentieth():

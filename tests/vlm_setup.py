@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ from ml_collections import ConfigDict
 from tiny_model import random_like
 from training_setup import training_config
 
+from wallwm_jax.config import to_json
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.vlm_batches import VlmRows
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training import train_step
+from wallwm_jax.training.checkpoint import Checkpointer, prepare_workdir
 from wallwm_jax.training.train_state import TrainState
 from wallwm_jax.training.train_step import TrainStep, build_train_step
 
@@ -69,6 +72,19 @@ def random_vlm_state(built: TrainStep, seed: int = 0) -> TrainState:
     return jax.tree.map(
         lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding, may_alias=False), state, abstract
     )
+
+
+def save_random_staircase(store_path: Path, workdir: Path, text_width: int) -> None:
+    """Writes a run of stage `staircase` with random parameters, whose latents are `text_width` wide."""
+    config, store = vlm_training_config(store_path, "staircase"), open_store(store_path)
+    with config.unlocked():
+        config.model.text.width = text_width
+    state = random_vlm_state(build_train_step(config, make_mesh(config.mesh, jax.devices()[:1])))
+    saver = Checkpointer(prepare_workdir(workdir, resume=False, overwrite=False), keep=1, save_every=1)
+    saver.keep_frozen(state.frozen)
+    described = {**store.meta, "views": list(config.data.views)}
+    saver.save(1, state, {"store": described, "stats": store.stats.to_dict()}, json.loads(to_json(config)))
+    saver.close()
 
 
 def use_prepared_vlm_steps(monkeypatch: Any, store_path: Path) -> None:

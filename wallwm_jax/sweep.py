@@ -7,7 +7,12 @@ Muon against AdamW at four learning rates each, one run at a time:
 Stopped or killed, the same command goes on: finished runs are kept, a broken-off one resumes from its checkpoint.
 --seeds=0,1 takes other seeds than the file's. --slots=4 runs four at a time on this machine. --commands prints one
 shell line per run instead, for other machines that share --out; a call with the same --out then finds those runs
-finished. A run that fails is named with the last lines of its log.txt, the others go on; exit code 1.
+finished. --launcher puts each run on a slice of its own instead ({name} is the run's, OUT is then on all of them):
+
+    python -m wallwm_jax.sweep configs/sweeps/x.py --store=/mnt/bucket/store --out=/mnt/bucket/x --launcher="bash \
+        launch/tpu_queued.sh up --name={name} --topology=v6e:2x2 --capacity=spot --project=P --zone=Z" | bash
+
+A run that fails is named with the last lines of its log.txt, the others go on; exit code 1.
 
 --out then holds results.json, results.md (a table with 95 % intervals) and results.png.
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -58,8 +64,11 @@ def run_sweep(sweep: Sweep, out: Path, store: str, slots: int) -> list[Run]:
     return failed
 
 
-def shell_lines(sweep: Sweep, out: Path, store: str) -> list[str]:
-    """One line per run that does all of it and leaves the mark of a finished run."""
+def shell_lines(sweep: Sweep, out: Path, store: str, launcher: str = "") -> list[str]:
+    """One line per run that does all of it and leaves the mark of a finished run.
+
+    With `launcher`, the words of a launch script with {name} in them, the line hands all of that to the script.
+    """
     from wallwm_jax.evaluation import sweeps
 
     lines = []
@@ -67,7 +76,11 @@ def shell_lines(sweep: Sweep, out: Path, store: str) -> list[str]:
         commands = sweeps.commands(sweep, run, out, store)
         done = out / run.directory / "done.json"
         mark = f"printf %s {shlex.quote(json.dumps(commands))} > {shlex.quote(str(done))}"
-        lines.append(" && ".join([*(shlex.join(["python", "-m", *command]) for command in commands), mark]))
+        line = " && ".join([*(shlex.join(["python", "-m", *command]) for command in commands), mark])
+        if launcher:
+            name = re.sub(r"[^a-z0-9]+", "-", run.directory.lower()).strip("-")
+            line = f"{launcher.replace('{name}', name)} -- bash -c {shlex.quote(line)}"
+        lines.append(line)
     return lines
 
 
@@ -109,6 +122,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("seeds", [], "Seeds of each arm, instead of the sweep's.")
     flags.DEFINE_integer("slots", 1, "Runs at a time.", 1)
     flags.DEFINE_bool("commands", False, "Print one shell line per run, and run nothing.")
+    flags.DEFINE_string("launcher", "", "Print one launch command per run: a launch script up to its --, with {name}.")
 
 
 def main(argv: list[str]) -> int:
@@ -133,8 +147,10 @@ def main(argv: list[str]) -> int:
         raise UserError("no --out given; pass a directory for the runs and the results")
     require_local(values.out, "out")
     out = Path(values.out).expanduser()
-    if values.commands:
-        print("\n".join(shell_lines(sweep, out, store)))
+    if values.launcher and "{name}" not in values.launcher:
+        raise UserError(f"--launcher={values.launcher!r} would give all runs one name; put {{name}} in it")
+    if values.commands or values.launcher:
+        print("\n".join(shell_lines(sweep, out, store, values.launcher)))
         return 0
     failed = run_sweep(sweep, out, store, values.slots)
     results = sweeps.collect(sweep, out)
