@@ -5,8 +5,8 @@ PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 
 ensure_environment() { # extras
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11 and run again" >&2
+  "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || {
+    echo "error: Python 3.11 or 3.12 is needed (others lack packages of the simulator); set PYTHON=/path/to/it" >&2
     return 2
   }
   local wanted stamp="$VENV/.installed-${1//,/-}"

@@ -6,7 +6,7 @@
 #   bash launch/quickstart.sh --fresh              start over
 #   OUT=runs/mine SEED=1 bash launch/quickstart.sh
 #
-# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder (default .venv).
+# PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment's folder (default .venv).
 set -euo pipefail
 case "${1:-}" in
 -h | --help) sed -n '2,9{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;

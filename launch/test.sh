@@ -4,7 +4,7 @@
 #   bash launch/test.sh                 every quick test
 #   bash launch/test.sh tests/test_haar.py -k causal     anything pytest takes
 #
-# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder (default .venv).
+# PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment's folder (default .venv).
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,7{s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."

@@ -89,7 +89,7 @@ def table(result: Result) -> str:
     """The figures as lines for people."""
     lines = [
         machine_line(result["machine"]),
-        f"{'':<31}{'':<9}{'spans':>6}{'tolerance':>11}{'F1':>7}{'precision':>11}{'recall':>8}{'false/span':>12}"
+        f"{'':<40}{'':<9}{'spans':>6}{'tolerance':>11}{'F1':>7}{'precision':>11}{'recall':>8}{'false/span':>12}"
         f"{'F1 windows':>12}{'F1 gripper':>12}",
     ]
     for family, entry in {**result["families"], **result.get("metaworld", {}).get("tasks", {})}.items():
@@ -101,7 +101,7 @@ def table(result: Result) -> str:
             row = entry[level]
             found = row["found"]
             lines.append(
-                f"{label:<31}{level:<9}{row['spans']:>6}{row['tolerance_s']:>9.2f} s{found['f1']:>7.3f}"
+                f"{label:<40}{level:<9}{row['spans']:>6}{row['tolerance_s']:>9.2f} s{found['f1']:>7.3f}"
                 f"{found['precision']:>11.3f}{found['recall']:>8.3f}{found['over_segmentation']:>12.3f}"
                 f"{row['windows']['f1']:>12.3f}{row['gripper']['f1']:>12.3f}"
             )
@@ -109,11 +109,11 @@ def table(result: Result) -> str:
     means = {"held out, mean": result}
     means |= {f"  {name}": row for part in ("baselines", "worse_recordings") for name, row in result[part].items()}
     for name, row in means.items() if result["held_out"] else ():
-        lines.append(f"{name:<31}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}")
+        lines.append(f"{name:<40}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}")
     if "streaming" in result:
         row = result["streaming"]
         lines.append(
-            f"{'  as a stream':<31}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}, "
+            f"{'  as a stream':<40}action F1 {row['action_f1']:.3f}, subtask {row['subtask_f1']:.3f}, "
             f"{row['lookahead_s']:g} s ahead, {row['episodes']} episodes per family"
         )
     for task, share in result.get("metaworld", {}).get("inconsistent", {}).items():
