@@ -38,6 +38,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 _WIDTH = 8.6  # inches of a full-width figure
+_MOST_PANELS = 4  # of a sweep beside each other
 
 
 Curves = tuple[Sequence[int], Mapping[str, Sequence[float]]]  # steps, and losses by stream
@@ -130,13 +131,18 @@ def intervals(
 def sweep(
     arms: Mapping[str, Mapping[str, Mapping[str, Any]]], curves: Mapping[str, Sequence[Sequence[float]]]
 ) -> bytes:
-    """Left the loss curves of the arms, one line per seed; then a panel per measure: each seed, the mean's interval."""
+    """The loss curves of the arms, a line per seed; then a panel per measure: each seed, the interval of the mean."""
     measures = list(dict.fromkeys(measure for row in arms.values() for measure in row))
     colours = matplotlib.colormaps["tab10" if len(arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     with matplotlib.rc_context(STYLE):
         panels = 1 + len(measures)
-        figure = Figure(figsize=(max(_WIDTH, 3.4 * panels), 1.6 + 0.3 * max(6, len(arms))), layout="constrained")
-        curve_panel, *measure_panels = np.atleast_1d(figure.subplots(1, panels))
+        rows = math.ceil(panels / _MOST_PANELS)
+        columns = math.ceil(panels / rows)
+        size = max(_WIDTH, 3.4 * columns), rows * (1.4 + 0.3 * max(4, len(arms)))
+        figure = Figure(figsize=size, layout="constrained")
+        curve_panel, *measure_panels = figure.subplots(rows, columns, squeeze=False).flat
+        for unused in measure_panels[len(measures) :]:
+            unused.set_visible(False)
         for colour, lines in zip(colours, curves.values()):
             for line in lines:
                 first = len(line) // 20  # the start would hide the differences
@@ -144,14 +150,15 @@ def sweep(
         curve_panel.set(title="training loss, smoothed", xlabel="step", yscale="log")
         for axis in (curve_panel.yaxis.set_major_formatter, curve_panel.yaxis.set_minor_formatter):
             axis("{x:g}")
-        for panel, measure in zip(measure_panels, measures):
+        for number, (panel, measure) in enumerate(zip(measure_panels, measures), 1):
             for y, (colour, row) in enumerate(zip(colours, arms.values())):
                 entry = row.get(measure, {})
                 if entry.get("low") is not None:
                     panel.plot([entry["low"], entry["high"]], [y, y], color=colour, lw=7, alpha=0.35)
                 values = [value for value in entry.get("values", [entry.get("rate")]) if value is not None]
                 panel.plot(values, [y] * len(values), "o", color=colour, markersize=5)
-            panel.set_yticks(range(len(arms)), list(arms) if panel is measure_panels[0] else [""] * len(arms))
+            named = number == 1 or number % columns == 0  # the first panel of its row, or the one beside the curves
+            panel.set_yticks(range(len(arms)), list(arms) if named else [""] * len(arms))
             panel.set_ylim(len(arms) - 0.5, -0.5)
             panel.set_title(measure)
             panel.grid(axis="y", visible=False)
