@@ -21,6 +21,10 @@ had not seen 33 % [26, 42] and 66 % [57, 74]. What followed most often on the la
 and words it worse. On half the demonstrations, 13 minutes of training on two busy cores, 28 % [21, 35] and 61 %
 [53, 68] of 151. Time of the next event: median error 0.90 s; time left inside events 0.60 s, where half of the
 caption's usual duration has 0.63.
+
+And with the last two, on the runs of configs/ocbench_chunk.py: of the gap in action loss between no text and the true
+caption (0.025, 267 held-out events) the features close 65 % [52, 76], those of another event 9 % [-8, 23]; of that
+between another caption and the true one 70 % [57, 81] against 21 % [5, 35]. Their length is right for 74 % [69, 79].
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,19 @@ a colon, latent_ties.py:VLM,TOWERS. Every run starts from the same branch, the V
 loss under no text, or under another event's caption, and that under the true caption which the latents close. "all,
 flat" is the control of the stairs: with the same ties, all latents behind the first enter together at depth 4, which
 is as much work, and as many layers one after the other.
+
+Measured on the runs of configs/ocbench_chunk.py, one seed, 267 held-out events; of the gap in action loss between no
+text and the true caption (0.025) the latents close, and those of another event in their place:
+
+    trace              6 % [-6, 16]     6 % [-6, 16]
+    match             58 % [52, 65]    21 % [7, 33]
+    action             9 % [6, 11]      9 % [6, 11]
+    trace and match   60 % [52, 67]    22 % [7, 34]
+    all               43 % [36, 50]    26 % [15, 37]
+    all, flat         57 % [51, 63]    21 % [6, 33]
+
+Match alone is worth its cost. The trace is read as well without the latents, the action loss teaches them one answer to
+all questions, and added to the others it costs. Nothing here speaks for the stairs against latents that enter together.
 """
 
 from typing import Any
