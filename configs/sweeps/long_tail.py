@@ -12,8 +12,8 @@ A window is drawn with weight n_vl^-a * n_act^-b. The second store has as many e
 the first; `wallwm_jax.evaluation.event_errors` measures on as many of its events per family. `all:STORE` in the place
 of `STORE` adds the arms that balance one clustering alone.
 
-Measured, three seeds, two CPU cores: a = b = 1 lowers the action error of hanoi, one episode of a hundred, from 0.230 to
-0.209, event by event by 0.021 [0.011, 0.031]; of block, four of a hundred, from 0.216 to 0.202, by 0.014 [0.008,
+Measured, three seeds, two CPU cores: a = b = 1 lowers the action error of hanoi, one episode in a hundred, from 0.230
+to 0.209, event by event by 0.021 [0.011, 0.031]; of block, four in a hundred, from 0.216 to 0.202, by 0.014 [0.008,
 0.020]. Chamber and switch, the frequent ones, stay where they were (-0.002 [-0.009, 0.005], -0.000 [-0.005, 0.005]);
 all together 0.008 [0.004, 0.013]. a = b = 0.5 does that for block (0.012 [0.006, 0.017]) and not for hanoi. Of whole
 subtasks nothing can be told. docs/events.md has the table.
