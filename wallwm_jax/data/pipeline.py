@@ -239,6 +239,8 @@ class Loader(Iterator[Batch]):
         self.bad_records: dict[int, str] = {}
         self.sampler = source.sampler
         self._store, self._most_bad = store, int(config.data.max_bad_records)
+        # Copied out of the workers' shared memory, which is then free at once and not when the last user lets go of it.
+        self._own = np.array if config.data.workers else np.asarray
         self._batches = _grain_iterator(source, config)
         self._batches.start_prefetch()  # the first batches are made while the caller still compiles
 
@@ -248,8 +250,7 @@ class Loader(Iterator[Batch]):
         Raises:
           UserError: more than `data.max_bad_records` different records are bad.
         """
-        # Copied out of the workers' shared memory, which is then free at once and not when the last user lets go of it.
-        batch = {name: np.array(value) for name, value in next(self._batches).items()}
+        batch = {name: self._own(value) for name, value in next(self._batches).items()}
         bad = batch["bad_index"]
         for window in np.unique(bad[bad >= 0]).tolist():
             if window not in self.bad_records:
