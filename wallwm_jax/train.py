@@ -260,18 +260,18 @@ def run(
                     state, metrics = step_fn(state, batch)
                 telemetry.record(step, metrics, waited)
                 done = step + 1
+                if heldout is not None and (done % config.train.heldout_every == 0 or done == config.train.steps):
+                    telemetry.flush()
+                    watchdog.enter(f"evaluation after step {done}")
+                    with goodput.span("evaluation"):
+                        telemetry.heldout(done, heldout(state))
+                    telemetry.start()
                 if checkpointer.wants(done):
                     telemetry.flush()
                     watchdog.enter(f"checkpoint of step {done}")
                     with goodput.span("checkpoint"):
                         mirror.upload()  # first the metrics: a checkpoint should have those of its steps
                         checkpointer.save(done, state, assets, saved_config)
-                    telemetry.start()
-                if heldout is not None and (done % config.train.heldout_every == 0 or done == config.train.steps):
-                    telemetry.flush()
-                    watchdog.enter(f"evaluation after step {done}")
-                    with goodput.span("evaluation"):
-                        telemetry.heldout(done, heldout(state))
                     telemetry.start()
                 stopped_by = _reason_to_stop(done, stop, limit, checkpointer, telemetry)
                 if stopped_by:
