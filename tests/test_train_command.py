@@ -101,6 +101,7 @@ def test_the_command_refuses_in_one_line(arguments, message, tmp_path):
         ({"train__stage": "actoin"}, "train.stage='actoin' is not a stage"),
         ({"train__stage": "action"}, "freezes video and text: say where they come from with --config.train.init_from"),
         ({"train__steps": 0}, "train.steps=0 must be at least 1"),
+        ({"train__heldout_batches": 0}, "train.heldout_batches=0 must be at least 1"),
         ({"train__keep_every": 3}, "train.keep_every=3 must be a multiple of train.save_every=2"),
         ({"data__window_kind": "tile"}, "cannot train on data.window_kind='tile'; it takes event or fixed"),
         ({"objective__action_sigma": "same"}, "neither independent nor symmetric"),

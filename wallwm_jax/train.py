@@ -298,6 +298,7 @@ def check_config(config: ConfigDict) -> None:
         ("train", "steps"),
         ("train", "log_every"),
         ("train", "save_every"),
+        ("train", "heldout_batches"),
         ("train", "keep_checkpoints"),
         ("data", "rows"),
         ("objective", "action_draws"),
