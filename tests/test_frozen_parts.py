@@ -109,7 +109,7 @@ def test_stored_latents_are_the_codecs_and_keyframes_the_pictures(frozen, plain,
         for view, latents in record.latents.items():
             assert latents.dtype == ml_dtypes.bfloat16 and latents.shape == (whole.num_latents, 2, 2, 48)
             expected = codec.encode(whole.video(view))
-            np.testing.assert_array_equal(latents, expected.astype(ml_dtypes.bfloat16))
+            np.testing.assert_allclose(latents.astype(np.float32), expected, rtol=2**-8, atol=1e-5)  # one digit of it
             assert len(record.frames[view]) == len(set(whole.keyframes))
             for stored, position in zip(record.keyframes, whole.keyframes):
                 assert record.frames[view][stored] == whole.frames[view][position]

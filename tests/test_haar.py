@@ -45,6 +45,21 @@ def test_uint8_is_scaled_to_minus_one_to_one():
     assert np.array_equal(np.rint((codec.decode(codec.encode(frames)) + 1) * 127.5), frames)
 
 
+@pytest.mark.parametrize("name", ["haar4", "haar8", "haar16"])
+def test_normalisation_is_part_of_the_transform_and_undone_by_decode(name):
+    rng, codec = np.random.default_rng(4), get_codec(name)
+    frames = rng.integers(0, 256, (2, 9, 32, 48, 3), dtype=np.uint8)
+    mean, std = (rng.uniform(0.5, 2.0, codec.channels).astype(np.float32) for _ in range(2))
+    normalized, cells = codec.normalized(mean, std), (32 // codec.stride[1], 48 // codec.stride[1])
+    out = np.full((2, 4, *cells, codec.channels), 7.0, np.float32)
+    normalized.encode(frames, out=out[:, :3])
+    np.testing.assert_allclose(out[:, :3], (codec.encode(frames) - mean) / std, atol=2e-5)
+    assert np.all(out[:, 3] == 7.0)
+    np.testing.assert_allclose(normalized.decode(out[:, :3]), codec.decode(codec.encode(frames)), atol=4e-6)
+    with pytest.raises(ValueError, match="copy"):
+        normalized.encode(frames[:1, :, :, : -codec.stride[1]], out=out[:1, :3, :, :-1])
+
+
 def test_latent_depends_only_on_its_own_frames():
     codec = get_codec("haar8")
     frames = np.random.default_rng(1).uniform(-1, 1, (17, 16, 16, 3)).astype(np.float32)

@@ -20,7 +20,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.data import device_feed
 from wallwm_jax.data.event_store import open_store
 from wallwm_jax.data.packing import batch_spec
-from wallwm_jax.data.pipeline import RowSource
+from wallwm_jax.data.pipeline import BatchSource
 from wallwm_jax.train import run
 from wallwm_jax.training import heldout
 from wallwm_jax.training.checkpoint import load_params, prepare_workdir
@@ -246,11 +246,10 @@ def test_held_out_losses_are_those_of_the_average_and_come_again_after_a_resume(
 
     built, state = built_step(clustered_store, "joint"), load_params(tmp_path / "run")  # the average
     store = open_store(clustered_store, "heldout")
-    source = RowSource(store, config)
+    source = BatchSource(store, config)
     losses = []
     for number in range(2):
-        rows = [source[2 * number + place] for place in range(2)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in batch_spec(config, 2)}
+        batch = {name: source[number][name] for name in batch_spec(config, 2)}
         stream = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2)
         key = jax.random.fold_in(stream, number)
         weight = jnp.asarray(open_store(clustered_store).channel_weights())

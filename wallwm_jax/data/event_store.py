@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import ml_dtypes
 import numpy as np
+import simplejpeg
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from wallwm_jax.config import fingerprint
@@ -39,6 +39,7 @@ from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
 from wallwm_jax.events.windows import GROUP, KINDS
 from wallwm_jax.models.codecs import Codec, get_codec, to_uint8
+from wallwm_jax.models.codecs.haar import HaarCodec
 from wallwm_jax.paths import require_local
 
 SCHEMA_VERSION = 1
@@ -173,24 +174,27 @@ class WindowRecord:
         """
         if self.latents is not None:
             raise ValueError("this record holds latents and keyframes, not its whole video")
-        pictures = self.frames[view]
-        first = self._decode(view, 0)
+        count, first = len(self.frames[view]), self._decode(view, 0)
         video = np.empty((1 + GROUP * (self.num_latents - 1), *first.shape), np.uint8)
         video[0] = first
-        for position in range(1, len(pictures)):
-            video[position] = self._decode(view, position)
-        video[len(pictures) :] = video[len(pictures) - 1]
+        for position in range(1, count):
+            self._decode(view, position, video[position])
+        video[count:] = video[count - 1]
         return video
 
     def picture(self, view: str, position: int) -> np.ndarray:
         """One decoded frame `[H, W, 3]` uint8 RGB; `position` counts the window's own frames, as `keyframes` do."""
         return self._decode(view, position)
 
-    def _decode(self, view: str, position: int) -> np.ndarray:
-        picture = cv2.imdecode(np.frombuffer(self.frames[view][position], np.uint8), cv2.IMREAD_COLOR)
-        if picture is None:
-            raise BadRecord(self.index, self.episode_id, f"frame {position} of view {view!r} is not a JPEG picture")
-        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=picture)
+    def _decode(self, view: str, position: int, out: np.ndarray | None = None) -> np.ndarray:
+        what = f"frame {position} of view {view!r} is not a JPEG picture"
+        try:
+            picture = simplejpeg.decode_jpeg(self.frames[view][position], buffer=out)
+        except ValueError as error:
+            raise BadRecord(self.index, self.episode_id, f"{what}, or larger than the first ({error})") from None
+        if out is not None and picture.shape != out.shape:
+            raise BadRecord(self.index, self.episode_id, f"{what} of the first one's size")
+        return picture
 
 
 class EventStore:
@@ -244,16 +248,30 @@ class EventStore:
             raise BadRecord(index, int(row["episode"]), f"no window of this store ({error!r})") from None
         return record if self._layer is None else replace(record, **self._layer.ids(record))
 
-    def latents(self, record: WindowRecord, views: Sequence[str]) -> np.ndarray:
-        """Latents `[len(views), 1 + N, h, w, C]` of a record, not normalised: as stored, or of its frames.
+    def read_latents(self, record: WindowRecord, out: Mapping[str, np.ndarray]) -> None:
+        """Writes the normalised latents of a record, as stored or of its frames.
+
+        Args:
+          record: of a window.
+          out: view → where its latents go, `[M + 1 + N, h, w, C]` float32, contiguous.
 
         Raises:
           KeyError: the episode has no such view.
-          BadRecord: a frame is not a JPEG picture.
+          BadRecord: a frame is not a JPEG picture; nothing was written anywhere then.
         """
         if record.latents is not None:
-            return np.stack([record.latents[view] for view in views])
-        return self.codec.encode(np.stack([record.video(view) for view in views]))
+            for view, place in out.items():
+                np.subtract(record.latents[view], self.stats.latent_mean, out=place)
+                np.divide(place, self.stats.latent_std, out=place)
+            return
+        videos = [record.video(view) for view in out]
+        for video, place in zip(videos, out.values()):
+            self._normalized_codec.encode(video, out=place)
+
+    @functools.cached_property
+    def _normalized_codec(self) -> HaarCodec:
+        assert isinstance(self.codec, HaarCodec)
+        return self.codec.normalized(self.stats.latent_mean, self.stats.latent_std)
 
     def video(self, record: WindowRecord, view: str, codec: Codec) -> np.ndarray:
         """Frames `[1 + 4N, H, W, 3]` uint8 of a record: as stored, or what `codec` decodes of the stored latents."""

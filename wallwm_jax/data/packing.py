@@ -7,7 +7,7 @@ Events never attend to each other, so a row is a bin and nothing more (WALL-WM, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,8 +271,25 @@ def place_text(out: dict[str, np.ndarray], slots: Any, store: EventStore, text: 
     out["text_length"][slots] = len(features)
 
 
+def blank_rows(spec: Spec) -> dict[str, np.ndarray]:
+    """Zeros in the arrays of a spec, and in `META_FIELDS`: `row` [B] int64 and `bad_index` [B,E] int32."""
+    rows, slots = spec["window_index"][0]
+    meta: Spec = {"row": ((rows,), np.dtype(np.int64)), "bad_index": ((rows, slots), np.dtype(np.int32))}
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in {**spec, **meta}.items()}
+
+
+def row_of(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """One row of a batch, without its leading axis; writing into it writes into the batch."""
+    return {name: value[number, ...] for name, value in batch.items()}
+
+
 def pack_row(
-    store: EventStore, config: ConfigDict, windows: Sequence[int], row: int, views: Sequence[str]
+    store: EventStore,
+    config: ConfigDict,
+    windows: Sequence[int],
+    row: int,
+    views: Sequence[str],
+    out: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads the windows of one row and lays them out; a pure function of its arguments and the store.
 
@@ -282,16 +299,16 @@ def pack_row(
       windows: index positions, in slot order; together they fit the row.
       row: global row number; with `config.seed` and the slot it decides how a caption is worded.
       views: V view names, in order.
+      out: zeros to write to, a row of `blank_rows`; by default new ones.
 
     Returns:
       The arrays of `batch_spec` without their leading axis, and `META_FIELDS`: `row` [] int64 and `bad_index` [E]
       int32, the windows whose record was bad (-1: none). A bad record leaves its place in the row as padding.
     """
-    spec = batch_spec(config, 1, num_views=len(views))
-    out = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in spec.items()}
-    out["row"] = np.array(row, np.int64)
-    out["bad_index"] = np.full(len(out["window_index"]), -1, np.int32)
-    out["window_index"][:] = -1
+    if out is None:
+        out = row_of(blank_rows(batch_spec(config, 1, num_views=len(views))), 0)
+    out["row"][...] = row
+    out["bad_index"][:] = out["window_index"][:] = -1
     place_text(out, np.arange(len(out["window_index"])), store, "")
     latent = action = 0
     for slot, window in enumerate(windows):
@@ -329,30 +346,25 @@ def place_window(
     Raises:
       BadRecord: a frame is not a JPEG picture; nothing was put anywhere then.
     """
-    present = [number for number, view in enumerate(views) if view in record.frames]
-    cells = store.latents(record, [views[number] for number in present])
-    _place_video(out, slot, latents, store, cells, present, record, views)
+    present = {view: number for number, view in enumerate(views) if view in record.frames}
+    store.read_latents(record, {view: out["latents"][number, latents] for view, number in present.items()})
+    _place_views(out, slot, latents, store, record, present)
     _place_actions(out, slot, actions, store, record)
 
 
-def _place_video(
+def _place_views(
     out: dict[str, np.ndarray],
     slot: int,
     where: slice,
     store: EventStore,
-    latents: np.ndarray,
-    present: Sequence[int],
     record: WindowRecord,
-    views: Sequence[str],
+    present: Mapping[str, int],
 ) -> None:
-    """Puts the latents `[present views, M + 1 + N, h, w, C]` of one event into the row, normalised."""
+    """Says what the latents of an event are: of which views (name → number in the row), when and in what role."""
     stored, table = store.meta["views"], store.meta["cameras"]
-    for source, number in enumerate(present):
-        cells = out["latents"][number, where]
-        np.subtract(latents[source], store.stats.latent_mean, out=cells)
-        np.divide(cells, store.stats.latent_std, out=cells)
-        out["view_geometry"][number, where] = record.geometry[stored.index(views[number])]
-        out["view_id"][slot, number] = table[views[number]]
+    for view, number in present.items():
+        out["view_geometry"][number, where] = record.geometry[stored.index(view)]
+        out["view_id"][slot, number] = table[view]
         out["valid_rect"][slot, number] = (0, 0, 1, 1)
     out["latent_event"][where] = slot + 1
     position = np.arange(where.stop - where.start) - record.history

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from wallwm_jax.console import UserError
 from wallwm_jax.data.balance import level_shares
 from wallwm_jax.data.event_store import BadRecord, EventStore
-from wallwm_jax.data.packing import Spec, batch_spec, pack_row
+from wallwm_jax.data.packing import Spec, batch_spec, blank_rows, pack_row, row_of
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.events.actions import ACTION_DIM
 from wallwm_jax.events.schema import LEVELS
@@ -39,7 +39,7 @@ Batch = dict[str, np.ndarray]
 _THREADS = 2  # that load batches where there are no worker processes
 _SHARED_BYTES = 1 << 20  # arrays from this size on come from a worker through shared memory
 _FAREWELL_S = 2.0  # an orphaned worker ends the batch it is at, so that its shared memory is known and cleaned up
-_ROWS = 1 << 40  # length of the endless source
+_BATCHES = 1 << 40  # length of the endless source
 
 
 def resolve_views(store: EventStore, config: ConfigDict) -> tuple[str, ...]:
@@ -138,8 +138,9 @@ class Rows(Protocol):
 
     def __init__(self, store: EventStore, config: ConfigDict) -> None: ...
 
-    def __call__(self, row: int) -> Batch:
-        """The arrays of a global row without their leading axis, and `packing.META_FIELDS`."""
+    def __call__(self, row: int, out: Batch | None = None) -> Batch:
+        """The arrays of a global row without their leading axis, and `packing.META_FIELDS`; in `out`, if given: zeros,
+        a row of `packing.blank_rows`."""
 
     @staticmethod
     def spec(config: ConfigDict, global_rows: int, *, num_views: int | None = None) -> Spec:
@@ -158,8 +159,8 @@ class PackedRows:
         self.sampler = Sampler(store.index, config, sources=store.meta["sources"])
         self._store, self._config, self._views = store, config, resolve_views(store, config)
 
-    def __call__(self, row: int) -> Batch:
-        return pack_row(self._store, self._config, self.sampler.row(row), row, self._views)
+    def __call__(self, row: int, out: Batch | None = None) -> Batch:
+        return pack_row(self._store, self._config, self.sampler.row(row), row, self._views, out)
 
     @staticmethod
     def spec(config: ConfigDict, global_rows: int, *, num_views: int | None = None) -> Spec:
@@ -170,13 +171,10 @@ class PackedRows:
         check_store(store, config)
 
 
-class RowSource:
-    """The rows of one host by number: a Grain `RandomAccessDataSource` that can be pickled into worker processes.
+class BatchSource:
+    """The batches of one host by number: a Grain `RandomAccessDataSource` that can be pickled into worker processes.
 
-    Row `i` of host `h` is global row `(start_step + i // share) * B + h * share + i % share`.
-
-    Attributes:
-      share: rows of one batch that this host makes, `B / host_count`.
+    Batch `i` of host `h` of `n` holds global rows `(start_step + i) * B + h * B / n` and the `B / n - 1` after it.
     """
 
     def __init__(
@@ -194,23 +192,27 @@ class RowSource:
         if rows % host_count:
             raise UserError(f"data.rows={rows} does not divide among {host_count} hosts")
         self._store, self._config, self._kind = store, config, kind
-        self._rows, self.share = rows, rows // host_count
-        self._first = start_step * rows + host_index * self.share
+        self._rows, self._share = rows, rows // host_count
+        self._first = start_step * rows + host_index * self._share
 
     def __len__(self) -> int:
-        return _ROWS
+        return _BATCHES
 
     def __getitem__(self, number: int) -> Batch:
-        """The arrays of one row, see `Rows`."""
-        return self._make(self.global_row(int(number)))
+        """The arrays of one batch, see `Rows`; each row is written where it stays."""
+        views = resolve_views(self._store, self._config)
+        batch = blank_rows(self._kind.spec(self._config, self._share, num_views=len(views)))
+        for place, row in enumerate(self.global_rows(int(number))):
+            self._make(row, row_of(batch, place))
+        return batch
 
-    def global_row(self, number: int) -> int:
-        """The global row that this host makes as its row `number`."""
-        step, offset = divmod(number, self.share)
-        return self._first + step * self._rows + offset
+    def global_rows(self, number: int) -> range:
+        """The global rows of this host's batch `number`."""
+        first = self._first + number * self._rows
+        return range(first, first + self._share)
 
     def __repr__(self) -> str:
-        return f"RowSource({str(self._store.path)!r}, first={self._first}, share={self.share} of {self._rows})"
+        return f"BatchSource({str(self._store.path)!r}, first={self._first}, share={self._share} of {self._rows})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_make"}
@@ -234,7 +236,7 @@ class Loader(Iterator[Batch]):
       sampler: the plan of the draw.
     """
 
-    def __init__(self, store: EventStore, config: ConfigDict, source: RowSource) -> None:
+    def __init__(self, store: EventStore, config: ConfigDict, source: BatchSource) -> None:
         """Use `make_loader`."""
         self.bad_records: dict[int, str] = {}
         self.sampler = source.sampler
@@ -313,23 +315,23 @@ def make_loader(
       UserError: store and config do not fit (see `check_store` and `Sampler`), or rows do not divide among hosts.
     """
     kind.check(store, config)
-    source = RowSource(store, config, kind, host_index=host_index, host_count=host_count, start_step=start_step)
+    source = BatchSource(store, config, kind, host_index=host_index, host_count=host_count, start_step=start_step)
     return Loader(store, config, source)
 
 
-def _grain_iterator(source: RowSource, config: ConfigDict) -> grain.DatasetIterator:
+def _grain_iterator(source: BatchSource, config: ConfigDict) -> grain.DatasetIterator:
     workers, prefetch = int(config.data.workers), max(1, int(config.data.prefetch))
-    batches = grain.MapDataset.source(source).batch(source.share)
+    batches = grain.MapDataset.source(source)
     if not workers:
         threads = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
         return iter(batches.to_iter_dataset(threads))
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers, also in notebooks and tests
         flags.FLAGS.mark_as_parsed()
-    rows = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    rows = WithOptionsIterDataset(rows, DatasetOptions(min_shm_size=_SHARED_BYTES))
+    made = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    made = WithOptionsIterDataset(made, DatasetOptions(min_shm_size=_SHARED_BYTES))
     depth = max(1, prefetch // (2 * workers))  # Grain keeps this many both in the worker's queue and behind it
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
-    return iter(rows.mp_prefetch(options, worker_init_fn=_start_worker))
+    return iter(made.mp_prefetch(options, worker_init_fn=_start_worker))
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -21,7 +21,16 @@ from PIL import Image
 
 from wallwm_jax.console import UserError
 from wallwm_jax.data.event_store import BadRecord, EventStore, WindowRecord
-from wallwm_jax.data.packing import Spec, batch_spec, place_text, place_window, random_stream, text_spec
+from wallwm_jax.data.packing import (
+    Spec,
+    batch_spec,
+    blank_rows,
+    place_text,
+    place_window,
+    random_stream,
+    row_of,
+    text_spec,
+)
 from wallwm_jax.data.pipeline import check_store, resolve_views
 from wallwm_jax.data.sampler import Sampler
 from wallwm_jax.events import planning_text
@@ -302,20 +311,24 @@ class VlmRows:
                     f"{vlm.answer_length}; raise it"
                 )
 
-    def __call__(self, row: int) -> dict[str, np.ndarray]:
-        """The arrays of one row without their leading axis, and `packing.META_FIELDS`."""
+    def __call__(self, row: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of one row without their leading axis, and `packing.META_FIELDS`; see `pipeline.Rows`."""
         end, inside, which = random_stream(self._config.seed, _MOMENT, row).random(3)
         vlm = self._config.data.vlm
         moment = 1 + int(which * (len(KEYFRAME_SHARES) - 1)) if inside < vlm.inside_prob else 0
         window, *_ = [*self.sampler.row(row), -1]
-        return {**self.asked(window, end < vlm.done_prob, moment), "row": np.array(row, np.int64)}
+        out = self.asked(window, end < vlm.done_prob, moment, out)
+        out["row"][...] = row
+        return out
 
-    def asked(self, window: int, at_end: bool = False, moment: int = 0) -> dict[str, np.ndarray]:
-        """The arrays of a row with the question `Questions.ask`, all but its number; padding where the window is -1 or
-        its record bad."""
-        out = {name: np.zeros(shape[1:], dtype) for name, (shape, dtype) in self._spec.items()}
-        out["bad_index"] = np.full(1, -1, np.int32)
-        out["window_index"][:] = -1
+    def asked(
+        self, window: int, at_end: bool = False, moment: int = 0, out: dict[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a row with the question `Questions.ask`, its number 0; padding where the window is -1 or its
+        record bad."""
+        if out is None:
+            out = row_of(blank_rows(self._spec), 0)
+        out["bad_index"][:] = out["window_index"][:] = -1
         out["length"][...] = out["answer_start"][...] = 1
         for name in ("ids", "trace_ids"):
             out[name][:] = self._prompts.tokenizer.pad_id
