@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             caption_drop_long=0.9,  # the same for events of caption_drop_lengths[1] steps and more
             caption_drop_lengths=(129, 220),  # control steps between which the probability rises along a cosine
             max_bad_records=100,  # abort when more records than this fail their checksum
-            workers=1,  # Grain worker processes; 0 loads in threads
+            workers=1,  # Grain worker processes; 0 loads in a thread
             prefetch=4,  # batches ready ahead of the device
             vlm=ConfigDict(  # rows of the VLM stages: one event each, of window_kind event
                 dict(

@@ -1,6 +1,6 @@
 """The loader of training on one event store: windows per second and core, first batch, packing, memory, disk.
 
-Loads with threads of this process and with worker processes. What is per core counts the seconds of processor time that
+Loads with a thread of this process and with worker processes. What is per core counts the processor seconds that
 this process and its workers spent, so that a busy machine or an idle core does not change it.
 
 With a peer, some episodes of the store are written three times: as frames, as latents, and as a LeRobot set with MP4

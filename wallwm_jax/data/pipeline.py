@@ -36,7 +36,6 @@ from wallwm_jax.events.schema import LEVELS
 
 Batch = dict[str, np.ndarray]
 
-_THREADS = 2  # that load batches where there are no worker processes
 _SHARED_BYTES = 1 << 20  # arrays from this size on come from a worker through shared memory
 _FAREWELL_S = 2.0  # an orphaned worker ends the batch it is at, so that its shared memory is known and cleaned up
 _BATCHES = 1 << 40  # length of the endless source
@@ -323,8 +322,8 @@ def _grain_iterator(source: BatchSource, config: ConfigDict) -> grain.DatasetIte
     workers, prefetch = int(config.data.workers), max(1, int(config.data.prefetch))
     batches = grain.MapDataset.source(source)
     if not workers:
-        threads = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
-        return iter(batches.to_iter_dataset(threads))
+        thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)  # two wait for each other's bytecode
+        return iter(batches.to_iter_dataset(thread))
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers, also in notebooks and tests
         flags.FLAGS.mark_as_parsed()
     made = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
