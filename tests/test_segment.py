@@ -1,6 +1,7 @@
 """Cutting recordings without labels: known boundaries are found, spans are always valid, nothing looks ahead."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -195,7 +196,25 @@ def test_segments_are_found_inside_the_actions_that_are_given():
             "action": [dataclasses.replace(span, parent=0) for span in told.spans["action"]],
         },
     )
-    assert set(segment(without, keep=("task", "action")).spans) == {"task", "action", "segment"}
+    assert segment(without, keep=("task", "action")).spans["segment"] == found.spans["segment"]
+
+
+def test_subtasks_are_found_of_the_actions_that_are_given():
+    """Their boundaries are the nearest of the actions', whose captions stay; without any there is one subtask."""
+    episode, _ = acted([*PRESS, *PICK_AND_PLACE])
+    whole = segment(episode)
+    assert len(whole.spans["subtask"]) > 1
+    moved = [step + 1 for step in boundaries(whole, "action")]  # people were a step late throughout
+    edges = itertools.pairwise([0, *moved, episode.num_steps])
+    actions = [Span(a, b, f"part {n}", "part", 0) for n, (a, b) in enumerate(edges)]
+    told = dataclasses.replace(episode, spans={"task": episode.spans["task"], "action": actions})
+    found = segment(told, keep=("task", "action"))
+    assert list(found.spans) == ["task", "subtask", "action", "segment"]
+    assert boundaries(found, "subtask") == [step + 1 for step in boundaries(whole, "subtask")]
+    assert [dataclasses.replace(span, parent=0) for span in found.spans["action"]] == actions
+    assert {span.parent for span in found.spans["action"]} == set(range(len(found.spans["subtask"])))
+    one = dataclasses.replace(told, spans={**told.spans, "action": [Span(0, episode.num_steps, "all", "all", 0)]})
+    assert len(segment(one, keep=("task", "action")).spans["subtask"]) == 1
 
 
 def test_each_arm_has_its_say():
@@ -250,6 +269,9 @@ def test_spans_are_valid_whatever_the_hand_does(data):
     found = segment(told, keep=("task", "subtask"))
     assert found.spans["subtask"] == told.spans["subtask"]
     assert set(cuts) <= set(boundaries(found, "action")) <= set(boundaries(found, "segment"))
+    only = {"task": told.spans["task"], "action": told.spans["subtask"]}
+    found = segment(dataclasses.replace(told, spans=only), keep=("task", "action"))
+    assert set(boundaries(found, "subtask")) <= set(cuts)
 
 
 @pytest.mark.parametrize(
@@ -345,3 +367,14 @@ def test_subtasks_alone_get_actions_and_segments_worded_by_templates():
     (again,) = Labelled([told], "always")
     assert again.provenance == ("subtask, action, segment found in its motion, task given",)
     assert len(again.spans["subtask"]) == 1
+
+
+def test_actions_alone_get_subtasks_and_segments_worded_by_templates():
+    told = segment(acted(PICK_AND_PLACE)[0])
+    actions = [dataclasses.replace(span, caption=f"step {n}", parent=0) for n, span in enumerate(told.spans["action"])]
+    alone = dataclasses.replace(told, spans={"task": told.spans["task"], "action": actions})
+    (episode,) = Labelled([alone], "auto")
+    assert episode.provenance == ("subtask, segment found in its motion, task, action given",)
+    assert [span.caption for span in episode.spans["action"]] == [span.caption for span in actions]
+    assert boundaries(episode, "subtask") == boundaries(told, "subtask")
+    assert {span.provenance for level in ("subtask", "segment") for span in episode.spans[level]} == {"templates"}

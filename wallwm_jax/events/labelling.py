@@ -18,7 +18,7 @@ WHICH = ("auto", "always", "never")
 
 
 class Labelled(Iterator[Episode]):
-    """The episodes, one at a time, with events on every level below the finest that their source names.
+    """The episodes, one at a time, with events on every level, also on those that their source does not name.
 
     `count` tells how many were cut here so far; the provenance of such an episode, which levels were found and which
     given.
@@ -38,7 +38,7 @@ class Labelled(Iterator[Episode]):
             given = [level for level in LEVELS if level in episode.spans]
             if self._which == "always":
                 given = ["task"]
-            found = LEVELS[LEVELS.index(given[-1]) + 1 :]
+            found = [level for level in LEVELS if level not in given]
             if found and self._which != "never":
                 self.count += 1
                 episode = self._cut(episode, given, found)

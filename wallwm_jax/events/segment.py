@@ -12,8 +12,8 @@ Three steps, each a plain idea:
    border between two subtasks at the last stop before the next approach; lift, carry and lower, or one pull, push or
    slide, while it holds something. A grasp that is undone and tried again at the same place stays in its subtask.
 
-Actions are phases, subtasks run from reach to retract, segments are actions cut at every station. Labels of the
-episode below the levels that are kept are never read; what is found lies inside those. With `Options.lookahead_s` every
+Actions are phases, subtasks run from reach to retract, segments are actions cut at every station. Labels on
+levels that are not kept are never read; what is found nests with those that are. With `Options.lookahead_s` every
 boundary at time t depends on data up to t + lookahead alone.
 """
 
@@ -36,11 +36,13 @@ _PICTURE_CHANGE = 2.0  # grey levels of 255 by which a picture changes beyond th
 
 
 def segment(episode: Episode, options: Options | None = None, *, keep: Sequence[str] = ("task",)) -> Episode:
-    """The episode with spans found in the recording on every level below those kept.
+    """The episode with spans found in the recording on every level but those kept.
 
     Args:
       keep: levels whose spans and captions stay as they are, the task among them. Those found on finer levels lie
-        inside them; a boundary that people set within a quarter of a second of a found one takes its place.
+        inside them; a boundary that people set within a quarter of a second of a found one takes its place. Those found
+        between two that are kept (subtasks, where only actions are given) consist of whole spans of the finer one:
+        their boundaries are the nearest of its.
 
     Found spans are half-open, gap-free, nested, at least `min_steps` long where what they lie in is. Captions say what
     the hand does, plainly, since nothing is known of objects. With a lookahead boundaries are those of a stream; verbs
@@ -92,14 +94,18 @@ def _analyse(episode: Episode, options: Options) -> tuple[list[Arm], dict[str, l
 def _nested(
     episode: Episode, found: dict[str, list[int]], options: Options, keep: Sequence[str] = ("task",)
 ) -> dict[str, list[int]]:
-    """Boundaries per level below those kept: each level's are among the next finer one's, and none is too close."""
-    finest = max(map(LEVELS.index, keep))
+    """Boundaries per level that is not kept: each level's are among the next finer one's, and none is too close."""
+    coarser, near, bounds = boundaries(episode, "task"), _NEAR_S * episode.clock_hz, {}
     given = [step for level in keep if level != "task" for step in boundaries(episode, level)]
-    coarser = sorted({*boundaries(episode, "task"), *given})
-    near = _NEAR_S * episode.clock_hz
-    bounds = {}
-    for level, steps in found.items():
-        if LEVELS.index(level) > finest:
+    for number, (level, steps) in enumerate(found.items()):
+        finer = [other for other in list(found)[number:] if other in keep]
+        if level in keep:
+            coarser = boundaries(episode, level)
+        elif finer:
+            places = boundaries(episode, finer[0])
+            nearest = {min(places, key=lambda place: abs(place - step)) for step in steps if places}
+            coarser = bounds[level] = sorted({*coarser, *nearest})
+        else:
             free = [step for step in steps if all(abs(step - other) >= near for other in given)]
             coarser = bounds[level] = thinned(coarser, free, episode.num_steps, options.min_steps)
     return bounds
@@ -210,12 +216,16 @@ _AXES = (("forward", "back"), ("to the left", "to the right"), ("up", "down"))  
 def _spans(
     episode: Episode, arms: Sequence[Arm], found: dict[str, list[int]], keep: Sequence[str], options: Options
 ) -> dict[str, list[Span]]:
-    spans = {level: list(episode.spans[level]) for level in LEVELS if level in keep}
-    for level, bounds in _nested(episode, found, options, keep).items():
+    bounds = _nested(episode, found, options, keep)
+    spans = {"task": list(episode.spans["task"])}
+    for level in LEVELS[1:]:
         coarser = next(reversed(spans))
+        parent_of = functools.partial(_containing, spans[coarser])
+        if level in keep:
+            spans[level] = [dataclasses.replace(span, parent=parent_of(span.start)) for span in episode.spans[level]]
+            continue
         spans[level] = []
-        for start, end in itertools.pairwise([0, *bounds, episode.num_steps]):
-            parent = next(i for i, span in enumerate(spans[coarser]) if span.start <= start < span.end)
+        for start, end in itertools.pairwise([0, *bounds[level], episode.num_steps]):
             arm = max(range(len(arms)), key=lambda a: arms[a].speed[start:end].sum())  # the one that moves most
             verb = arms[arm].subtask_verb(start, end) if level == "subtask" else arms[arm].verb(start, end)
             caption = (_SUBTASKS if level == "subtask" else _ACTIONS)[verb].format(
@@ -223,8 +233,12 @@ def _spans(
             )
             if len(arms) > 1:
                 caption += f" with arm {arm + 1}"
-            spans[level].append(Span(start, end, caption, verb, parent))
+            spans[level].append(Span(start, end, caption, verb, parent_of(start)))
     return spans
+
+
+def _containing(spans: Sequence[Span], step: int) -> int:
+    return next(number for number, span in enumerate(spans) if span.start <= step < span.end)
 
 
 def _words(way: np.ndarray) -> str:
