@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
             ),
             duration_quantiles=(0.1, 0.5, 0.9),
             compute_dtype="float32",  # float32 | bfloat16; parameters, softmax and accumulations stay float32
-            remat="none",  # none | products | selective | attention | full: what is kept, models/layer_stack.py
+            remat="none",  # none | products | most | selective | attention | full: what is kept, models/layer_stack.py
         )
     )
 

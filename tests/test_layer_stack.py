@@ -60,5 +60,5 @@ def test_groups_hold_the_blocks_of_a_stack_in_order(blocks):
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match="'some': one of none, products, selective, attention, full"):
+    with pytest.raises(ValueError, match="'some': one of none, products, most, selective, attention, full"):
         layer_stack.remat(lambda x: x, "some")

@@ -119,7 +119,7 @@ class Attention(nnx.Module):
     def queries(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
         """`[..., S, D]` to queries `[..., H, S, d]`: normalised, plus `offset [..., S, D]`, rotated by `angles [..., S,
         d / 2]`."""
-        return self._place(self._normed(self.query.to_heads(x, self.heads), self.query_norm), angles, offset)
+        return self._place(self._normed(self.query.to_heads(x, self.heads, "query"), self.query_norm), angles, offset)
 
     def keys(self, x: jax.Array, *, angles: jax.Array | None = None, offset: jax.Array | None = None) -> jax.Array:
         """`[..., S, Dk]` to keys `[..., H, S, d]`, as `queries`."""
@@ -198,10 +198,10 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Through `resident_attention`; `of_groups` takes keys and values to the groups of `x`."""
 
-        def kept(projected: jax.Array) -> jax.Array:
-            return checkpoint_name(projected, "projection")  # as `Linear.to_heads` and `from_heads`
+        def kept(projected: jax.Array, name: str = "projection") -> jax.Array:
+            return checkpoint_name(projected, name)  # as `Linear.to_heads` and `from_heads`
 
-        query = self.query_norm(kept(self.query(x))).astype(self.dtype)
+        query = self.query_norm(kept(self.query(x), "query")).astype(self.dtype)
         key = self.key_norm(kept(self.key(context))).astype(self.dtype)
         keys, values = of_groups(key), of_groups(kept(self.value(context)))
         return kept(self.output(resident_attention.attend_resident(query, keys, values, heads=self.heads, **how)))

@@ -15,13 +15,14 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 REMAT = {
     "none": None,
-    "products": ("attention", "ffn", "projection"),
+    "products": ("attention", "ffn", "projection", "query"),
+    "most": ("attention", "ffn", "projection"),
     "selective": ("attention", "ffn"),
     "attention": ("attention",),
     "full": (),
 }
 """Policy → what is kept for the backward pass: of long attentions output and normaliser, of feed-forwards hidden layer
-and output, of all attentions what their projections give; None keeps all."""
+and output, of all attentions what their projections give, "most" but for queries; None keeps all."""
 
 
 def build(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:

@@ -43,11 +43,12 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return affine(_PLAIN, x.astype(self.dtype), *self._weights())
 
-    def to_heads(self, x: jax.Array, heads: int) -> jax.Array:
-        """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it."""
+    def to_heads(self, x: jax.Array, heads: int, name: str = "projection") -> jax.Array:
+        """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it; kept by `name`, see
+        `layer_stack.REMAT`."""
         kernel, bias = self._weights()
         kernel, bias = kernel.reshape(len(kernel), heads, -1), bias.reshape(heads, 1, -1)
-        return checkpoint_name(affine(_TO_HEADS, x.astype(self.dtype), kernel, bias), "projection")
+        return checkpoint_name(affine(_TO_HEADS, x.astype(self.dtype), kernel, bias), name)
 
     def from_heads(self, x: jax.Array) -> jax.Array:
         """`[..., H, S, in / H]` to `[..., S, out]`."""
@@ -167,7 +168,14 @@ def _affine_backward(
     x, kernel, bias = saved
     einsum = functools.partial(form.einsum, leading=form.leading(x))
     of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
-    of_kernel = einsum(f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=jnp.float32)
+    if form is _TO_HEADS and len(kernel) > bias.size:
+        # A TPU writes a product with its longer side innermost, and scatters no gradient along that: this one is split
+        # along its outputs (`param_axes`), which must stay one axis for that.
+        flat = jnp.moveaxis(gradient, -3, -2).reshape(*x.shape[:-1], -1)
+        of_kernel = _PLAIN.einsum("?i,?o->io", x, flat, _PLAIN.leading(x), preferred_element_type=jnp.float32)
+        of_kernel = jax.lax.optimization_barrier(of_kernel).reshape(kernel.shape)
+    else:
+        of_kernel = einsum(f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=jnp.float32)
     axes = form.y.replace("?", form.leading(x))
     tokens = {axis: size for axis, size in zip(axes, gradient.shape) if axis not in form.bias}
     ones = jnp.ones((_SUBLANES, *tokens.values()), gradient.dtype)

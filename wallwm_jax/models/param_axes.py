@@ -40,8 +40,11 @@ _LANGUAGE = _MODEL + r"blocks/(linear|full)/"
 _DELTA = _MODEL + r"blocks/linear/delta/"
 _GATED = _MODEL + r"blocks/full/attention/"
 
+_FROM_VIDEO = r"action/blocks/video_attention/(key|value)/kernel"  # the only ones that are narrower than their input
+
 RULES = (
-    Rule(_ATTENTION + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
+    Rule(_FROM_VIDEO, ("layers", "video", "split_heads"), MATRIX),
+    Rule(rf"(?!{_FROM_VIDEO})" + _ATTENTION + r"(query|key|value)/kernel", ("layers", "embed", "heads"), MATRIX),
     Rule(_ATTENTION + r"output/kernel", ("layers", "heads", "embed"), MATRIX),
     Rule(_ATTENTION + r"(query|key|value)/bias", ("layers", "heads"), VECTOR),
     Rule(_ATTENTION + r"output/bias", ("layers", "embed"), VECTOR),

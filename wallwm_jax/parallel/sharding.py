@@ -1,9 +1,10 @@
 """Where arrays live on the mesh: logical axis names -> mesh axes, for parameters, batches and activations.
 
 `models/param_axes.py` names the axes of every parameter; `RULES` says which mesh axis splits each name. Weights are
-split over `fsdp` and `context` on their input side and over `tensor` on their output side (heads, hidden units). Of a
-sequence, `context` splits the frames or, where it does not divide them, the cells of a frame. A dimension that its mesh
-axis does not divide stays whole.
+split over `fsdp` and `context` on their input side and over `tensor` on their output side (heads, hidden units); those
+that lead from the wide video to the narrow actions over all three on their output side. Of a sequence, `context` splits
+the frames or, where it does not divide them, the cells of a frame. A dimension that its mesh axis does not divide stays
+whole.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ RULES: dict[str, MeshAxes] = {
     "embed": ("fsdp", "context"),
     "embed_out": "tensor",
     "heads": "tensor",
+    "split_heads": ("tensor", "fsdp", "context"),
     "mlp": "tensor",
     **dict.fromkeys(
         (
             "layers",
+            "video",
             "modulation",
             "patch",
             "view",
