@@ -8,8 +8,10 @@ Six models from scratch, which see as many latents. Random windows are as long a
 are subtasks and actions (one to four or five); of events a quarter of those drawn are subtasks. A tile or random window
 is told the subtasks or actions inside it, by the same shares. All are measured by `wallwm_jax.evaluation.event_errors`
 on the same held-out events, told what they learned to read and the true duration. Captions are neither reworded nor
-prefixed nor timed, so that only their kind differs. Measured on two CPU cores, an hour: action error 0.216 of events told
-the event, 0.243 of random windows and 0.251 of tiles told the events inside; told the instruction 0.239, 0.258 and 0.270.
+prefixed nor timed, so that only their kind differs.
+
+Measured on two CPU cores in an hour: action error 0.216 of events told the event, 0.243 of random windows and 0.251 of
+tiles told the events inside; told the instruction 0.239, 0.258 and 0.270.
 """
 
 from typing import Any
