@@ -5,7 +5,7 @@ r"""The quickstart's model: a small world action model on OCBench events, for tw
 
 The largest part of `bash launch/quickstart.sh`. Open-loop action error on 512 held-out windows of its store, with
 `python -m wallwm_jax.evaluate --level=action --episodes=0 --windows=512 --max_seconds=900`: 0.158, the better baseline
-(mean trajectory of the nearest cluster) 0.200, ratio 0.79; the aim is 0.8. Subtasks achieved: 2 of 10, too few steps to
+(mean trajectory of the nearest cluster) 0.200, ratio 0.79; the aim is 0.8. Subtasks achieved: 3 of 11, too few steps to
 act; `configs/ocbench_cpu.py` goes further. At 64 pixels a step takes half as long again and the ratio is 0.80.
 """
 
