@@ -29,7 +29,7 @@ RULES: dict[str, MeshAxes] = {
     "embed": ("fsdp", "context"),
     "embed_out": "tensor",
     "heads": "tensor",
-    "split_heads": ("tensor", "fsdp", "context"),
+    "split_heads": ("fsdp", "context", "tensor"),
     "mlp": "tensor",
     **dict.fromkeys(
         (
