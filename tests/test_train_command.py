@@ -249,7 +249,8 @@ def test_held_out_losses_are_those_of_the_average_and_come_again_after_a_resume(
     source = BatchSource(store, config)
     losses = []
     for number in range(2):
-        batch = {name: source[number][name] for name in batch_spec(config, 2)}
+        made = source[number]
+        batch = {name: made[name] for name in batch_spec(config, 2)}
         stream = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2)
         key = jax.random.fold_in(stream, number)
         weight = jnp.asarray(open_store(clustered_store).channel_weights())

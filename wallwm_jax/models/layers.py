@@ -169,8 +169,8 @@ def _affine_backward(
     einsum = functools.partial(form.einsum, leading=form.leading(x))
     of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
     if form is _TO_HEADS and len(kernel) > bias.size:
-        # A TPU writes a product with its longer side innermost, and scatters no gradient along that: this one is split
-        # along its outputs (`param_axes`), which must stay one axis for that.
+        # A TPU writes a product with its longer side innermost, and scatters no gradient along that: what the actions
+        # read of the video is split along its outputs (`param_axes`), which must stay one axis for that.
         flat = jnp.moveaxis(gradient, -3, -2).reshape(*x.shape[:-1], -1)
         of_kernel = _PLAIN.einsum("?i,?o->io", x, flat, _PLAIN.leading(x), preferred_element_type=jnp.float32)
         of_kernel = jax.lax.optimization_barrier(of_kernel).reshape(kernel.shape)

@@ -40,7 +40,7 @@ _LANGUAGE = _MODEL + r"blocks/(linear|full)/"
 _DELTA = _MODEL + r"blocks/linear/delta/"
 _GATED = _MODEL + r"blocks/full/attention/"
 
-_FROM_VIDEO = r"action/blocks/video_attention/(key|value)/kernel"  # the only ones that are narrower than their input
+_FROM_VIDEO = r"action/blocks/video_attention/(key|value)/kernel"  # in the towers alone narrower than its input
 
 RULES = (
     Rule(_FROM_VIDEO, ("layers", "video", "split_heads"), MATRIX),
