@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -86,6 +87,25 @@ class Run:
         for process in self.processes:
             process.kill()
         self.end()
+
+    def kill_inside_a_save(self, newest: int = 1) -> None:
+        """SIGKILL to the one process with a checkpoint half written, when that of step `newest` or a later is whole.
+
+        A small save may end between a look and a signal, so the process is stopped and looked at again, then killed.
+        """
+        (process,) = self.processes
+
+        def is_time() -> bool:
+            return self.is_saving() and max(saved_steps(self.workdir), default=0) >= newest
+
+        while True:
+            self.wait_for(is_time, 0.0)
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if is_time():
+                break
+            process.send_signal(signal.SIGCONT)
+        self.kill()
 
     def end(self) -> list[tuple[int, str]]:
         """Waits for all; (exit code, output) of each."""

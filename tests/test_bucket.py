@@ -234,7 +234,8 @@ def test_a_run_killed_in_a_bucket_goes_on_bit_for_bit_on_another_machine(bucket,
     first = Run(config, workdir)
     when_written("killed/checkpoints/4/", first.kill)
     assert [code for code, _ in first.end()] == [-signal.SIGKILL]
-    assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 3]
+    steps = [line["step"] for line in read_metrics(workdir)]
+    assert steps == list(range(len(steps))) and len(steps) >= 4  # training goes on while a thread saves
 
     (output,) = finished(config, workdir, "--resume")
     assert "restore step 2" in output
