@@ -38,6 +38,11 @@ Muon on a TPU slice that only the compiler knows, beside optax's, from the compi
 
     python -m wallwm_jax.benchmark muon --topology=v5p:4x8x8 --model=wan14b --json
 
+A long attention split over all chips of such a slice by all-to-all and in a ring (pip install tokamax):
+
+    python -m wallwm_jax.benchmark context --topology=v5p:2x2x1 --config=configs/wan14b.py:video \
+        --config.data.latents_per_row=21 "--config.model.latent_shape=(90,160)"
+
 Boundaries found without labels against those of scripted experts, and of some MetaWorld tasks; lags and faults planted
 into OCBench episodes, by how many are recovered and caught (pip install 'wallwm_jax[sim]'):
 
@@ -48,7 +53,8 @@ What is drawn of ten million events: clusters, weights, rows and coverage, secon
 
     python -m wallwm_jax.benchmark sampling --windows=10000000
 
-All but muon, segment, sync and sampling take --steps=N, how many calls are timed, and --config.section.knob=value.
+All but muon, context, segment, sync and sampling take --steps=N, how many calls are timed. Where there is a config,
+--config.section.knob=value changes it.
 Progress goes to standard error, the figures alone to standard output.
 """
 
@@ -73,6 +79,7 @@ _PARTS = {
     "serving": ("steps", "workdir", "mode", "latents"),
     "staircase": ("steps",),
     "muon": ("model", "topology", "rows"),
+    "context": ("config", "topology", "rows"),
     "segment": ("episodes", "tasks"),
     "sync": (),
     "sampling": ("windows", "rows"),
@@ -89,9 +96,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", "", "inference, serving: a run of python -m wallwm_jax.train.")
     flags.DEFINE_enum("mode", "", ["", "event", "unified"], "serving: the only decoding mode; none takes all.")
     flags.DEFINE_string("latents", "", "serving: run of stage staircase that tells the chunks what to do.")
-    flags.DEFINE_string("topology", "v5p:4x8x8", "muon: TPU generation and extents of the torus.")
+    flags.DEFINE_string("topology", "v5p:4x8x8", "muon, context: TPU generation and extents of the torus.")
     flags.DEFINE_string("model", "wan14b", "muon: name of a config in configs/, whose video tower is taken.")
-    flags.DEFINE_list("rows", [], "muon, sampling: rows of the table to measure; none takes all.")
+    flags.DEFINE_list("rows", [], "muon, context, sampling: rows of the table to measure; none takes all.")
     flags.DEFINE_integer("windows", 1_000_000, "sampling: events of the made-up index.", 100)
     flags.DEFINE_integer("episodes", 20, "segment: episodes per OCBench family; loader: of the peer.", 1)
     flags.DEFINE_list("tasks", [], "segment: MetaWorld tasks to report, too.")
