@@ -17,7 +17,7 @@ from random_batch import tiny_config
 from training_setup import subprocess_environment
 
 from configs import wan14b
-from wallwm_jax.benchmarks import event_mode_cost, muon, preflight, preflight_peer
+from wallwm_jax.benchmarks import decoding_cost, muon, preflight, preflight_peer
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.models import world_action_model as wam
@@ -421,7 +421,7 @@ def test_between_slices_only_sums_of_shards_travel():
 
 
 @pytest.mark.tpu
-def test_muon_alone_and_event_mode_are_answered_too(small_step):
+def test_muon_alone_and_the_decoding_modes_are_answered_too(small_step):
     config, report, _ = small_step
     config = config.copy_and_resolve_references()
     result = muon.measure_config(config, "v5p:2x2x1")
@@ -432,8 +432,14 @@ def test_muon_alone_and_event_mode_are_answered_too(small_step):
     with config.unlocked():
         config.mesh.update(data=1, fsdp=1, tensor=2)
         config.sampling.update(buckets=(5,), steps=3, video_steps=2)
-    cost = event_mode_cost.inspect(config, "v5p:2x2x1")
-    (bucket,) = cost.buckets
-    assert cost.fits and cost.chips == 2 and bucket.actions == 4 * config.model.actions_per_latent
-    assert bucket.received > 0 and bucket.seconds[0] >= bucket.seconds[-1] > 0
-    assert f"{bucket.latents:>7}{bucket.actions:>9}" in cost.table()
+    per_latent = config.model.actions_per_latent
+    event = decoding_cost.inspect_event_mode(config, "v5p:2x2x1")
+    chunk = decoding_cost.inspect_unified_mode(config, "v5p:2x2x1", history=1, fixed_steps=4 * per_latent - 1)
+    for cost, latents, actions in ((event, 5, 4 * per_latent), (chunk, 6, 4 * per_latent - 1)):
+        (program,) = cost.programs
+        assert cost.fits and cost.chips == 2 and (program.latents, program.actions) == (latents, actions)
+        assert program.received > 0 and program.seconds[0] >= program.seconds[-1] > 0
+        assert f"{latents:>7}{actions:>9}" in cost.table()
+    assert chunk.programs[0].executed_flops > event.programs[0].executed_flops
+    with pytest.raises(UserError, match=r"latents\) exceed config\.model\.max_latents"):
+        decoding_cost.inspect_unified_mode(config, "v5p:2x2x1", history=99)

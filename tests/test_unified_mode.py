@@ -98,6 +98,23 @@ def test_a_recorded_window_tells_the_model_what_living_through_it_does(mode, sto
         np.testing.assert_allclose(asked[name], array, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_program_can_be_compiled_from_shapes_alone(mode, store, guidance):
+    """`program_inputs` is what a request becomes."""
+    _, record, episode = recorded(store, 1)
+    config = mode.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.sampling.guidance = guidance
+    mode = copy.copy(mode)
+    mode.config = config
+    told, conditioning, seeds = unified_mode.program_inputs(config, 1, len(store.meta["views"]), HISTORY)
+    made = mode.inputs(lived(mode, store, record, episode))
+    assert {name: (value.shape, value.dtype) for name, value in made.items()} == told
+    text = unified_mode.stacked([mode.encode_text("reach")])
+    assert jax.tree.map(lambda array: (array.shape, array.dtype), text) == conditioning
+    assert seeds == ((1,), np.uint32)
+
+
 def test_sources_of_text_are_swapped_in_one_program(mode, store):
     """A global instruction, one for each chunk, latents; latents that are a text's features give that text's chunk."""
     _, record, episode = recorded(store, 1)

@@ -8,8 +8,8 @@ r"""Compiles the real train step for a TPU slice that need not exist, and says w
     python -m wallwm_jax.preflight --config=configs/wan5b.py:video --topology=v5p:4x4x8 --views=3 \
         --search --search_remat=selective,products --search_rows=1,2,4
 
---program takes another program of the config: Muon's update alone, or event mode's denoising programs, one request on
-as many chips as the mesh's context and tensor axes have:
+--program takes another program of the config: Muon's update alone, or the denoising programs of event mode or unified
+mode, one request on as many chips as the mesh's context and tensor axes have:
 
     python -m wallwm_jax.preflight --config=configs/wan5b.py:joint --topology=v5p:4x4x8 --views=3 --program=event_mode
 
@@ -22,6 +22,7 @@ does not; 2: wrong input. Times are projections, see `wallwm_jax/benchmarks/pref
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +39,9 @@ def _define_flags() -> None:
     define_config_flag()
     flags.DEFINE_string("topology", None, "TPU generation and extents of the torus, such as v5p:4x4x8; v6e:16x16*4.")
     flags.DEFINE_integer("views", 0, "Cameras, where config.data.views leaves them to the store.", 0)
-    flags.DEFINE_enum("program", "train_step", ["train_step", "muon", "event_mode"], "What to compile.")
+    flags.DEFINE_enum("program", "train_step", ["train_step", "muon", "event_mode", "unified_mode"], "What to compile.")
+    flags.DEFINE_integer("history", 1, "unified_mode: latents of four frames before the observation.", 0)
+    flags.DEFINE_integer("fixed_steps", 32, "unified_mode: control steps of a chunk.", 1)
     flags.DEFINE_enum("peer", "", ["", "720p", "480p"], "Public step of the same shapes to compare with.")
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_bool("search", False, "Compile several ways to run and print the best few that fit.")
@@ -50,7 +53,7 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> int:
     """The command; see the module docstring."""
-    from wallwm_jax.benchmarks import event_mode_cost, muon, preflight, preflight_peer
+    from wallwm_jax.benchmarks import decoding_cost, muon, preflight, preflight_peer
 
     values = flags.FLAGS
     if values.peer:
@@ -66,8 +69,14 @@ def main(_: list[str]) -> int:
             result = muon.measure_config(values.config, values.topology)
             print(json.dumps(result, indent=1) if values.json else muon.table(result))
             return 0
-        inspect = preflight.inspect if values.program == "train_step" else event_mode_cost.inspect
-        report: Any = inspect(values.config, values.topology, values.views)
+        inspect: Any = {
+            "train_step": preflight.inspect,
+            "event_mode": decoding_cost.inspect_event_mode,
+            "unified_mode": functools.partial(
+                decoding_cost.inspect_unified_mode, history=values.history, fixed_steps=values.fixed_steps
+            ),
+        }[values.program]
+        report = inspect(values.config, values.topology, values.views)
     if values.peer:
         report = preflight_peer.Compared(report, values.peer)
     print(json.dumps(report.to_json(), indent=1) if values.json else report.table())

@@ -106,6 +106,39 @@ class Chunk:
     draft: Draft | None = None
 
 
+Spec = tuple[tuple[int, ...], Any]
+"""Shape and dtype of an array."""
+
+
+def build_sampler(config: ConfigDict, futures: int) -> Any:
+    """The jitted program, of parameters and `program_inputs`: -> normalised latents `[B, V, M + 1 + futures, h, w, C]`,
+    left at the anchor by the anchored sampler, and actions `[B, P + A, 32]`, the past first."""
+    return jax.jit(functools.partial(_sample, denoising.sampling_config(config), 1 + futures))
+
+
+def program_inputs(config: ConfigDict, rows: int, views: int, history: int) -> tuple[dict[str, Spec], Any, Spec]:
+    """What the program is told of `rows` chunks after `history` latents: inputs as of `denoising.window_batch`,
+    `Conditioning`, and seeds of the noise."""
+    model, text = config.model, config.model.text
+    length = config.data.text_length if text.kind == "features" else -(-config.data.text_length // text.stride)
+    arm, one = ((rows, ACTION_DIM), np.dtype(np.float32)), ((rows,), np.dtype(np.int32))
+    features = ((rows, length, text.width), np.dtype(np.float32))
+    inputs = {
+        "given": ((rows, views, 1 + history, *model.latent_shape, model.latent_channels), np.dtype(np.float32)),
+        "past": ((rows, history * model.actions_per_latent, ACTION_DIM), np.dtype(np.float32)),
+        "past_steps": one,
+        "state": arm,
+        "state_valid": ((rows, ACTION_DIM), np.dtype(bool)),
+        "view_id": ((rows, views), np.dtype(np.int32)),
+        "futures": one,
+        "steps": one,
+        "number": one,
+    }
+    conditioning: Any = Conditioning
+    null = None if config.sampling.guidance == 1.0 else (features, one)
+    return inputs, conditioning(features, one, null), ((rows,), np.dtype(np.uint32))
+
+
 class UnifiedMode:
     """Runs a world action model that was trained on windows with history; one compiled program for all chunks.
 
@@ -128,7 +161,7 @@ class UnifiedMode:
         self.stride = int(store["video_stride"])
         self._encode_text: Any = jax.jit(functools.partial(_encode_text, self.config))
         self._texts: tuple[PyTree, dict[str, tuple[jax.Array, jax.Array]]] = engine.params, {}
-        self._sample: Any = jax.jit(functools.partial(_sample, self.config, 1 + self._futures))
+        self._sample = build_sampler(config, self._futures)
         self._finish: Any = jax.jit(functools.partial(_finish, self.config, 1 + self._futures))
 
     def with_params(self, params: PyTree) -> UnifiedMode:
