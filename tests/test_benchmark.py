@@ -227,7 +227,7 @@ def test_inference_takes_a_run_or_a_config():
         (
             ["everything"],
             "say what to measure: python -m wallwm_jax.benchmark "
-            "{train_step,loader,inference,serving,staircase,muon,segment,sync,sampling}",
+            "{train_step,loader,inference,serving,staircase,muon,context,segment,sync,sampling}",
         ),
         (["loader", "--topology=v5p:2x2x1"], "--topology is not for loader, which takes --config, --steps, --store"),
         (["train_step"], "train_step needs --config=FILE"),

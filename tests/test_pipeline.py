@@ -102,7 +102,9 @@ def test_resume_is_the_step_number(store, batches):
 
 
 class Chip:
-    """All that the index math knows of a device."""
+    """All that the index math and a mesh know of a device."""
+
+    platform = device_kind = "nothing"
 
     def __init__(self, number):
         self.id, self.process_index = number, number // 4
