@@ -9,7 +9,8 @@ xla_flags() { # generation, slices
   v5p | v6e)
     flags+=(
       # Weights are gathered beside other work: here the compiler waits for every gather unless told otherwise. It takes
-      # both flags, one to make gathers asynchronous, one to let products run inside them.
+      # both flags, one to make gathers asynchronous, one to let products run inside them. libtpu 0.0.42 (jax 0.10.2)
+      # takes them; 0.0.50 (jax 0.12) refuses the second but on v5e: errors, it says, may follow, silent ones, too.
       --xla_enable_async_all_gather=true
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
     )

@@ -111,6 +111,41 @@ ENTRY %main (shard: bf16[1,8192,512], a: bf16[64,128], b: bf16[128,32]) -> bf16[
 """  # noqa: E501
 
 
+ON_SPARSE_CORES = """HloModule sparse
+
+%gathering (shard: bf16[8,512]) -> bf16[8,2048] {
+  %shard = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather = bf16[8,2048]{1,0:T(8,128)(2,1)} all-gather(%shard), replica_groups=[2,4]<=[8], dimensions={1}
+}, execution_thread="sparsecore"
+
+%called () -> bf16[8,2048] {
+  %shard.1 = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %call = bf16[8,2048]{1,0:T(8,128)(2,1)} call(%shard.1), to_apply=%gathering
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[8,512], q: bf16[64,128]) -> bf16[64,128] {
+  %p = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %one.start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %before = bf16[64,128]{1,0:T(8,128)(2,1)} add(%q, %q), backend_config={"window_config":{"estimated_cycles":"300"}}
+  %one.update = ((bf16[8,512]{1,0}), bf16[8,2048]{1,0}) call-update(%one.start, %p)
+  %two.start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %two.update = ((bf16[8,512]{1,0}), bf16[8,2048]{1,0}) call-update(%two.start, %p)
+  %during = bf16[64,128]{1,0:T(8,128)(2,1)} add(%q, %before), backend_config={"window_config":{"estimated_cycles":"200"}}
+  %one.done = bf16[8,2048]{1,0:T(8,128)(2,1)} call-done(%one.update)
+  %two.done = bf16[8,2048]{1,0:T(8,128)(2,1)} call-done(%two.update)
+  ROOT %after = bf16[64,128]{1,0:T(8,128)(2,1)} add(%q, %during), backend_config={"window_config":{"estimated_cycles":"70"}}
+}
+"""  # noqa: E501
+
+
+def test_a_collective_of_the_sparse_cores_runs_beside_what_stands_before_its_end():
+    """Two at once share what they run beside."""
+    moved = count_instructions(ON_SPARSE_CORES).traffic["all-gather", 4]
+    assert (moved.count, moved.exposed, moved.beside) == (2, 0, 500)
+    assert moved.received == 2 * 8 * 2048 * 2 * 3 / 4
+
+
 def test_a_collective_inside_a_product_is_counted_once_and_beside_it():
     found = count_instructions(OVERLAPPED)
     moved = found.traffic["all-gather", 4]

@@ -209,9 +209,18 @@ def _count(
     computations: dict[str, Computation], computation: str, times: int, result: Statistics, inside: _Inside
 ) -> None:
     """Adds a computation that runs `times` times."""
-    for instruction in computations[computation].values():
+    elsewhere: dict[str, list[tuple[str, int]]] = {}  # call that runs on a SparseCore now → its collectives
+    for own, instruction in computations[computation].items():
         opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
         cycles = times * instruction.number("estimated_cycles", 0)
+        for key in (key for keys in elsewhere.values() for key in keys):
+            result.traffic[key].beside += cycles / len(elsewhere)
+        if opcode == "call-start":
+            elsewhere[own] = _collectives(computations, called)
+        elif opcode == "call-update":  # gives the call its arguments, and another name
+            elsewhere[own] = elsewhere.pop(instruction.operands[0], [])
+        elif opcode == "call-done":
+            elsewhere.pop(instruction.operands[0], None)
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif not inside.fusion:
@@ -243,7 +252,7 @@ def _count(
                 inside.fusion or opcode == "fusion",
                 inside.reduce_scatter or name.startswith("all-reduce-scatter"),
                 inside.asynchronous
-                or opcode == "async-start"
+                or opcode in ("async-start", "call-start")
                 or calls_target(computations[name], "AsyncCollectiveStart"),
                 inside.beside or is_beside(name, computations[name]),
             )
@@ -252,6 +261,17 @@ def _count(
                 _count_beside(computations[name], cycles, result)
         if opcode == "fusion" and not inside.fusion and result.flops > before:
             result.product_cycles += cycles
+
+
+def _collectives(computations: dict[str, Computation], called: Sequence[str]) -> list[tuple[str, int]]:
+    """Kind and chips of a group of each collective in computations and in what they call."""
+    found = []
+    for instruction in (instruction for name in called for instruction in computations[name].values()):
+        if instruction.opcode in COLLECTIVES:
+            found.append((instruction.opcode, _group_size(instruction.attributes)))
+        else:
+            found += _collectives(computations, [name for name in instruction.called if name in computations])
+    return found
 
 
 def _count_beside(computation: Computation, cycles: float, result: Statistics) -> None:
