@@ -142,8 +142,9 @@ ENTRY %main (p: bf16[8,512], q: bf16[64,128]) -> bf16[64,128] {
 def test_a_collective_of_the_sparse_cores_runs_beside_what_stands_before_its_end():
     """Two at once share what they run beside."""
     moved = count_instructions(ON_SPARSE_CORES).traffic["all-gather", 4]
-    assert (moved.count, moved.exposed, moved.beside) == (2, 0, 500)
-    assert moved.received == 2 * 8 * 2048 * 2 * 3 / 4
+    one = 8 * 2048 * 2 * 3 / 4
+    assert (moved.count, moved.received, moved.exposed, moved.beside) == (2, 2 * one, 0, 0)
+    assert moved.sparse == {(one, 400.0): 1, (one, 100.0): 1}
 
 
 def test_a_collective_inside_a_product_is_counted_once_and_beside_it():

@@ -70,12 +70,14 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 class Traffic:
     """Collectives of one kind over groups of one size: executions, bytes that a chip receives, and how many of these
     while it waits, because the program does not overlap the collective with anything. `beside` are the estimated cycles
-    of the products that the compiler has put the others into; `arrays`, type and sizes of what moves → executions."""
+    of the products that the compiler has put the others into. `sparse`, of those that SparseCores run: (bytes received,
+    estimated cycles of what runs beside) → executions. `arrays`, type and sizes of what moves → executions."""
 
     count: int = 0
     received: float = 0.0
     exposed: float = 0.0
     beside: float = 0.0
+    sparse: Counter[tuple[float, float]] = field(default_factory=Counter)
     arrays: Counter[str] = field(default_factory=Counter)
 
 
@@ -139,6 +141,7 @@ class Statistics:
             mine.received += moved.received
             mine.exposed += moved.exposed
             mine.beside += moved.beside
+            mine.sparse += moved.sparse
             mine.arrays += moved.arrays
 
     @property
@@ -209,18 +212,22 @@ def _count(
     computations: dict[str, Computation], computation: str, times: int, result: Statistics, inside: _Inside
 ) -> None:
     """Adds a computation that runs `times` times."""
-    elsewhere: dict[str, list[tuple[str, int]]] = {}  # call that runs on a SparseCore now → its collectives
+    elsewhere: dict[str, _Call] = {}  # those that run on a SparseCore now
     for own, instruction in computations[computation].items():
         opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
-        cycles = times * instruction.number("estimated_cycles", 0)
-        for key in (key for keys in elsewhere.values() for key in keys):
-            result.traffic[key].beside += cycles / len(elsewhere)
+        once = instruction.number("estimated_cycles", 0)
+        cycles = times * once
+        for call in elsewhere.values():
+            call.cycles += once / len(elsewhere)
         if opcode == "call-start":
-            elsewhere[own] = _collectives(computations, called)
+            elsewhere[own] = _Call(_collectives(computations, called))
         elif opcode == "call-update":  # gives the call its arguments, and another name
-            elsewhere[own] = elsewhere.pop(instruction.operands[0], [])
+            elsewhere[own] = elsewhere.pop(instruction.operands[0])
         elif opcode == "call-done":
-            elsewhere.pop(instruction.operands[0], None)
+            call = elsewhere.pop(instruction.operands[0])
+            for collective in call.collectives:
+                traffic = result.traffic[collective.opcode, _group_size(collective.attributes)]
+                traffic.sparse[_received(collective.opcode, collective), call.cycles] += times
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif not inside.fusion:
@@ -263,12 +270,21 @@ def _count(
             result.product_cycles += cycles
 
 
-def _collectives(computations: dict[str, Computation], called: Sequence[str]) -> list[tuple[str, int]]:
-    """Kind and chips of a group of each collective in computations and in what they call."""
+@dataclass
+class _Call:
+    """A call that runs on a SparseCore, and cycles of what the rest of the chip has done since it began; what runs
+    beside several of them is shared among them."""
+
+    collectives: list[Instruction]
+    cycles: float = 0.0
+
+
+def _collectives(computations: dict[str, Computation], called: Sequence[str]) -> list[Instruction]:
+    """All collectives in computations and in what they call."""
     found = []
     for instruction in (instruction for name in called for instruction in computations[name].values()):
         if instruction.opcode in COLLECTIVES:
-            found.append((instruction.opcode, _group_size(instruction.attributes)))
+            found.append(instruction)
         else:
             found += _collectives(computations, [name for name in instruction.called if name in computations])
     return found
