@@ -222,12 +222,9 @@ def _count(
         if opcode == "call-start":
             elsewhere[own] = _Call(_collectives(computations, called))
         elif opcode == "call-update":  # gives the call its arguments, and another name
-            elsewhere[own] = elsewhere.pop(instruction.operands[0])
+            elsewhere[own] = elsewhere.pop(instruction.operands[0], _Call([]))
         elif opcode == "call-done":
-            call = elsewhere.pop(instruction.operands[0])
-            for collective in call.collectives:
-                traffic = result.traffic[collective.opcode, _group_size(collective.attributes)]
-                traffic.sparse[_received(collective.opcode, collective), call.cycles] += times
+            _count_call(elsewhere.pop(instruction.operands[0], _Call([])), times, result)
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif not inside.fusion:
@@ -268,6 +265,8 @@ def _count(
                 _count_beside(computations[name], cycles, result)
         if opcode == "fusion" and not inside.fusion and result.flops > before:
             result.product_cycles += cycles
+    for call in elsewhere.values():  # which end in the loop's next turn
+        _count_call(call, times, result)
 
 
 @dataclass
@@ -277,6 +276,12 @@ class _Call:
 
     collectives: list[Instruction]
     cycles: float = 0.0
+
+
+def _count_call(call: _Call, times: int, result: Statistics) -> None:
+    for collective in call.collectives:
+        moved = result.traffic[collective.opcode, _group_size(collective.attributes)]
+        moved.sparse[_received(collective.opcode, collective), call.cycles] += times
 
 
 def _collectives(computations: dict[str, Computation], called: Sequence[str]) -> list[Instruction]:
