@@ -168,9 +168,16 @@ def command(*arguments):
     return subprocess.run(line, env=subprocess_environment(), capture_output=True, text=True, timeout=600)
 
 
-def test_without_views_the_command_says_what_to_give():
-    done = command("--config=configs/wan5b.py:video", "--topology=v5p:2x2x1")
-    assert done.returncode == 2 and "give --views=N" in done.stderr
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--stderrthreshold=info", "give --views=N"),
+        ("--history=2", "--history is for --program=unified_mode, not train_step"),
+    ],
+)
+def test_the_command_says_what_is_missing_or_has_no_use(argument, message):
+    done = command("--config=configs/wan5b.py:video", "--topology=v5p:2x2x1", argument)
+    assert done.returncode == 2 and message in done.stderr
 
 
 STUBBED = """

@@ -56,6 +56,9 @@ def main(_: list[str]) -> int:
     from wallwm_jax.benchmarks import decoding_cost, muon, preflight, preflight_peer
 
     values = flags.FLAGS
+    for name in ("history", "fixed_steps"):
+        if values[name].present and values.program != "unified_mode":
+            raise UserError(f"--{name} is for --program=unified_mode, not {values.program}")
     if values.peer:
         if values.search or values.program != "train_step":
             raise UserError("--peer compares one train step; leave --search and --program out")
