@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from wallwm_jax.benchmarks.preflight import ETAS, FREE_SHARE, project
@@ -99,7 +98,8 @@ def inspect_event_mode(config: ConfigDict, topology: str, views: int = 0) -> Dec
     """
     config = with_views(config, views)
     chips = _Chips(config, topology)
-    inputs = chips.place(event_mode.program_inputs(config, 1, len(config.data.views)))
+    spec = event_mode.program_inputs(config, 1, len(config.data.views))
+    inputs = chips.place({name: jax.ShapeDtypeStruct(*one) for name, one in spec.items()})
     programs = event_mode.build_programs(config)
     costs = []
     for bucket in sorted(config.sampling.buckets):
@@ -150,13 +150,9 @@ class _Chips:
         )
 
     def place(self, spec: Any) -> Any:
-        """A tree of (shape, dtype) as arrays that every chip holds whole."""
+        """A tree of shapes as arrays that every chip holds whole."""
         whole = sharding.replicated(self.mesh)
-        return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(*array, sharding=whole),
-            spec,
-            is_leaf=lambda leaf: isinstance(leaf, tuple) and isinstance(leaf[-1], np.dtype),
-        )
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole), spec)
 
     def compile(self, program: Any, *inputs: Mapping[str, Any], **static: Any) -> tuple[Statistics, float]:
         """What a jitted program does with parameters and inputs, and seconds of compiling it."""

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from wallwm_jax.console import UserError
 from wallwm_jax.events.actions import ACTION_DIM, absolute_commands, relative_actions, state_vector
 from wallwm_jax.events.windows import GROUP
-from wallwm_jax.inference import denoising
+from wallwm_jax.inference import denoising, event_mode
 from wallwm_jax.inference.event_mode import EventMode
 from wallwm_jax.inference.samplers import ModelFlow
 from wallwm_jax.models import world_action_model as wam
@@ -106,37 +106,40 @@ class Chunk:
     draft: Draft | None = None
 
 
-Spec = tuple[tuple[int, ...], Any]
-"""Shape and dtype of an array."""
-
-
 def build_sampler(config: ConfigDict, futures: int) -> Any:
     """The jitted program, of parameters and `program_inputs`: -> normalised latents `[B, V, M + 1 + futures, h, w, C]`,
     left at the anchor by the anchored sampler, and actions `[B, P + A, 32]`, the past first."""
     return jax.jit(functools.partial(_sample, denoising.sampling_config(config), 1 + futures))
 
 
-def program_inputs(config: ConfigDict, rows: int, views: int, history: int) -> tuple[dict[str, Spec], Any, Spec]:
-    """What the program is told of `rows` chunks after `history` latents: inputs as of `denoising.window_batch`,
-    `Conditioning`, and seeds of the noise."""
-    model, text = config.model, config.model.text
-    length = config.data.text_length if text.kind == "features" else -(-config.data.text_length // text.stride)
-    arm, one = ((rows, ACTION_DIM), np.dtype(np.float32)), ((rows,), np.dtype(np.int32))
-    features = ((rows, length, text.width), np.dtype(np.float32))
+def program_inputs(
+    config: ConfigDict, rows: int, views: int, history: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Conditioning, jax.ShapeDtypeStruct]:
+    """Shapes of what the program is told of `rows` chunks after `history` latents: inputs as of
+    `denoising.window_batch`, conditioning, and seeds of the noise."""
+    model = config.model
+    told = {name: jax.ShapeDtypeStruct(*spec) for name, spec in event_mode.program_inputs(config, rows, views).items()}
+    first, number = told["first"], told["steps"]
+    past = history * model.actions_per_latent
     inputs = {
-        "given": ((rows, views, 1 + history, *model.latent_shape, model.latent_channels), np.dtype(np.float32)),
-        "past": ((rows, history * model.actions_per_latent, ACTION_DIM), np.dtype(np.float32)),
-        "past_steps": one,
-        "state": arm,
-        "state_valid": ((rows, ACTION_DIM), np.dtype(bool)),
-        "view_id": ((rows, views), np.dtype(np.int32)),
-        "futures": one,
-        "steps": one,
-        "number": one,
+        **{name: told[name] for name in ("state", "state_valid", "view_id", "futures", "steps")},
+        "given": jax.ShapeDtypeStruct((rows, views, 1 + history, *first.shape[2:]), first.dtype),
+        "past": jax.ShapeDtypeStruct((rows, past, ACTION_DIM), np.float32),
+        "past_steps": number,
+        "number": number,
     }
-    conditioning: Any = Conditioning
-    null = None if config.sampling.guidance == 1.0 else (features, one)
-    return inputs, conditioning(features, one, null), ((rows,), np.dtype(np.uint32))
+    words = {
+        name: jax.ShapeDtypeStruct((rows, 1, *one.shape[1:]), one.dtype)
+        for name, one in told.items()
+        if name in ("text_ids", "text_features", "text_length")
+    }
+
+    def conditioning(params: PyTree, words: dict[str, Any]) -> Conditioning:
+        text = wam.encode_text(params, model, words)
+        encoded = text.features[:, 0].astype(jnp.float32), text.length[:, 0]
+        return Conditioning(*encoded, None if config.sampling.guidance == 1.0 else encoded)
+
+    return inputs, jax.eval_shape(conditioning, wam.abstract_params(model), words), told["seed"]
 
 
 class UnifiedMode:
