@@ -144,7 +144,27 @@ def test_a_collective_of_the_sparse_cores_runs_beside_what_stands_before_its_end
     moved = count_instructions(ON_SPARSE_CORES).traffic["all-gather", 4]
     one = 8 * 2048 * 2 * 3 / 4
     assert (moved.count, moved.received, moved.exposed, moved.beside) == (2, 2 * one, 0, 0)
-    assert moved.sparse == {(one, 400.0): 1, (one, 100.0): 1}
+    assert moved.overlapped == {(one, 400.0, 0.0): 1, (one, 100.0, 0.0): 1} and moved.sparse == 2
+
+
+ON_THEIR_OWN = """HloModule on_their_own
+
+ENTRY %main (p: bf16[4,512], q: bf16[1,256,128]) -> bf16[4,512] {
+  %p = bf16[4,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[1,256,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %start = ((bf16[4,512]{1,0:T(8,128)(2,1)}), bf16[4,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) all-to-all-start(%p), replica_groups=[1,4]<=[4], dimensions={0}
+  %kernel_fwd = bf16[1,256,128]{2,1,0:T(8,128)(2,1)} custom-call(%q, %q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[1,256,128]{2,1,0}, bf16[1,256,128]{2,1,0}}, metadata={op_name="kernel_fwd"}
+  %during = bf16[1,256,128]{2,1,0:T(8,128)(2,1)} add(%q, %kernel_fwd), backend_config={"window_config":{"estimated_cycles":"200"}}
+  ROOT %done = bf16[4,512]{1,0:T(8,128)(2,1)} all-to-all-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_with_a_start_and_an_end_runs_beside_what_stands_between():
+    moved = count_instructions(ON_THEIR_OWN).traffic["all-to-all", 4]
+    size = 4 * 512 * 2 * 3 / 4
+    assert (moved.count, moved.received, moved.exposed, moved.sparse) == (1, size, 0, 0)
+    assert moved.overlapped == {(size, 200.0, 4.0 * 256 * 256 * 128): 1}
 
 
 def test_a_collective_inside_a_product_is_counted_once_and_beside_it():

@@ -223,7 +223,7 @@ def test_triton_equals_dense_attention_forward_and_backward():
     ("gpu", True, 600, True), ("gpu", False, 600, False), ("gpu", True, 300, False), ("cpu", True, 600, False)
 ])  # fmt: skip
 def test_long_self_attention_on_gpu_takes_the_kernel(monkeypatch, platform, is_self, length, taken):
-    monkeypatch.setattr(attention, "_target", lambda: (platform, 2))
+    monkeypatch.setattr(attention, "target", lambda: (platform, 2))
     seen = []
     monkeypatch.setattr(triton_attention, "attend_triton", lambda q, *_: seen.append(q.shape) or q)
     x, segments = jnp.ones((1, 2, length, 16)), jnp.ones((1, length), jnp.int32)

@@ -147,8 +147,10 @@ def test_what_runs_beside_products_is_waited_for_only_where_it_takes_longer():
     assert waited(Traffic(1, 1.8e11, 0.0, beside=0.25 * chip.clock)) == pytest.approx(0.75)
     assert waited(Traffic(1, 1.8e11, 0.9e11, beside=2 * chip.clock)) == pytest.approx(0.5)
     assert waited(Traffic(1, 1.8e11, 0.0)) == 0.0
-    sparse = Counter({(0.9e11, 0.25 * chip.clock): 1, (0.9e11, 2 * chip.clock): 1})
-    assert waited(Traffic(2, 1.8e11, 0.0, sparse=sparse)) == pytest.approx(0.25)  # one ends early, which helps no other
+    between = Counter({(0.9e11, 0.125 * chip.clock, 0.125 * chip.flops): 1, (0.9e11, 2 * chip.clock, 0.0): 1})
+    assert waited(Traffic(2, 1.8e11, 0.0, overlapped=between)) == pytest.approx(
+        0.25
+    )  # one ends early, which helps no other
 
 
 def test_groups_are_named_by_their_axes():

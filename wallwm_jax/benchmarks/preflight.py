@@ -144,7 +144,8 @@ class Report:
             *(
                 f"{name:<34} {moved['count']:>6.0f} times {moved['received'] / 1e9:9.2f} GB received, "
                 f"{moved['exposed'] / 1e9:.2f} waited for"
-                + (f", {moved['sparse']} times by SparseCores" if moved["sparse"] else "")
+                + (f", {moved['overlapped']} times beside other work" if moved["overlapped"] else "")
+                + (f", {moved['sparse']} by SparseCores" if moved["sparse"] else "")
                 for name, moved in self.collectives.items()
             ),
             f"time         products {self.product_seconds:.3f} s, other {self.other_seconds:.3f}, kernels "
@@ -205,7 +206,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         hbm_bytes=found.hbm,
         collectives={
             f"{kind} over {'slice' if kind.startswith(DCN) else _axes(mesh.shape, size)}": vars(moved)
-            | {"arrays": dict(moved.arrays), "sparse": moved.sparse.total()}
+            | {"arrays": dict(moved.arrays), "overlapped": moved.overlapped.total()}
             for (kind, size), moved in sorted(found.traffic.items())
         },
         muon=built.muon_cost,
@@ -249,16 +250,17 @@ def project(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]
 
 def _waited(kind: str, moved: Traffic, chip: Chip) -> float:
     """Seconds that the program waits for collectives of one kind: for all that nothing overlaps, and for what takes
-    longer than the products that it was put into, or, one by one, than what runs beside the SparseCores."""
+    longer than the products that it was put into, or, one by one, than what stands between its start and its end, where
+    kernels count at the peak."""
     bandwidth = chip.dcn if kind.startswith(DCN) else 2 * chip.link
-    sparse = sum(
-        max(0.0, received / bandwidth - cycles / chip.clock) * times
-        for (received, cycles), times in moved.sparse.items()
+    longer = sum(
+        max(0.0, received / bandwidth - cycles / chip.clock - flops / chip.flops) * times
+        for (received, cycles, flops), times in moved.overlapped.items()
     )
-    on_sparse_cores = sum(received * times for (received, _), times in moved.sparse.items())
-    hidden = (moved.received - moved.exposed - on_sparse_cores) / bandwidth
+    overlapped = sum(received * times for (received, _, _), times in moved.overlapped.items())
+    hidden = (moved.received - moved.exposed - overlapped) / bandwidth
     inside = max(0.0, hidden - moved.beside / chip.clock) if moved.beside else 0.0
-    return moved.exposed / bandwidth + inside + sparse
+    return moved.exposed / bandwidth + inside + longer
 
 
 def _local_bytes(tree: Any) -> float:

@@ -11,7 +11,6 @@ bias per key (text padding, absent views) and a dense mask. A query without any 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +18,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from wallwm_jax.models import event_attention, resident_attention, splash_attention, triton_attention
+from wallwm_jax.models import (
+    event_attention,
+    flash_attention,
+    norms,
+    resident_attention,
+    splash_attention,
+    triton_attention,
+)
 from wallwm_jax.models.layers import NORM_EPS, Linear, RMSNorm
+from wallwm_jax.models.per_device import target
 from wallwm_jax.models.rope import rotate
-from wallwm_jax.parallel.sharding import context_size
+from wallwm_jax.parallel.sharding import constrain, context_size
 
 CLOSED = -1e30
 
@@ -53,7 +60,7 @@ def attend(
       `[B, H, S, D]` in the dtype of `value`; exactly zero where no key is open.
     """
     if q_segments is not None and kv_segments is not None and num_segments and key_bias is None and mask is None:
-        sizes, (platform, devices) = (query.shape[2], key.shape[2]), _target()
+        sizes, (platform, devices) = (query.shape[2], key.shape[2]), target()
         if platform == "tpu" and splash_attention.worthwhile(*sizes):
             return splash_attention.attend_splash(query, key, value, q_segments, kv_segments, num_segments)
         if platform in ("gpu", "cuda") and triton_attention.worthwhile(sizes[0], q_segments is kv_segments):
@@ -80,14 +87,6 @@ def attend(
     mixed = jnp.einsum("bhst,bhtd->bhsd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     total = jnp.where(total > 0, total, 1.0)
     return (mixed / total[..., None]).astype(value.dtype)
-
-
-def _target() -> tuple[str, int]:
-    """(platform, number of devices) that this trace is for: of the mesh in context, else the default ones."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.abstract_device is None:
-        return jax.default_backend(), jax.device_count()
-    return mesh.abstract_device.platform, mesh.size
 
 
 class Attention(nnx.Module):
@@ -144,7 +143,10 @@ class Attention(nnx.Module):
         b, v, tokens, width = x.shape
         if self._fits(tokens, width) and context_size() == 1:
             rotary = resident_attention.Rotary.of(angles)
-            return self._resident(x, x, lambda keys: keys, segments=segments, rotary=rotary)
+            return self._resident(x, x, segments=segments, rotary=rotary)
+        if target()[0] == "tpu" and flash_attention.worthwhile(tokens, width // self.heads):
+            rotary = resident_attention.Rotary.of(angles)
+            return self._flash(x, segments=segments, rotary=rotary)
         x, angles, segments = (part.reshape(b * v, *part.shape[2:]) for part in (x, angles, segments))
         mixed = attend(
             self.queries(x, angles=angles),
@@ -175,36 +177,49 @@ class Attention(nnx.Module):
           key_bias: `[B, F, T]`. mask: `[B, F, S, T]`. As in `attend`; neither gets a gradient.
           angles: `[B, F, S, d / 2]` of a self-attention's queries and keys, learned.
         """
-
-        def of_frames(keys: jax.Array) -> jax.Array:
-            return keys if frame_event is None else jnp.einsum("bfe,be...->bf...", frame_event, keys)
-
         (b, f, tokens, width), keys = x.shape, context.shape[2]
         if self._fits(keys, width):
             bias = key_bias[:, :, None] if mask is None else jnp.where(mask, key_bias[:, :, None], CLOSED)
             rotary = None if angles is None else resident_attention.Rotary.of(angles)
-            return self._resident(x, context, of_frames, bias=bias, rotary=rotary, learns_rotary=angles is not None)
-        query, key = self.queries(x, angles=angles), of_frames(self.keys(context, angles=angles))
-        frames = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, of_frames(self.values(context))))
+            learns = angles is not None
+            return self._resident(x, context, members=frame_event, bias=bias, rotary=rotary, learns_rotary=learns)
+        query, key, value = self.queries(x, angles=angles), self.keys(context, angles=angles), self.values(context)
+        if frame_event is not None:
+            key, value = (jnp.einsum("bfe,be...->bf...", frame_event, of_event) for of_event in (key, value))
+        frames = (part.reshape(b * f, *part.shape[2:]) for part in (query, key, value))
         mask = None if mask is None else mask.reshape(b * f, tokens, keys)
         mixed = attend(*frames, key_bias=key_bias.reshape(b * f, keys), mask=mask)
         return self.merge(mixed.reshape(b, f, *mixed.shape[1:]))
 
     def _fits(self, keys: int, width: int) -> bool:
-        return _target()[0] == "tpu" and resident_attention.worthwhile(keys, width // self.heads)
+        return target()[0] == "tpu" and resident_attention.worthwhile(keys, width // self.heads)
 
-    def _resident(
-        self, x: jax.Array, context: jax.Array, of_groups: Callable[[jax.Array], jax.Array], **how: Any
-    ) -> jax.Array:
-        """Through `resident_attention`; `of_groups` takes keys and values to the groups of `x`."""
+    def _resident(self, x: jax.Array, context: jax.Array, **how: Any) -> jax.Array:
+        """Through `resident_attention`."""
+        query, key, value = self._by_token(x, context, norms.STREAM)
+        mixed = resident_attention.attend_resident(query, key, value, heads=self.heads, **how)
+        return checkpoint_name(self.output(mixed), "projection")
 
-        def kept(projected: jax.Array, name: str = "projection") -> jax.Array:
-            return checkpoint_name(projected, name)  # as `Linear.to_heads` and `from_heads`
+    def _flash(self, x: jax.Array, **how: Any) -> jax.Array:
+        """Through `flash_attention`. A context axis splits tokens before and after it, or projections would gather all
+        of them and give heads."""
 
-        query = self.query_norm(kept(self.query(x), "query")).astype(self.dtype)
-        key = self.key_norm(kept(self.key(context))).astype(self.dtype)
-        keys, values = of_groups(key), of_groups(kept(self.value(context)))
-        return kept(self.output(resident_attention.attend_resident(query, keys, values, heads=self.heads, **how)))
+        def by_tokens(x: jax.Array) -> jax.Array:
+            return constrain(x, *norms.VIEWS)
+
+        query, key, value = map(by_tokens, self._by_token(x, x, norms.VIEWS))
+        mixed = flash_attention.attend_flash(query, key, value, heads=self.heads, **how)
+        return checkpoint_name(self.output(by_tokens(mixed)), "projection")
+
+    def _by_token(self, x: jax.Array, context: jax.Array, axes: norms.Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[..., S, H * d]`, kept by name as `Linear.to_heads` does; `axes` of `x`."""
+        query, key = checkpoint_name(self.query(x), "query"), checkpoint_name(self.key(context), "projection")
+        query = norms.rms_scaled(query, self.query_norm.scale[...], self.dtype, axes)
+        if context is x:
+            key = norms.rms_scaled(key, self.key_norm.scale[...], self.dtype, axes)
+        else:  # few
+            key = self.key_norm(key).astype(self.dtype)
+        return query, key, checkpoint_name(self.value(context), "projection")
 
     def _normed(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
         """`norm`, over all heads of a token, of `x [..., H, S, d]`; float32."""

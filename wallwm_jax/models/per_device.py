@@ -20,6 +20,14 @@ from wallwm_jax.parallel.sharding import constrain
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def target() -> tuple[str, int]:
+    """(platform, number of devices) that this trace is for: of the mesh in context, else the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend(), jax.device_count()
+    return mesh.abstract_device.platform, mesh.size
+
+
 def per_device(
     kernel: Kernel,
     query: jax.Array,
@@ -60,35 +68,24 @@ def per_device(
 
 
 def per_group(
-    kernel: Callable[..., jax.Array],
-    arrays: Sequence[jax.Array],
-    axes: Sequence[str],
-    *,
-    heads: int,
-    splits_queries: bool,
+    kernel: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[str], *, heads: int, context: str
 ) -> jax.Array:
-    """`kernel(*arrays)` on every device, which has its rows, heads and groups of them; where the context axis does not
-    divide the groups, it splits their queries.
+    """`kernel(*arrays)` on every device, which has its part of them.
 
     Args:
       arrays: the first are queries `[B, G, S, H * d]`, whose shape and split the result has.
       axes: of each array, a letter per dimension: b rows, g groups, q queries, h features of heads; others stay whole.
       heads: H.
-      splits_queries: whether queries may be shared out.
+      context: the letters that the context axis may split: it takes the first that it divides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(*arrays)
-
-    def split(size: int, axis: str) -> str | None:
-        return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-
-    _, groups, queries, _ = arrays[0].shape
-    where = {
-        "b": tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None,
-        "g": split(groups, "context"),
-        "q": split(queries, "context") if splits_queries and not split(groups, "context") else None,
-        "h": split(heads, "tensor"),
-    }
+    tensor = tuple(axis for axis in ("tensor",) if mesh.shape[axis] > 1 and heads % mesh.shape[axis] == 0)
+    where = {"b": tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None, "h": tensor or None}
+    sizes = {"g": arrays[0].shape[1], "q": arrays[0].shape[2], "h": heads // math.prod(mesh.shape[a] for a in tensor)}
+    splits = [letter for letter in context if mesh.shape["context"] > 1 and sizes[letter] % mesh.shape["context"] == 0]
+    for letter in splits[:1]:
+        where[letter] = (*(where.get(letter) or ()), "context")
     specs = tuple(PartitionSpec(*(where.get(letter) for letter in letters)) for letters in axes)
     return jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -68,6 +68,7 @@ def attend_resident(
     value: Array,
     *,
     heads: int,
+    members: Array | None = None,
     bias: Array | None = None,
     segments: Array | None = None,
     rotary: Rotary | None = None,
@@ -78,8 +79,9 @@ def attend_resident(
 
     Args:
       query: `[B, G, S, H * d]`.
-      key, value: `[B, G, T, H * d]`.
+      key, value: `[B, G, T, H * d]`, or `[B, E, T, H * d]` with `members`.
       heads: H.
+      members: `[B, G, E]`, one-hot: whose keys and values a group has; zeros are those of none.
       bias: `[B, G, S, T]` or `[B, G, 1, T]` float32, added to the logits; -inf closes. It gets no gradient.
       segments: `[B, G, S]` integers of a self-attention, instead of a bias: tokens of one segment attend to each other,
         those of segment 0 to nothing.
@@ -102,13 +104,22 @@ def attend_resident(
         axes += ["bgk."] * 2 if learns_rotary else ["bgq.", "bgq.", "bgk.", "bgk."]
     in_blocks = tuple(letters[2] == "q" for letters in axes)
     plan = _Plan(query.shape[-1] // heads, bias is None, learns_rotary, in_blocks, interpret)
+    kernel, of_key = (_on_device, "bgkh") if members is None else (_of_members, "b.kh")
+    if members is not None:
+        masks, axes = [members, *masks], ["bg.", *axes]
     return per_group(
-        functools.partial(_on_device, plan),
+        functools.partial(kernel, plan),
         [query, key, value, *masks],
-        ["bgqh", "bgkh", "bgkh", *axes],
+        ["bgqh", of_key, of_key, *axes],
         heads=heads,
-        splits_queries=not learns_rotary,
+        context="g" if learns_rotary else "gq",
     )
+
+
+def _of_members(plan: _Plan, query: Array, key: Array, value: Array, members: Array, *others: Array) -> Array:
+    """On a device: what chips share are keys of members, and so are the gradients that they sum."""
+    key, value = (jnp.einsum("bge,be...->bg...", members, x) for x in (key, value))
+    return _on_device(plan, query, key, value, *others)
 
 
 def _on_device(plan: _Plan, *arrays: Array) -> Array:
@@ -188,7 +199,7 @@ class _Inputs:
 
     def weights(self, query: Array, key: Array) -> Array:
         """Softmax `[S, T]`, float32; rows without an open key are zero."""
-        logits = _product(query, key, 1, 1) / math.sqrt(query.shape[-1])
+        logits = product(query, key, 1, 1) / math.sqrt(query.shape[-1])
         logits = jnp.where(self.is_open, logits, _CLOSED) if self.bias is None else logits + self.bias
         logits = self.real(logits)
         weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
@@ -202,9 +213,9 @@ def _forward_kernel(plan: _Plan, queries: int, *refs: Any) -> None:
     read = _Inputs(plan, queries, inputs)
     for first in range(0, mixed_ref.shape[-1], plan.width):
         lanes = slice(first, first + plan.width)
-        query, key = _rotated(read.query[0, :, lanes], read.by_query), _rotated(read.key[0, :, lanes], read.by_key)
+        query, key = rotated(read.query[0, :, lanes], read.by_query), rotated(read.key[0, :, lanes], read.by_key)
         weights = read.weights(query, key).astype(read.value.dtype)
-        mixed_ref[0, :, lanes] = _product(weights, read.value[0, :, lanes], 1, 0).astype(mixed_ref.dtype)
+        mixed_ref[0, :, lanes] = product(weights, read.value[0, :, lanes], 1, 0).astype(mixed_ref.dtype)
 
 
 def _backward_kernel(plan: _Plan, queries: int, *refs: Any) -> None:
@@ -235,15 +246,15 @@ def _backward_kernel(plan: _Plan, queries: int, *refs: Any) -> None:
     for first in range(0, gradient_ref.shape[-1], plan.width):
         lanes = slice(first, first + plan.width)
         query, key, gradient = read.query[0, :, lanes], read.key[0, :, lanes], read.real(gradient_ref[0, :, lanes])
-        turned_query, turned_key = read.real(_rotated(query, read.by_query)), _rotated(key, read.by_key)
+        turned_query, turned_key = read.real(rotated(query, read.by_query)), rotated(key, read.by_key)
         weights = read.weights(turned_query, turned_key)
-        of_weights = _product(gradient, read.value[0, :, lanes], 1, 1)
+        of_weights = product(gradient, read.value[0, :, lanes], 1, 1)
         mean = jnp.sum(weights * of_weights, -1, keepdims=True)
         of_logits = (weights * (of_weights - mean) / math.sqrt(plan.width)).astype(query.dtype)
-        of_query = of_unrotated(_product(of_logits, turned_key, 1, 0), query, read.by_query)
+        of_query = of_unrotated(product(of_logits, turned_key, 1, 0), query, read.by_query)
         of_query_ref[0, :, lanes] = of_query.astype(of_query_ref.dtype)
-        key_sum[:, lanes] += of_unrotated(_product(of_logits, turned_query, 0, 0), key, read.by_key)
-        value_sum[:, lanes] += _product(weights.astype(query.dtype), gradient, 0, 0)
+        key_sum[:, lanes] += of_unrotated(product(of_logits, turned_query, 0, 0), key, read.by_key)
+        value_sum[:, lanes] += product(weights.astype(query.dtype), gradient, 0, 0)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _() -> None:
@@ -251,14 +262,15 @@ def _backward_kernel(plan: _Plan, queries: int, *refs: Any) -> None:
         of_value_ref[0] = value_sum[...].astype(of_value_ref.dtype)
 
 
-def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    """Sum over one axis of each, accumulated in float32."""
+def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    """In a kernel: the sum over one axis of each, accumulated in float32."""
     axes = (((left_axis,), (right_axis,)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jax.lax.dot_general(left, right, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _rotated(x: Array, tables: Sequence[Array]) -> Array:
+def rotated(x: Array, tables: Sequence[Array]) -> Array:
+    """In a kernel: a head `[S, d]`, rotated by the tables `[S, d]`, if there are any."""
     if not tables:
         return x
     wide, (cos, sin) = x.astype(jnp.float32), tables

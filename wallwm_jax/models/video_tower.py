@@ -19,6 +19,7 @@ from wallwm_jax.models.attention import Attention, attend
 from wallwm_jax.models.flow_matching import implied_velocity
 from wallwm_jax.models.layer_stack import build
 from wallwm_jax.models.layers import FeedForward, LayerNorm, Linear, TimeEmbedding, gated, modulate, settled
+from wallwm_jax.models.norms import norm_modulated
 from wallwm_jax.models.rope import axis_dims, grid_angles, position_angles
 from wallwm_jax.models.sight_cone import sight_mask
 from wallwm_jax.models.view_attention import UNKNOWN_CAMERA, CameraTable, ViewAttention
@@ -74,26 +75,28 @@ class VideoBlock(nnx.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         x = _on_mesh(x, condition)
         dtype = self.self_attention.dtype
-        x = _on_mesh(
-            gated(x, self._within_views(settled(modulate(x, shift, scale), dtype), condition), gate), condition
-        )
+        normed, x = norm_modulated(x, shift, scale, dtype)
+        x = _on_mesh(gated(x, self._within_views(normed, condition), gate), condition)
         if self.view_attention is not None and condition.camera_angles is not None:
             cell_bias = _closed_where(condition.segments == 0, x.shape[2] // condition.segments.shape[2])
             time = condition.modulation[:, :, :3]
             x = self.view_attention(x, time, condition.camera_angles, cell_bias, condition.view_mask)
-        x = x + self._text(settled(self.text_norm(x), dtype), condition)
-        return _on_mesh(gated(x, self.ffn(settled(modulate(x, ffn_shift, ffn_scale), dtype)), ffn_gate), condition)
+        normed, x = norm_modulated(x, self.text_norm.bias[...], self.text_norm.scale[...] - 1.0, dtype)
+        x = x + self._text(normed, condition)
+        normed, x = norm_modulated(x, ffn_shift, ffn_scale, dtype)
+        return _on_mesh(gated(x, self.ffn(normed), ffn_gate), condition)
 
     def _within_views(self, x: jax.Array, condition: VideoCondition) -> jax.Array:
         """Self-attention over the cells of one view and all latent frames of one event."""
         b, f, n, width = x.shape
         views = condition.segments.shape[2]
-        cells, cells_first = n // views, _cells_are_split(f, views)
+        cells = n // views
+        parts = context_size() if _cells_are_split(f, views) and cells % context_size() == 0 else 1
 
         def by_view(part: jax.Array) -> jax.Array:
             """`[B, F, V, cells, ...]` to `[B, V, F * cells, ...]`; what is split over devices is the outer one."""
-            part = jnp.moveaxis(part, 1, 3) if cells_first else jnp.swapaxes(part, 1, 2)
-            return part.reshape(b, views, -1, *part.shape[4:])
+            part = part.reshape(b, f, views, parts, cells // parts, *part.shape[4:])
+            return jnp.moveaxis(part, 1, 3).reshape(b, views, f * cells, *part.shape[5:])
 
         angles = jnp.broadcast_to(condition.angles[:, :, None], (b, f, views, *condition.angles.shape[2:]))
         segments = jnp.broadcast_to(condition.segments[..., None], (b, f, views, cells))
@@ -103,10 +106,8 @@ class VideoBlock(nnx.Module):
             segments=by_view(segments),
             events=condition.frame_event.shape[-1],
         )
-        if cells_first:
-            return jnp.swapaxes(mixed.reshape(b, n, f, width), 1, 2)
-        mixed = jnp.swapaxes(mixed.reshape(b, views, f, cells, width), 1, 2).reshape(b, f, n, width)
-        return settled(mixed, self.self_attention.dtype)
+        mixed = jnp.moveaxis(mixed.reshape(b, views, parts, f, cells // parts, width), 3, 1)
+        return settled(mixed.reshape(b, f, n, width), self.self_attention.dtype)
 
     def read_text(self, probes: jax.Array, tokens: jax.Array, bias: jax.Array) -> jax.Array:
         """What the cross-attention gives stream states `probes [P, D]` of `tokens [B, L, D]`, `[B, P, D]`."""

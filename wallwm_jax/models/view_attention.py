@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wallwm_jax.models.attention import Attention
-from wallwm_jax.models.layers import gated, modulate, settled
+from wallwm_jax.models.layers import gated
+from wallwm_jax.models.norms import norm_modulated
 from wallwm_jax.models.rope import axis_dims, grid_angles
 
 UNKNOWN_CAMERA = 0
@@ -66,7 +67,7 @@ class ViewAttention(nnx.Module):
           mask: `[B, F, V*h*w, V*h*w]`, False closes a pair of cells (`sight_cone.py`); None closes none.
         """
         shift, scale, gate = jnp.split(self.modulation[...] + time, 3, 2)
-        normed = settled(modulate(x, shift, scale), self.attention.dtype)
+        normed, x = norm_modulated(x, shift, scale, self.attention.dtype)
         mixed = self.attention.in_frames(normed, normed, angles=angles, key_bias=key_bias, mask=mask)
         return gated(x, mixed, gate)
 

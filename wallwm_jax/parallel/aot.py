@@ -70,14 +70,16 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 class Traffic:
     """Collectives of one kind over groups of one size: executions, bytes that a chip receives, and how many of these
     while it waits, because the program does not overlap the collective with anything. `beside` are the estimated cycles
-    of the products that the compiler has put the others into. `sparse`, of those that SparseCores run: (bytes received,
-    estimated cycles of what runs beside) → executions. `arrays`, type and sizes of what moves → executions."""
+    of the products that the compiler has put some of the others into. `overlapped`, of those that begin and end in
+    instructions of their own: (bytes received, estimated cycles of what stands between, FLOPs of its Pallas kernels) →
+    executions; SparseCores run `sparse` of them. `arrays`, type and sizes of what moves → executions."""
 
     count: int = 0
     received: float = 0.0
     exposed: float = 0.0
     beside: float = 0.0
-    sparse: Counter[tuple[float, float]] = field(default_factory=Counter)
+    overlapped: Counter[tuple[float, float, float]] = field(default_factory=Counter)
+    sparse: int = 0
     arrays: Counter[str] = field(default_factory=Counter)
 
 
@@ -141,6 +143,7 @@ class Statistics:
             mine.received += moved.received
             mine.exposed += moved.exposed
             mine.beside += moved.beside
+            mine.overlapped += moved.overlapped
             mine.sparse += moved.sparse
             mine.arrays += moved.arrays
 
@@ -212,19 +215,23 @@ def _count(
     computations: dict[str, Computation], computation: str, times: int, result: Statistics, inside: _Inside
 ) -> None:
     """Adds a computation that runs `times` times."""
-    elsewhere: dict[str, _Call] = {}  # those that run on a SparseCore now
+    under_way: dict[str, _Transfer] = {}
     for own, instruction in computations[computation].items():
         opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
         once = instruction.number("estimated_cycles", 0)
         cycles = times * once
-        for call in elsewhere.values():
-            call.cycles += once / len(elsewhere)
+        work = _attention_flops(_kernel_name(instruction), instruction) if instruction.is_kernel else 0.0
+        for transfer in under_way.values():
+            transfer.cycles += once / len(under_way)
+            transfer.flops += work / len(under_way)
         if opcode == "call-start":
-            elsewhere[own] = _Call(_collectives(computations, called))
+            under_way[own] = _Transfer(_collectives(computations, called), sparse=True)
+        elif opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
+            under_way[own] = _Transfer([instruction])
         elif opcode == "call-update":  # gives the call its arguments, and another name
-            elsewhere[own] = elsewhere.pop(instruction.operands[0], _Call([]))
-        elif opcode == "call-done":
-            _count_call(elsewhere.pop(instruction.operands[0], _Call([])), times, result)
+            under_way[own] = under_way.pop(instruction.operands[0], _Transfer([]))
+        elif opcode.endswith("-done"):
+            _count_transfer(under_way.pop(instruction.operands[0], _Transfer([])), times, result)
         if opcode == "while":
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif not inside.fusion:
@@ -235,10 +242,9 @@ def _count(
             for name in instruction.operands[:2]:
                 result.products[computations[computation][name].parts[0].sizes] += times
         elif instruction.is_kernel:
-            name = _kernel_name(instruction)
-            result.kernels[name] += times
+            result.kernels[_kernel_name(instruction)] += times
             moved = hbm_bytes(instruction, computations[computation], computations)
-            result.kernel_work[_attention_flops(name, instruction), moved] += times
+            result.kernel_work[work, moved] += times
         kind = _between_slices(instruction) or opcode.removesuffix("-start")
         if kind.removeprefix(DCN) in COLLECTIVES and not inside.beside:
             _count_collective(kind, instruction, times, result, inside)
@@ -265,23 +271,27 @@ def _count(
                 _count_beside(computations[name], cycles, result)
         if opcode == "fusion" and not inside.fusion and result.flops > before:
             result.product_cycles += cycles
-    for call in elsewhere.values():  # which end in the loop's next turn
-        _count_call(call, times, result)
+    for transfer in under_way.values():  # which end in the loop's next turn
+        _count_transfer(transfer, times, result)
 
 
 @dataclass
-class _Call:
-    """A call that runs on a SparseCore, and cycles of what the rest of the chip has done since it began; what runs
-    beside several of them is shared among them."""
+class _Transfer:
+    """Collectives under way, on a SparseCore or not, and cycles and FLOPs of kernels of what the chip has done since
+    they began; what runs beside several transfers is shared among them."""
 
     collectives: list[Instruction]
+    sparse: bool = False
     cycles: float = 0.0
+    flops: float = 0.0
 
 
-def _count_call(call: _Call, times: int, result: Statistics) -> None:
-    for collective in call.collectives:
-        moved = result.traffic[collective.opcode, _group_size(collective.attributes)]
-        moved.sparse[_received(collective.opcode, collective), call.cycles] += times
+def _count_transfer(transfer: _Transfer, times: int, result: Statistics) -> None:
+    for collective in transfer.collectives:
+        kind = collective.opcode.removesuffix("-start")
+        moved = result.traffic[kind, _group_size(collective.attributes)]
+        moved.overlapped[_received(kind, collective), transfer.cycles, transfer.flops] += times
+        moved.sparse += times * transfer.sparse
 
 
 def _collectives(computations: dict[str, Computation], called: Sequence[str]) -> list[Instruction]:
@@ -314,8 +324,10 @@ def _count_collective(kind: str, instruction: Instruction, times: int, result: S
 
 
 def _attention_flops(name: str, instruction: Instruction) -> float:
-    """Of a splash kernel: its first two floating-point arrays are queries `[B, H, S, d]` and keys `[B, H, T, d]`; B may
-    be missing where it is 1."""
+    """What the kernel says, where it does. Else, of a splash kernel: its first two floating-point arrays are queries
+    `[B, H, S, d]` and keys `[B, H, T, d]`; B may be missing where it is 1."""
+    if said := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes):
+        return float(said[1])
     _, _, layout = instruction.attributes.partition("operand_layout_constraints={")
     shapes = [array.sizes for array in arrays(layout[: closing(layout, "}")]) if "f" in array.kind]
     per_pair = 4 if "fwd" in name else 10 if "dkv" in name else 0

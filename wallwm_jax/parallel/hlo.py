@@ -192,8 +192,9 @@ def written(instruction: Instruction) -> tuple[Array, ...]:
         return parts[:1]
     if instruction.opcode == "collective-permute-start":
         return parts[1:2]
-    if instruction.opcode == "all-gather-start":
-        return parts[len(parts) // 2 :]
+    if instruction.opcode in ("all-gather-start", "all-to-all-start"):
+        arrays = [part for part in parts if part.kind != "u32"]
+        return tuple(arrays[len(arrays) // 2 :])
     return () if instruction.opcode == "send" else parts
 
 
