@@ -53,12 +53,9 @@ print(json.dumps(found))
     ("views", "frames", "stage", "mesh"),
     [
         pytest.param(3, 12, "video", dict(context=2, tensor=2), id="frames of three views"),
-        pytest.param(
-            1, 11, "video", dict(context=4), id="cells where the frames do not divide", marks=pytest.mark.extended
-        ),
-        pytest.param(
-            3, 12, "joint", dict(fsdp=2, context=2, tensor=2), id="both towers, all axes", marks=pytest.mark.extended
-        ),
+        pytest.param(1, 11, "video", dict(context=4), id="cells where the frames do not divide"),
+        pytest.param(3, 12, "joint", dict(fsdp=2, context=2, tensor=2), id="both towers, all inner axes"),
+        pytest.param(3, 12, "action", dict(data=2, fsdp=2, tensor=2), id="action tower, all but context"),
     ],
 )
 def test_a_sequence_split_over_devices_gives_the_loss_and_gradients_of_one(views, frames, stage, mesh):

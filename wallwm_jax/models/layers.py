@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from wallwm_jax.parallel.mesh import ROW_AXES
+from wallwm_jax.parallel.sharding import spec_for
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0
@@ -23,6 +27,7 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`, computed in `dtype`.
 
     `std` is the standard deviation of the initial kernel: None gives 1 / sqrt(in), 0 gives zeros. `bias` can be absent.
+    `axes` are the kernel's logical axes, where they are known (`param_axes.name_axes`); see `affine`.
     """
 
     def __init__(
@@ -39,22 +44,23 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out), jnp.float32) * std)
         self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32)) if bias else None
         self.dtype = dtype
+        self.axes: tuple[str, str] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return affine(_PLAIN, x.astype(self.dtype), *self._weights())
+        return affine(_PLAIN, self.axes, x.astype(self.dtype), *self._weights())
 
     def to_heads(self, x: jax.Array, heads: int, name: str = "projection") -> jax.Array:
         """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it; kept by `name`, see
         `layer_stack.REMAT`."""
         kernel, bias = self._weights()
         kernel, bias = kernel.reshape(len(kernel), heads, -1), bias.reshape(heads, 1, -1)
-        return checkpoint_name(affine(_TO_HEADS, x.astype(self.dtype), kernel, bias), name)
+        return checkpoint_name(affine(_TO_HEADS, self.axes, x.astype(self.dtype), kernel, bias), name)
 
     def from_heads(self, x: jax.Array) -> jax.Array:
         """`[..., H, S, in / H]` to `[..., S, out]`."""
         kernel, bias = self._weights()
         kernel = kernel.reshape(x.shape[-3], x.shape[-1], -1)
-        return checkpoint_name(affine(_FROM_HEADS, x.astype(self.dtype), kernel, bias), "projection")
+        return checkpoint_name(affine(_FROM_HEADS, self.axes, x.astype(self.dtype), kernel, bias), "projection")
 
     def _weights(self) -> tuple[jax.Array, jax.Array]:
         bias = jnp.zeros(self.kernel.shape[1:]) if self.bias is None else self.bias[...]
@@ -126,12 +132,14 @@ class TimeEmbedding(nnx.Module):
 
 
 class _Form(NamedTuple):
-    """Axes of a linear map in einsum's letters, those of its bias too; `?` are the leading axes, of any number."""
+    """Axes of a linear map in einsum's letters, those of its bias too; `?` are the leading axes, of any number. `split`
+    are those of the kernel that a mesh may split, one of its input and one of its output."""
 
     x: str
     kernel: str
     y: str
     bias: str
+    split: str
 
     def einsum(self, form: str, left: jax.Array, right: jax.Array, leading: str, **kwargs: Any) -> jax.Array:
         return jnp.einsum(form.replace("?", leading), left, right, **kwargs)
@@ -140,48 +148,91 @@ class _Form(NamedTuple):
         return "ABCDEF"[: x.ndim - len(self.x) + 1]
 
 
-_PLAIN = _Form("?i", "io", "?o", "o")
-_TO_HEADS = _Form("?si", "ihd", "?hsd", "hd")
-_FROM_HEADS = _Form("?hsd", "hdo", "?so", "o")
+_PLAIN = _Form("?i", "io", "?o", "o", "io")
+_TO_HEADS = _Form("?si", "ihd", "?hsd", "hd", "ih")
+_FROM_HEADS = _Form("?hsd", "hdo", "?so", "o", "ho")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def affine(form: _Form, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+_Axes = tuple[str, str] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def affine(form: _Form, axes: _Axes, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """`x @ kernel + bias` over the axes that `form` names; `bias` broadcasts to the result.
 
     Its own derivative fixes how the parameters' gradients are computed, as products that accumulate in float32: JAX's
     default makes XLA's CPU backend copy a transposed gradient for every kernel, and its TPU backend sum the gradient of
-    a bias in the compute dtype, several times slower than it reads it.
+    a bias in the compute dtype, several times slower than it reads it. The gradient of a kernel `[in, out]` whose
+    logical `axes` are known is scattered as the kernel is split; left to the compiler, some chips sum it whole.
     """
     return form.einsum(f"{form.x},{form.kernel}->{form.y}", x, kernel, form.leading(x)) + bias
 
 
 def _affine_forward(
-    form: _Form, x: jax.Array, kernel: jax.Array, bias: jax.Array
+    form: _Form, axes: _Axes, x: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return affine(form, x, kernel, bias), (x, kernel, bias)
+    return affine(form, axes, x, kernel, bias), (x, kernel, bias)
 
 
 def _affine_backward(
-    form: _Form, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+    form: _Form, axes: _Axes, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel, bias = saved
     einsum = functools.partial(form.einsum, leading=form.leading(x))
     of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
-    if form is _TO_HEADS and len(kernel) > bias.size:
-        # A TPU writes a product with its longer side innermost, and scatters no gradient along that: what the actions
-        # read of the video is split along its outputs (`param_axes`), which must stay one axis for that.
-        flat = jnp.moveaxis(gradient, -3, -2).reshape(*x.shape[:-1], -1)
-        of_kernel = _PLAIN.einsum("?i,?o->io", x, flat, _PLAIN.leading(x), preferred_element_type=jnp.float32)
-        of_kernel = jax.lax.optimization_barrier(of_kernel).reshape(kernel.shape)
-    else:
-        of_kernel = einsum(f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=jnp.float32)
-    axes = form.y.replace("?", form.leading(x))
-    tokens = {axis: size for axis, size in zip(axes, gradient.shape) if axis not in form.bias}
+    of_kernel = _of_kernel(form, axes, kernel.shape, bias.size, x, gradient)
+    letters = form.y.replace("?", form.leading(x))
+    tokens = {axis: size for axis, size in zip(letters, gradient.shape) if axis not in form.bias}
     ones = jnp.ones((_SUBLANES, *tokens.values()), gradient.dtype)
     sums = f"k{''.join(tokens)},{form.y}->k{form.bias}"
     of_bias = jnp.mean(einsum(sums, ones, gradient, preferred_element_type=jnp.float32), 0).reshape(bias.shape)
     return of_x, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
+
+
+def _of_kernel(
+    form: _Form, axes: _Axes, shape: tuple[int, ...], fan_out: int, x: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    """The gradient of a kernel of that shape, float32."""
+
+    def product(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        sizes = f"{form.x},{form.y}->{form.kernel}"
+        return form.einsum(sizes, x, gradient, form.leading(x), preferred_element_type=jnp.float32)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    flat = (math.prod(shape) // fan_out, fan_out)
+    split = _split(axes, flat, mesh)
+    scattered = [dimension for dimension, names in enumerate(split) if "fsdp" in names]
+    if not scattered or len(x) % math.prod(mesh.shape[axis] for axis in ROW_AXES) or "tensor" in split[scattered[0]]:
+        return product(x, gradient)
+
+    def on_device(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        own = product(x, gradient)
+        own = own.reshape([-1 if "tensor" in names else size for size, names in zip(flat, split)])
+        own = jax.lax.psum_scatter(own, "fsdp", scatter_dimension=scattered[0], tiled=True)
+        copies = tuple(axis for axis in ROW_AXES if axis != "fsdp" and mesh.shape[axis] > 1)
+        return jax.lax.psum(own, copies) if copies else own
+
+    def spec(letters: str) -> PartitionSpec:
+        """Of tokens: the first axis are rows, and features that `tensor` splits are so here."""
+        of_letter = {letter: "tensor" if "tensor" in names else None for letter, names in zip(form.split, split)}
+        others = letters.replace("?", form.leading(x))[1:]
+        return PartitionSpec(ROW_AXES, *(of_letter.get(letter) for letter in others))
+
+    summed = jax.shard_map(
+        on_device,
+        in_specs=(spec(form.x), spec(form.y)),
+        out_specs=PartitionSpec(*(tuple(name for name in names if name != "context") or None for names in split)),
+        axis_names={axis for axis in mesh.axis_names if axis != "context" or mesh.shape[axis] == 1},
+        check_vma=False,
+    )(x, gradient)
+    return summed.reshape(shape)
+
+
+def _split(axes: _Axes, shape: tuple[int, int], mesh: jax.sharding.AbstractMesh) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension of a kernel; none where its logical axes are not known."""
+    if axes is None or mesh.empty:
+        return [(), ()]
+    return [(names,) if isinstance(names, str) else names or () for names in spec_for(axes, shape, mesh)]
 
 
 affine.defvjp(_affine_forward, _affine_backward)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 
+from wallwm_jax.models.layers import Linear
 from wallwm_jax.optim.ownership import ADAMW, MatrixSpec
 
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
@@ -156,6 +158,14 @@ def map_params(function: Callable[[str, Rule, Any], Any], params: Any) -> Any:
         return function(path, rule, leaf)
 
     return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def name_axes(model: nnx.Module) -> None:
+    """Tells every linear map of a whole model the logical axes of its kernel `[in, out]`."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            fan_in, fan_out = rule_for("/".join(map(str, (*path, "kernel")))).axes[-2:]
+            module.axes = (fan_in, fan_out)
 
 
 def muon_matrices(params: Any) -> Any:

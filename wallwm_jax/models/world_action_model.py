@@ -19,6 +19,7 @@ from wallwm_jax.console import UserError
 from wallwm_jax.models import layer_stack
 from wallwm_jax.models.action_tower import ActionBlock, ActionTower, VideoKeys
 from wallwm_jax.models.duration_head import DurationHead
+from wallwm_jax.models.param_axes import name_axes
 from wallwm_jax.models.text.bytes import ByteEncoder
 from wallwm_jax.models.video_tower import DENOISE, VideoBlock, VideoTower
 
@@ -242,7 +243,9 @@ def _bind(params: Params, config: ConfigDict) -> WorldActionModel:
 
 @functools.lru_cache(maxsize=32)
 def _graph(config: FrozenConfigDict) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: WorldActionModel(config, rngs=nnx.Rngs(0))))[0]
+    model = nnx.eval_shape(lambda: WorldActionModel(config, rngs=nnx.Rngs(0)))
+    name_axes(model)
+    return nnx.split(model)[0]
 
 
 def _checked(config: ConfigDict) -> FrozenConfigDict:
