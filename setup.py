@@ -58,7 +58,7 @@ setup(
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
         "gcs": GCS,
-        "tpu": ["jax[tpu]>=0.10.2,<0.11", *GCS],  # newer libtpu refuses the flags of launch/xla_flags.sh
+        "tpu": ["jax[tpu]>=0.10.2,<0.13", *GCS],
         "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "serve": SERVE,
         "dev": [

@@ -193,7 +193,7 @@ def get_config() -> ConfigDict:
             hang_seconds=1800.0,  # a phase (step, data, compile, ...) longer than this prints all stacks; 0 never
             hang_aborts=False,  # also end the process then, so that a launcher can start all again with --resume
             dump_hlo=False,  # write the compiled step, its memory and cost to WORKDIR/hlo
-            ema_decay=0.9999,
+            ema_decay=0.9999,  # of the average that is evaluated and served; 0 keeps none, and the parameters are
         )
     )
 

@@ -6,17 +6,19 @@
 xla_flags() { # generation, slices
   local flags=()
   case $1 in
-  v5p | v6e)
+  v5p | v6e | tpu7x)
     flags+=(
-      # Weights are gathered beside other work: here the compiler waits for every gather unless told otherwise. It takes
-      # both flags, one to make gathers asynchronous, one to let products run inside them. libtpu 0.0.42 (jax 0.10.2)
-      # takes them; 0.0.50 (jax 0.12) refuses the second but on v5e: errors, it says, may follow, silent ones, too.
-      --xla_enable_async_all_gather=true
-      --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+      # SparseCores move weights, their gradients and sums while the rest of the chip computes; without these the chip
+      # waits for all of them. libtpu 0.0.42 (jax 0.10.2) takes the flags and still waits for the weights.
+      --xla_tpu_enable_sparse_core_collective_offload_all_gather=true
+      --xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true
+      --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true
     )
     ;;
-  v5e | tpu7x) ;; # v5e does so by itself; on tpu7x the two change nothing
+  v5e) ;; # it has no SparseCores, and runs products inside gathers by itself
   esac
+  # What a context axis exchanges around an attention moves beside the next projection.
+  flags+=(--xla_tpu_enable_async_all_to_all=true)
   if [ "$2" -gt 1 ]; then
     flags+=(
       # Host memory for messages between slices is pinned once, 16 GiB at the start, not message by message.

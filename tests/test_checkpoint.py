@@ -99,6 +99,23 @@ def test_killed_and_resumed_training_is_bit_identical(straight, clustered_store,
         np.testing.assert_array_equal(leaf, flatten(theirs.params)[path])
 
 
+@pytest.mark.extended
+def test_without_an_average_the_parameters_are_what_inference_loads(straight, clustered_store, tmp_path):
+    """`train.ema_decay=0`: the same losses, after a resume, too, and parameters as of an average without memory."""
+    loaded = []
+    for name, decay in (("none", 0.0), ("short", 1e-9)):
+        config = training_config(clustered_store)
+        with config.unlocked():
+            config.train.ema_decay = decay
+        run(config, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / str(saved_steps(tmp_path / name)[-1]))
+        run(config, tmp_path / name, resume=True)
+        assert curve(tmp_path / name) == curve(straight[0])
+        loaded.append(flatten(load_params(tmp_path / name).params))
+    for path, leaf in loaded[0].items():
+        np.testing.assert_allclose(leaf, loaded[1][path], atol=1e-6)
+
+
 def test_a_finished_run_that_is_resumed_has_nothing_to_do(straight, clustered_store, capsys):
     workdir, _ = straight
     before = (workdir / "metrics.jsonl").read_bytes()

@@ -1,10 +1,14 @@
 """The kernel of attention along packed events equals dense attention, forward and backward, however it is split."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from training_setup import subprocess_environment
 
 from wallwm_jax.models import flash_attention
 from wallwm_jax.models.attention import attend
@@ -69,6 +73,44 @@ def test_blocks_pad_little(monkeypatch):
     assert flash_attention.worthwhile(2100, 128)
     assert not flash_attention.worthwhile(2100, 64)  # a head of less than the lanes
     assert not flash_attention.worthwhile(126, 128)
+
+
+_ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from wallwm_jax.models import flash_attention
+from wallwm_jax.models.resident_attention import Rotary
+from wallwm_jax.parallel.mesh import make_mesh
+flash_attention._block_size = lambda tokens, sizes=None: 128
+draws = np.random.default_rng(0)
+def normal(width): return jnp.asarray(draws.normal(size=(2, 1, 256, width)), jnp.float32)
+angles, segments = normal(64), jnp.asarray(np.sort(draws.integers(0, 4, (2, 1, 256)), -1))
+mesh = make_mesh(dict(slice=1, data=1, fsdp=2, context=2, tensor=2))
+for heads in (4, 2):
+    *qkv, probe = (normal(heads * 128) for _ in range(4))
+    def run(*arrays):
+        def loss(query, key, value):
+            mixed = flash_attention.attend_flash(
+                query, key, value, heads=heads, segments=segments, rotary=Rotary.of(angles), interpret=True)
+            return jnp.sum(mixed * probe), mixed
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+    def on_mesh(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*arrays)
+    where = jax.NamedSharding(mesh, jax.P("fsdp", None, "context", "tensor"))
+    found = jax.jit(on_mesh, in_shardings=where)(*qkv)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(run)(*qkv))):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(jnp.max(jnp.abs(other))))
+"""
+
+
+@pytest.mark.extended
+def test_on_a_mesh_it_equals_one_device():
+    """Rows, tokens and heads split, forward and backward: two heads a device are exchanged, one stays."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_A_MESH], env=subprocess_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.tpu

@@ -29,7 +29,7 @@ from wallwm_jax.models import (
 from wallwm_jax.models.layers import NORM_EPS, Linear, RMSNorm
 from wallwm_jax.models.per_device import target
 from wallwm_jax.models.rope import rotate
-from wallwm_jax.parallel.sharding import constrain, context_size
+from wallwm_jax.parallel.sharding import context_size
 
 CLOSED = -1e30
 
@@ -201,15 +201,10 @@ class Attention(nnx.Module):
         return checkpoint_name(self.output(mixed), "projection")
 
     def _flash(self, x: jax.Array, **how: Any) -> jax.Array:
-        """Through `flash_attention`. A context axis splits tokens before and after it, or projections would gather all
-        of them and give heads."""
-
-        def by_tokens(x: jax.Array) -> jax.Array:
-            return constrain(x, *norms.VIEWS)
-
-        query, key, value = map(by_tokens, self._by_token(x, x, norms.VIEWS))
+        """Through `flash_attention`."""
+        query, key, value = self._by_token(x, x, norms.VIEWS)
         mixed = flash_attention.attend_flash(query, key, value, heads=self.heads, **how)
-        return checkpoint_name(self.output(by_tokens(mixed)), "projection")
+        return checkpoint_name(self.output(mixed), "projection")
 
     def _by_token(self, x: jax.Array, context: jax.Array, axes: norms.Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[..., S, H * d]`, kept by name as `Linear.to_heads` does; `axes` of `x`."""

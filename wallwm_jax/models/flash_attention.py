@@ -1,9 +1,9 @@
 """Attention on TPU along sequences whose keys do not fit the chip's memory: flash attention over packed events.
 
 Tokens keep the layout that a projection gives them, `[S, H * d]`: a head is whole lanes of it, and nothing is
-transposed or padded. Queries and keys are rotated by a kernel of their own; one more goes over blocks of keys with a
-running softmax, and its derivative over blocks of keys and, inside, of queries: it sums the gradient of one head's
-queries in float32 in the chip's own memory, so that each product of two blocks is computed once.
+transposed or padded. A kernel of their own rotates queries and keys, and lays heads out for other chips. One more goes
+over blocks of keys with a running softmax, and its derivative over blocks of keys and, inside, of queries: it sums the
+gradient of one head's queries in float32 in the chip's own memory, so that each product of two blocks is computed once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ _BLOCKS = range(512, 1281, _LANES)  # sizes to choose from
 _BACKWARD_KEYS = range(256, 513, _LANES)  # of blocks of keys in the backward kernel
 _BEYOND = 1.002  # a larger block may reach this much further than the one that reaches least
 _WORTHWHILE = 512  # tokens
-_ROTATED = 2 * 2**20  # bytes of tokens that are rotated at once
+_ROWS = 16  # of a register, in bfloat16
+_PLACED = 2 * 2**20  # bytes of tokens that are placed at once
 _MOST_QUERIES = 80 * 1024  # whose gradient fits the chip's memory; more are cut into parts
 _VMEM = 60 * 2**20
 
 
 class _Plan(NamedTuple):
-    """What the kernels are compiled for: lanes of a head; to be interpreted."""
+    """What the kernels are compiled for: lanes of a head; devices that the tokens of a group are split over, and
+    whether these exchange heads; to be interpreted."""
 
     width: int
+    context: int
+    exchanges: bool
     interpret: bool
 
 
@@ -63,6 +67,9 @@ def attend_flash(
 ) -> Array:
     """Softmax attention of each group's tokens to those of their own segment, a group being a view; float32 inside.
 
+    A context axis splits the tokens outside. Inside it splits groups or, by all-to-all, heads (DeepSpeed-Ulysses);
+    where it divides neither, queries, for which every device gathers all keys and values.
+
     Args:
       query, key, value: `[B, G, S, H * d]`.
       heads: H.
@@ -73,65 +80,103 @@ def attend_flash(
     Returns:
       `[B, G, S, H * d]` in the dtype of `value`; zero in segment 0.
     """
-    plan = _Plan(query.shape[-1] // heads, interpret)
-    scale = 1.0 / math.sqrt(plan.width)
-    scaled = Rotary(rotary.cos * scale, rotary.sin * scale)
-    query, key = (
-        per_group(
-            functools.partial(_on_groups, _rotate, plan),
-            [x, *tables],
-            ["bgqh", "bgq.", "bgq."],
-            heads=heads,
-            context="gq",
-        )
-        for x, tables in ((query, scaled), (key, rotary))
-    )
+    plan, scale = _plan(query.shape, heads, interpret), 1.0 / math.sqrt(query.shape[-1] // heads)
+    of_queries = "bgk" if plan.exchanges else "bgq"
     return per_group(
-        functools.partial(_on_groups, _attend, plan),
-        [query, key, value, segments, segments],
-        ["bgqh", "bgkh", "bgkh", "bgq", "bgk"],
+        functools.partial(_on_device, plan),
+        [query, key, value, rotary.cos * scale, rotary.sin * scale, *rotary, segments, segments],
+        [*["bgqh"] * 3, *["bgq."] * 4, of_queries, "bgk"],
         heads=heads,
-        context="ghq",
+        context="gq",
     )
 
 
-def _on_groups(kernel: Any, plan: _Plan, *arrays: Array) -> Array:
-    return kernel(plan, *(part.reshape(-1, *part.shape[2:]) for part in arrays)).reshape(arrays[0].shape)
+def _plan(shape: tuple[int, ...], heads: int, interpret: bool) -> _Plan:
+    """For queries of that shape under the mesh in context; as `per_group` splits them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    _, groups, tokens, features = shape
+    context, tensor = (1, 1) if mesh.empty else (mesh.shape["context"], mesh.shape["tensor"])
+    if groups % context == 0 or tokens % context:
+        context = 1
+    own = heads // tensor if heads % tensor == 0 else heads
+    return _Plan(features // heads, context, context > 1 and own % context == 0, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rotate(plan: _Plan, x: Array, cos: Array, sin: Array) -> Array:
-    """`x [N, S, H * d]`, each head rotated by the tables `[N, S, d]`."""
-    (count, tokens, features), width = x.shape, plan.width
-    block = max(16, min(-(-tokens // 16) * 16, _ROTATED // (2 * features) // 16 * 16))
+def _on_device(plan: _Plan, query: Array, *others: Array) -> Array:
+    """`[B, G, S, H * d]`, from queries, keys, values, their rotary tables, segments of queries and of all keys."""
+    arrays = (x.reshape(-1, *x.shape[2:]) for x in (query, *others))
+    queries, key, value, *tables, q_segments, k_segments = arrays
+    if plan.exchanges:  # some tokens of all heads for all tokens of some heads
+        queries = _exchanged(_place(plan, plan.context, queries[:, None], *tables[:2]))
+        key = _exchanged(_place(plan, plan.context, key[:, None], *tables[2:]))
+        value = _exchanged(_place(plan, plan.context, value[:, None], None, None))
+        mixed = _attend(plan, queries, key, value, q_segments, k_segments)
+        parts = mixed.reshape(len(mixed), plan.context, -1, mixed.shape[-1])
+        return _place(plan, 1, jax.lax.all_to_all(parts, "context", 1, 1, tiled=True), None, None).reshape(query.shape)
+    queries, key = (
+        _place(plan, 1, queries[:, None], *tables[:2])[:, 0],
+        _place(plan, 1, key[:, None], *tables[2:])[:, 0],
+    )
+    if plan.context > 1:
+        key, value = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (key, value))
+    return _attend(plan, queries, key, value, q_segments, k_segments).reshape(query.shape)
 
-    def kernel(x_ref: Any, cos_ref: Any, sin_ref: Any, rotated_ref: Any) -> None:
-        for first in range(0, features, width):
-            lanes = slice(first, first + width)
-            rotated_ref[0, :, lanes] = rotated(x_ref[0, :, lanes], (cos_ref[0], sin_ref[0]))
 
-    whole, table = (pl.BlockSpec((1, block, size), lambda group, part: (group, part, 0)) for size in (features, width))
+def _exchanged(parts: Array) -> Array:
+    """Of parts of heads `[N, C, S / C, H / C * d]` the own one, of all tokens, `[N, S, H / C * d]`."""
+    parts = jax.lax.all_to_all(parts, "context", 1, 1, tiled=True)
+    return parts.reshape(len(parts), -1, parts.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _place(plan: _Plan, parts: int, x: Array, cos: Array | None, sin: Array | None) -> Array:
+    """Heads `[N, P, S, H / P * d]` in so many parts, each rotated by the tables `[N, S, d]` if there are any."""
+    count, before, tokens, features = x.shape
+    after, width = before * features // parts, plan.width
+    block = max(_ROWS, min(-(-tokens // _ROWS) * _ROWS, _PLACED // (2 * before * features) // _ROWS * _ROWS))
+
+    def kernel(x_ref: Any, *refs: Any) -> None:
+        *tables, placed_ref = refs
+        for first in range(0, before * features, width):
+            (source, at), (target, to) = divmod(first, features), divmod(first, after)
+            placed_ref[0, target, :, to : to + width] = rotated(
+                x_ref[0, source, :, at : at + width], [table[0] for table in tables]
+            )
+
+    def of_heads(parts: int, features: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, parts, block, features), lambda group, part: (group, 0, part, 0))
+
+    tables = [] if cos is None or sin is None else [cos, sin]
     return pl.pallas_call(
         kernel,
         grid=(count, -(-tokens // block)),
-        in_specs=[whole, table, table],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[
+            of_heads(before, features),
+            *[pl.BlockSpec((1, block, width), lambda group, part: (group, part, 0))] * len(tables),
+        ],
+        out_specs=of_heads(parts, after),
+        out_shape=jax.ShapeDtypeStruct((count, parts, tokens, after), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM),
-        name="rotate",
+        name="place_heads",
         interpret=plan.interpret,
-    )(x, cos, sin)
+    )(x, *tables)
 
 
-def _rotate_forward(plan: _Plan, x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rotate(plan, x, cos, sin), (cos, sin)
+def _place_forward(
+    plan: _Plan, parts: int, x: Array, cos: Array | None, sin: Array | None
+) -> tuple[Array, tuple[Array | None, Array | None]]:
+    return _place(plan, parts, x, cos, sin), (cos, sin)
 
 
-def _rotate_backward(plan: _Plan, tables: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
-    return _rotate(plan, gradient, tables[0], -tables[1]), None, None
+def _place_backward(
+    plan: _Plan, parts: int, tables: tuple[Array | None, Array | None], gradient: Array
+) -> tuple[Array, None, None]:
+    before = plan.context if plan.exchanges and parts == 1 else 1
+    cos, sin = tables
+    return _place(plan, before, gradient, cos, None if sin is None else -sin), None, None
 
 
-_rotate.defvjp(_rotate_forward, _rotate_backward)
+_place.defvjp(_place_forward, _place_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -252,7 +252,7 @@ class Checkpointer:
         self._settle()
         if step in self._manager.all_steps():
             return False
-        items = {"state": _state_item(state), "ema": state.ema}
+        items = {"state": _state_item(state), "ema": state.averaged}
         self._checksum = Checksum(items)
         self._saving, self._last_save = step, time.monotonic()
         try:
@@ -305,7 +305,7 @@ class Checkpointer:
         if abstract.frozen:
             frozen = _read_frozen(self.workdir, items.assets["frozen_checksum"], abstract.frozen)
             self._frozen_checksum = items.assets["frozen_checksum"]
-        return TrainState(**items.state, ema=items.ema, frozen=frozen)
+        return TrainState(**items.state, ema=items.ema if abstract.ema else {}, frozen=frozen)
 
     def read_config(self) -> dict[str, Any]:
         """The config saved with the newest whole checkpoint."""
@@ -382,7 +382,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(_state_item(abstract)),
-                    ema=ocp.args.StandardRestore(abstract.ema),
+                    ema=ocp.args.StandardRestore(abstract.averaged),
                     assets=ocp.args.JsonRestore(),
                 ),
             )
@@ -558,7 +558,7 @@ def _state_item(state: TrainState) -> dict[str, Any]:
 def _require_same_arrays(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> None:
     """Raises `UserError` naming the first trained parameter whose shape is not the saved one's."""
     saved = {path: tuple(leaf.shape) for path, leaf in flatten(_saved_ema(manager, step)).items()}
-    ours = {path: tuple(leaf.shape) for path, leaf in flatten(abstract.ema).items()}
+    ours = {path: tuple(leaf.shape) for path, leaf in flatten(abstract.averaged).items()}
     for path in sorted(set(saved) | set(ours)):
         if saved.get(path) != ours.get(path):
             raise UserError(

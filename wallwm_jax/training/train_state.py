@@ -34,7 +34,7 @@ class TrainState:
       step: int32 scalar, number of updates made; also the index of the next rows to read.
       trainable: parameter groups of the stage, float32.
       opt_state: optimizer state of `trainable`.
-      ema: moving average of `trainable`, float32.
+      ema: moving average of `trainable`, float32; empty where `train.ema_decay` is 0.
       frozen: the stage's frozen parameter groups, bfloat16.
     """
 
@@ -43,6 +43,11 @@ class TrainState:
     opt_state: optax.OptState
     ema: dict[str, Any]
     frozen: dict[str, Any]
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """What is evaluated and served: the average, or without one the parameters themselves."""
+        return self.ema or self.trainable
 
 
 def initial_state(
@@ -54,7 +59,7 @@ def initial_state(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
         opt_state=optimizer.init(trainable),
-        ema=jax.tree.map(jnp.copy, trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if config.train.ema_decay else {},
         frozen=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen),
     )
 

@@ -112,7 +112,7 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
     def evaluate(state: TrainState, batch: Batch, number: jax.Array) -> Metrics:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             stream = jax.random.fold_in(jax.random.key(config.seed), _HELDOUT_STREAM)
-            return loss_of(state, batch, jax.random.fold_in(stream, number))(state.ema)[1]
+            return loss_of(state, batch, jax.random.fold_in(stream, number))(state.averaged)[1]
 
     def _step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss = loss_of(state, batch, jax.random.fold_in(jax.random.key(config.seed), state.step))
@@ -125,7 +125,8 @@ def build_train_step(config: ConfigDict, mesh: Mesh, channel_weight: np.ndarray 
             "lr": learning_rate(config.optim.lr, config.optim, config.train.steps)(state.step),
             "muon_lr": learning_rate(config.optim.muon_lr, config.optim, config.train.steps)(state.step),
         }
-        ema = update_ema(state.ema, trainable, ema_decay(state.step, config.train.ema_decay))
+        decay = ema_decay(state.step, config.train.ema_decay)
+        ema = update_ema(state.ema, trainable, decay) if state.ema else {}
         return (
             TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema, frozen=state.frozen),
             metrics,
@@ -184,5 +185,6 @@ def state_shardings(abstract: TrainState, optimizer: optax.GradientTransformatio
         transform_non_params=lambda _: whole,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
-    where: dict[str, Any] = dict(step=whole, trainable=trainable, opt_state=opt_state, ema=trainable, frozen=frozen)
+    ema = trainable if abstract.ema else {}
+    where: dict[str, Any] = dict(step=whole, trainable=trainable, opt_state=opt_state, ema=ema, frozen=frozen)
     return TrainState(**where)
