@@ -12,6 +12,7 @@ from configs import wan5b
 from wallwm_jax.console import UserError
 from wallwm_jax.data.packing import batch_spec
 from wallwm_jax.parallel.aot import count_instructions, statistics, topology_devices
+from wallwm_jax.parallel.chips import GIB
 from wallwm_jax.parallel.hlo import hbm_bytes, parse
 from wallwm_jax.parallel.mesh import make_mesh
 from wallwm_jax.training.train_step import build_train_step
@@ -251,6 +252,31 @@ def test_what_goes_over_the_data_centre_network_has_a_kind_of_its_own():
 def devices():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     return topology_devices("v5p:2x2x1")
+
+
+@pytest.mark.tpu
+def test_memory_is_what_the_compiler_refuses_a_program_by():
+    """Gradients of so many layers as just fit a v5e chip, by what one of fewer layers takes, and of two more."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    (device, *_), room = topology_devices("v5e:2x2"), 15.75 * GIB
+
+    def compiled(layers):
+        def loss(weights, x):
+            x, _ = jax.lax.scan(lambda x, weight: (x + jnp.tanh(x @ weight) @ weight.T, None), x, weights)
+            return jnp.sum(x.astype(jnp.float32) ** 2)
+
+        where = jax.sharding.SingleDeviceSharding(device)
+        weights = jax.ShapeDtypeStruct((layers, 4096, 4096), jnp.bfloat16, sharding=where)
+        x = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16, sharding=where)
+        return jax.jit(jax.grad(loss)).lower(weights, x).compile()
+
+    if not hasattr(compiled(1).memory_analysis(), "total_allocation_bytes"):
+        pytest.skip("this jax does not say what is allocated")
+    small, large = (statistics(compiled(layers)).memory for layers in (10, 20))
+    fitting = int(10 + (room - small) // ((large - small) / 10))
+    assert 0.97 * room < statistics(compiled(fitting)).memory <= room
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        compiled(fitting + 2)
 
 
 @pytest.mark.tpu

@@ -52,7 +52,8 @@ class Report:
       parameters, optimizer, temporaries, total, hbm: bytes of memory. `parameters` with average and frozen parts.
       activations: bytes, temporaries less one gradient of all that is trained. What the optimizer takes comes after
         these and uses their room again, so they are at most so much.
-      peak: bytes alive at once, without the holes that the allocator leaves: the optimistic twin of `total`.
+      peak: bytes alive at once, without the holes that the allocator leaves: the optimistic twin of `total`. counted:
+        the careful one, temporaries added up as `memory_analysis` does, of which some share their room.
       replicated: share of the parameters' bytes that every chip holds whole.
       model_flops: by formula; executed_flops: of products and kernels, as compiled.
       product_seconds, other_seconds, kernel_seconds, exchange_seconds: parts of the projection at eta 0.42.
@@ -75,6 +76,7 @@ class Report:
     temporaries: float
     activations: float
     total: float
+    counted: float
     peak: float
     hbm: float
     replicated: float
@@ -138,7 +140,8 @@ class Report:
             f"{verdict}",
             f"             {self.parameters / GIB:8.2f} parameters and average, {self.optimizer / GIB:.2f} optimizer, "
             f"{self.temporaries / GIB:.2f} temporaries; {100 * self.replicated:.1f} % of parameters on every chip",
-            f"             {self.peak / GIB:8.2f} alive at once; activations take at most {self.activations / GIB:.2f}",
+            f"             {self.peak / GIB:8.2f} alive at once, {self.counted / GIB:.2f} counted one by one; "
+            f"activations take at most {self.activations / GIB:.2f}",
             f"work         {self.executed_flops / 1e12:8.1f} TFLOP executed, {self.model_flops / 1e12:.1f} needed; "
             f"{self.hbm_bytes / 1e9:.1f} GB of HBM read and written",
             *(
@@ -198,6 +201,7 @@ def inspect(config: ConfigDict, topology: str, views: int = 0) -> Report:
         temporaries=found.temporaries,
         activations=max(0.0, found.temporaries - _local_bytes(state.trainable)),
         total=found.memory,
+        counted=found.arguments + found.counted + found.outputs,
         peak=found.arguments + found.peak + found.outputs,
         hbm=chip.hbm,
         replicated=_replicated(state.trainable),

@@ -96,7 +96,9 @@ class Statistics:
       kernels: name of Pallas kernel → number of executions.
       kernel_work: (FLOPs, bytes between HBM and the chip) of a Pallas kernel → number of executions. Of attention FLOPs
         as executed: 4 per query, key and feature forward, 10 in the fused backward.
-      arguments, temporaries, outputs: bytes of device memory; outputs that reuse an argument's memory not counted.
+      arguments, temporaries, outputs: bytes of device memory; outputs that reuse an argument's memory not counted. What
+        the compiler allocates, and refuses a program by, where it says so (from jax 0.11 on).
+      counted: bytes of temporaries as `memory_analysis` adds them up, up to half as many again as are allocated.
       peak: bytes of the temporaries that are alive at once, without the holes that the allocator leaves between them.
     """
 
@@ -111,6 +113,7 @@ class Statistics:
     arguments: int = 0
     temporaries: int = 0
     outputs: int = 0
+    counted: int = 0
     peak: int = 0
 
     @property
@@ -185,8 +188,10 @@ def statistics(compiled: Any) -> Statistics:
     """The statistics of a compiled program (`jax.stages.Compiled`), per chip and call."""
     result = count_instructions(compiled.as_text())
     memory = compiled.memory_analysis()
-    result.arguments, result.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    result.arguments, result.counted = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     result.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    allocated = getattr(memory, "total_allocation_bytes", 0)
+    result.temporaries = allocated - result.arguments - result.outputs if allocated else result.counted
     result.peak = memory.peak_memory_in_bytes - result.arguments - result.outputs
     return result
 
