@@ -8,9 +8,11 @@ xla_flags() { # generation, slices
   case $1 in
   v5p | v6e | tpu7x)
     flags+=(
-      # SparseCores move weights, their gradients and sums while the rest of the chip computes; without these the chip
-      # waits for all of them. libtpu 0.0.42 (jax 0.10.2) takes the flags and still waits for the weights.
+      # SparseCores move weights (the second flag: of groups that span two sides of the torus, as those of our meshes
+      # do), their gradients and sums while the rest of the chip computes; without these the chip waits for all of
+      # them. libtpu 0.0.42 (jax 0.10.2) takes the flags and still waits for the weights.
       --xla_tpu_enable_sparse_core_collective_offload_all_gather=true
+      --xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true
       --xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true
       --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true
     )

@@ -11,9 +11,11 @@ import stat
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 PROJECT = Path(__file__).parents[1]
 QUEUED = ("--name=run", "--topology=v5p:2x2x2", "--project=p", "--zone=z", "--poll=0", "--backoff=0")
@@ -355,32 +357,36 @@ def test_libtpu_knows_every_flag():
 
 
 @pytest.mark.tpu
-def test_the_flags_let_gathers_run_beside_products():
+def test_the_flags_let_weights_and_gradients_travel_beside_products():
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from wallwm_jax.parallel.aot import topology_devices
+    from wallwm_jax.parallel.aot import statistics, topology_devices
     from wallwm_jax.parallel.mesh import make_mesh
 
     mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 4, "context": 1, "tensor": 1}, topology_devices("v5p:2x2x2"))
 
-    def stack(weights, rows):
+    def loss(weights, rows):
         def layer(rows, weight):
             return jax.nn.gelu(rows @ weight[0]) @ weight[1], None
 
-        return jax.lax.scan(layer, rows, weights)[0]
+        return jnp.sum(jax.lax.scan(layer, rows, weights)[0])
 
     def array(*spec, shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    weights = array(None, None, "fsdp", shape=(8, 2048, 8192)), array(None, None, "fsdp", shape=(8, 8192, 2048))
-    lowered = jax.jit(stack).lower(weights, array(("data", "fsdp"), shape=(8192, 2048)))
+    weights = array(None, "fsdp", shape=(8, 4096, 16384)), array(None, None, "fsdp", shape=(8, 16384, 4096))
+    outputs = jax.tree.map(lambda weight: weight.sharding, weights)
+    lowered = jax.jit(jax.grad(loss), out_shardings=outputs).lower(weights, array(("data", "fsdp"), shape=(8192, 4096)))
     shell = f"source {PROJECT}/launch/xla_flags.sh; xla_flags v5p 1"
     flags = subprocess.check_output(["bash", "-c", shell], text=True).split()
     options = dict(flag.removeprefix("--").split("=") for flag in flags)
-    assert "async_collective_fusion" not in lowered.compile().as_text()
-    assert "async_collective_fusion" in lowered.compile(compiler_options=options).as_text()
+    without, found = (statistics(lowered.compile(compiler_options=chosen)).traffic for chosen in ({}, options))
+    kinds = ["reduce-scatter"] if Version(version("libtpu")) < Version("0.0.50") else ["reduce-scatter", "all-gather"]
+    for kind in kinds:
+        assert without[kind, 4].sparse == 0 and without[kind, 4].exposed > 0.9 * without[kind, 4].received
+        assert found[kind, 4].sparse == sum(found[kind, 4].overlapped.values()) > 0.8 * found[kind, 4].count
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 By all-to-all (`models.per_device`) tokens are exchanged for heads before the kernel and back after it; in a ring every
 chip keeps its queries, and keys and values go round. tokamax has a kernel for both, so that only the exchange differs;
-what the towers do, with JAX's kernel, stands beside. All get and give arrays split by tokens, as the projections around
-them want it, and are differentiated.
+what the towers do (`models.flash_attention`), rotary embedding included, stands beside. All get and give arrays split
+by tokens, as the projections around them want it, and are differentiated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from wallwm_jax.benchmarks.preflight import ETAS, project
 from wallwm_jax.console import UserError, phase
-from wallwm_jax.models.attention import attend
+from wallwm_jax.models.flash_attention import attend_flash
 from wallwm_jax.models.per_device import per_device
+from wallwm_jax.models.resident_attention import Rotary
 from wallwm_jax.models.splash_attention import block_size
 from wallwm_jax.parallel.aot import statistics, topology_devices
 from wallwm_jax.parallel.chips import GIB, chip_of
@@ -50,11 +51,14 @@ def measure(config: ConfigDict, topology: str, rows: Sequence[str] = ()) -> dict
     if tokens % len(devices):
         raise UserError(f"{len(devices)} chips do not divide the {tokens} tokens of a view; choose another topology")
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "context": len(devices)}, devices)
-    shape = (1, model.heads, tokens, model.width // model.heads)
-    result: dict[str, Any] = {"topology": topology, "chips": len(devices), "attention": shape}
+    by_head = (1, model.heads, tokens, model.width // model.heads)
+    result: dict[str, Any] = {"topology": topology, "chips": len(devices), "attention": by_head}
     for name in rows or ROWS:
+        attention, shape = ROWS[name], by_head
+        if attention is _towers:
+            attention, shape = functools.partial(_towers, heads=model.heads), (1, 1, tokens, model.width)
         with phase(f"{name}: {shape} over {len(devices)} chips"):
-            result[name] = _compile(ROWS[name], shape, mesh, topology)
+            result[name] = _compile(attention, shape, mesh, topology)
     return result
 
 
@@ -103,9 +107,12 @@ def _compile(attention: Attention, shape: tuple[int, ...], mesh: Mesh, topology:
     }
 
 
-def _towers(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    segments = jnp.ones((1, query.shape[2]), jnp.int32)
-    return attend(query, key, value, q_segments=segments, kv_segments=segments, num_segments=1)
+def _towers(query: jax.Array, key: jax.Array, value: jax.Array, *, heads: int = 1) -> jax.Array:
+    """Of `[1, 1, S, H * d]`."""
+    tokens, features = query.shape[2:]
+    rotary = Rotary.of(jnp.zeros((1, 1, tokens, features // heads // 2)))
+    segments = jnp.ones((1, 1, tokens), jnp.int32)
+    return attend_flash(query, key, value, heads=heads, segments=segments, rotary=rotary)
 
 
 def _all_to_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

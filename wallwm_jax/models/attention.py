@@ -1,8 +1,9 @@
 """Attention: `attend`, the one door to it, and the projections around it.
 
-Attention inside packed events runs on TPU in the splash kernel, on GPU in a Pallas kernel where a sequence attends to
-itself, on one CPU device tile by tile; where all keys fit a TPU's memory, it runs in a kernel of our own; all else is
-dense, in XLA.
+On TPU attention with heads of 128 runs in kernels of our own, by token: where all keys fit the chip's memory in one
+(`resident_attention`), along longer events in another (`flash_attention`). Other attention inside packed events runs on
+TPU in the splash kernel, on GPU in a Pallas kernel where a sequence attends to itself, on one CPU device tile by tile;
+all else is dense, in XLA.
 
 Keys can be closed to a query in three ways, which combine: segment ids (packing: attention stays inside an event), a
 bias per key (text padding, absent views) and a dense mask. A query without any open key gets exactly zero.
