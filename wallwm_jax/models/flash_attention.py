@@ -265,14 +265,16 @@ def _forward_kernel(
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    logits = product(query_ref[0], key_ref[0], 1, 1)
-    logits = jnp.where(query_segment[0] == key_segment[0], logits, _CLOSED)
-    peak = jnp.maximum(peak_ref[...], jnp.max(logits, -1, keepdims=True))
-    weights, shrunk = jnp.exp(logits - peak), jnp.exp(peak_ref[...] - peak)
-    value = _real(value_ref[0], part, keys)
-    peak_ref[...] = peak
-    total_ref[...] = shrunk * total_ref[...] + jnp.sum(weights, -1, keepdims=True)
-    sum_ref[...] = shrunk * sum_ref[...] + product(weights.astype(value.dtype), value, 1, 0)
+    @pl.when(_may_meet(query_segment[0], key_segment[0]))
+    def _() -> None:
+        logits = product(query_ref[0], key_ref[0], 1, 1)
+        logits = jnp.where(query_segment[0] == key_segment[0], logits, _CLOSED)
+        peak = jnp.maximum(peak_ref[...], jnp.max(logits, -1, keepdims=True))
+        weights, shrunk = jnp.exp(logits - peak), jnp.exp(peak_ref[...] - peak)
+        value = _real(value_ref[0], part, keys)
+        peak_ref[...] = peak
+        total_ref[...] = shrunk * total_ref[...] + jnp.sum(weights, -1, keepdims=True)
+        sum_ref[...] = shrunk * sum_ref[...] + product(weights.astype(value.dtype), value, 1, 0)
 
     @pl.when(part == parts - 1)
     def _() -> None:
@@ -357,7 +359,6 @@ def _backward_kernel(
     (j, i), (k_blocks, q_blocks) = (pl.program_id(2), pl.program_id(3)), (pl.num_programs(2), pl.num_programs(3))
     rows = pl.ds(pl.multiple_of(i * query_ref.shape[1], query_ref.shape[1]), query_ref.shape[1])
     query, gradient = _real(query_ref[0], i, queries), _real(gradient_ref[0], i, queries)
-    key, value = _real(key_ref[0], j, keys), _real(value_ref[0], j, keys)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -370,12 +371,15 @@ def _backward_kernel(
         key_sum[...] = jnp.zeros_like(key_sum)
         value_sum[...] = jnp.zeros_like(value_sum)
 
-    is_open = key_segment[0] == query_segment[0]
-    weights = jnp.where(is_open, jnp.exp(product(key, query, 1, 1) - normaliser_ref[0, 0]), 0.0)
-    value_sum[...] += product(weights.astype(gradient.dtype), gradient, 1, 0)
-    of_logits = (weights * (product(value, gradient, 1, 1) - means[pl.ds(i, 1)])).astype(query.dtype)
-    key_sum[...] += product(of_logits, query, 1, 0)
-    query_sum[rows] += product(of_logits, key, 0, 0)
+    @pl.when(_may_meet(query_segment[0], key_segment[0]))
+    def _() -> None:
+        key, value = _real(key_ref[0], j, keys), _real(value_ref[0], j, keys)
+        is_open = key_segment[0] == query_segment[0]
+        weights = jnp.where(is_open, jnp.exp(product(key, query, 1, 1) - normaliser_ref[0, 0]), 0.0)
+        value_sum[...] += product(weights.astype(gradient.dtype), gradient, 1, 0)
+        of_logits = (weights * (product(value, gradient, 1, 1) - means[pl.ds(i, 1)])).astype(query.dtype)
+        key_sum[...] += product(of_logits, query, 1, 0)
+        query_sum[rows] += product(of_logits, key, 0, 0)
 
     @pl.when(i == q_blocks - 1)
     def _() -> None:
@@ -385,6 +389,11 @@ def _backward_kernel(
     @pl.when(j == k_blocks - 1)
     def _() -> None:
         of_query_ref[0] = query_sum[rows].astype(of_query_ref.dtype)
+
+
+def _may_meet(queries: Array, keys: Array) -> Array:
+    """Whether two blocks of segments overlap as intervals; where they do not, there is nothing to compute."""
+    return (jnp.min(queries) <= jnp.max(keys)) & (jnp.min(keys) <= jnp.max(queries))
 
 
 def _real(x: Array, part: Array, tokens: int) -> Array:
