@@ -248,6 +248,8 @@ def test_a_step_is_compared_with_the_peers_of_the_same_work():
     assert found.ratios["seconds_outside_kernels"] == pytest.approx(1.0, abs=1e-3)
     assert found.ratios["received"] == pytest.approx(0.8)
     assert found.ratios["mfu"] == pytest.approx([1.25, 1.0, 0.9])
+    best = (1 - 263e9 / 1.8e11 / (4893e12 / (mfu * 459e12)) for mfu in (0.296, 0.383, 0.530))  # of its time
+    assert found.ratios["mfu_at_best"] == pytest.approx([a * b for a, b in zip((1.25, 1.0, 0.9), best)])
     assert found.table().startswith("the report\npeer") and "1.25, 1.00, 0.90 times its MFU" in found.table()
     compared = found.to_json()
     assert compared["chips"] == 4 and compared["peer"]["name"] == "720p"

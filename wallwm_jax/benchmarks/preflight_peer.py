@@ -38,6 +38,13 @@ class Peer:
         first, *_, last = (self.model_flops / (mfu * CHIPS["v5p"].flops) for mfu in self.mfu)
         return first - (first - last) / (1 / ETAS[0] - 1 / ETAS[-1]) / ETAS[0]
 
+    @property
+    def mfu_at_best(self) -> list[float]:
+        """Its MFU if it waited for nothing that it receives: it was compiled without flags, and waits for all of it."""
+        chip = CHIPS["v5p"]
+        seconds = (self.model_flops / (mfu * chip.flops) - self.received / (2 * chip.link) for mfu in self.mfu)
+        return [self.model_flops / (shorter * chip.flops) for shorter in seconds]
+
 
 PEERS = {
     "720p": Peer(
@@ -79,6 +86,7 @@ class Compared:
             "seconds_outside_kernels": outside / its.outside_kernels,
             "received": sum(moved["received"] for moved in ours.collectives.values()) / its.received,
             "mfu": [mine.mfu / mfu for mine, mfu in zip(ours.projections, its.mfu, strict=True)],
+            "mfu_at_best": [mine.mfu / mfu for mine, mfu in zip(ours.projections, its.mfu_at_best, strict=True)],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +102,9 @@ class Compared:
             f"             {ratios['executed_flops']:.2f} times its executed work, {ratios['received']:.2f} its bytes "
             f"received, {ratios['seconds_outside_kernels']:.2f} its time outside kernels\n"
             f"             {', '.join(f'{mfu:.2f}' for mfu in ratios['mfu'])} times its MFU, kernels at "
-            f"{', '.join(f'{eta:.2f}' for eta in ETAS)} of the peak"
+            f"{', '.join(f'{eta:.2f}' for eta in ETAS)} of the peak\n"
+            f"             {', '.join(f'{mfu:.2f}' for mfu in ratios['mfu_at_best'])} times, if it waited for nothing "
+            "that it receives"
         )
 
 
