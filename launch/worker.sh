@@ -22,9 +22,10 @@ wait_for_end() { # seconds
   while running && ((SECONDS < deadline)); do sleep 0.5; done
 }
 
-find_python() { # sets PYTHON to 3.12, which the newest jax needs; the machines come with an older one
+find_python() { # sets PYTHON, unless it is, to 3.12, which the newest jax needs; the machines come with an older one
   local candidate
-  for candidate in "${PYTHON:-python3.12}" python3.12 python3; do
+  [ -z "${PYTHON:-}" ] || return 0
+  for candidate in python3.12 python3; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
       PYTHON=$candidate
       return

@@ -125,6 +125,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "command.py").write_text(COMMAND)
     monkeypatch.setenv("PATH", f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("WORLD", str(tmp_path))
+    monkeypatch.setenv("PYTHON", sys.executable)  # whatever version it is
     packages = b"".join((PROJECT / name).read_bytes() for name in ("setup.py", "pyproject.toml"))
     monkeypatch.setenv("INSTALLED", subprocess.check_output("cksum", input=packages).decode())
     return tmp_path
