@@ -15,12 +15,13 @@ xla_flags() { # generation, slices
       --xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true
       --xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true
       --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true
+      # What a context axis exchanges around an attention moves beside the next projection. Not on v5e: "Async all-to-all
+      # not supported on limited ICI" ends the compilation of a step.
+      --xla_tpu_enable_async_all_to_all=true
     )
     ;;
   v5e) ;; # it has no SparseCores, and runs products inside gathers by itself
   esac
-  # What a context axis exchanges around an attention moves beside the next projection.
-  flags+=(--xla_tpu_enable_async_all_to_all=true)
   if [ "$2" -gt 1 ]; then
     flags+=(
       # Host memory for messages between slices is pinned once, 16 GiB at the start, not message by message.

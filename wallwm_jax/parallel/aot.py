@@ -223,7 +223,7 @@ def _count(
     under_way: dict[str, _Transfer] = {}
     for own, instruction in computations[computation].items():
         opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
-        once = instruction.number("estimated_cycles", 0)
+        once = instruction.cycles
         cycles = times * once
         work = _attention_flops(_kernel_name(instruction), instruction) if instruction.is_kernel else 0.0
         for transfer in under_way.values():

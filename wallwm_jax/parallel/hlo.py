@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 KERNEL = "tpu_custom_call"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_NO_ESTIMATE = 2**62
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16, "token": 0}  # others say bits
 _PART = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^\s*(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
@@ -83,6 +84,12 @@ class Instruction:
     def is_kernel(self) -> bool:
         """Whether it runs a Pallas kernel."""
         return self.opcode == "custom-call" and f'"{KERNEL}"' in self.attributes
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate; 0 where it gives none, or the largest integer instead of one, as for tpu7x."""
+        estimate = self.number("estimated_cycles", 0)
+        return estimate if estimate < _NO_ESTIMATE else 0
 
     def number(self, name: str, default: int) -> int:
         """A number that the compiler notes on this instruction, as `"name":"12"`, or inside braces after the name."""
