@@ -1,9 +1,13 @@
 """The kernels of norms equal XLA's operations, values and all gradients."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_setup import subprocess_environment
 
 from wallwm_jax.models import norms
 from wallwm_jax.models.layers import modulate
@@ -39,3 +43,31 @@ def test_what_goes_on_beside_a_norm_can_be_left_out():
     alone = norms._Plan(centred=False, beside=False, interpret=True)
     gradient = jax.grad(lambda x: jnp.sum(norms.normalise(alone, x, shift, scale)))(x)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)  # a length does not change what is normalised
+
+
+_ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from wallwm_jax.models import norms
+from wallwm_jax.parallel.mesh import make_mesh
+mesh, draws = make_mesh(dict(slice=1, data=1, fsdp=2, context=2, tensor=2)), np.random.default_rng(0)
+for frames in (3, 4):  # the context axis splits cells, or frames
+    arrays = [jnp.asarray(draws.normal(1, 2, (2, frames, size, 128)), jnp.float32) for size in (32, 1, 1, 32, 32)]
+    def run(*arrays):
+        norm = lambda *inputs: norms.normalise(norms._Plan(True, True, interpret=True), *inputs)
+        results, gradients = jax.vjp(norm, *arrays[:3])
+        return *results, *gradients(arrays[3:])
+    def on_mesh(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*arrays)
+    where = jax.NamedSharding(mesh, jax.P("fsdp"))
+    for one, other in zip(jax.jit(on_mesh, in_shardings=where)(*arrays), jax.jit(run)(*arrays)):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(jnp.max(jnp.abs(other))))
+"""
+
+
+@pytest.mark.extended
+def test_on_a_mesh_sums_over_cells_are_those_of_all_devices():
+    command = [sys.executable, "-c", _ON_A_MESH]
+    done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

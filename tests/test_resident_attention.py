@@ -85,6 +85,24 @@ def test_it_is_dense_attention(queries, keys, kind):
     assert closed.any() == (kind != "caption")
 
 
+def test_keys_of_members_are_those_of_their_groups():
+    """Captions of two events, of which each of three groups has one, and the last has none."""
+    draws = np.random.default_rng(1)
+    query, probe = (jnp.asarray(draws.normal(size=(1, 3, 70, HEADS * WIDTH)), jnp.float32) for _ in range(2))
+    key, value = (jnp.asarray(draws.normal(size=(1, 2, 65, HEADS * WIDTH)), jnp.float32) for _ in range(2))
+    members, bias = jnp.asarray([[[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]), jnp.zeros((1, 3, 1, 65))
+
+    def loss(key, value, **how):
+        return jnp.sum(probe * attend_resident(query, key, value, heads=HEADS, bias=bias, interpret=True, **how))
+
+    def spread(key, value):
+        return loss(*(jnp.einsum("bge,be...->bg...", members, x) for x in (key, value)))
+
+    found = jax.value_and_grad(lambda *arrays: loss(*arrays, members=members), (0, 1))(key, value)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(jax.value_and_grad(spread, (0, 1))(key, value))):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_which_sequences_it_takes():
     assert resident_attention.worthwhile(126, 128)
     assert not resident_attention.worthwhile(126, 32)  # a head of less than the lanes
