@@ -58,7 +58,11 @@ setup(
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
         "gcs": GCS,
-        "tpu": ["jax[tpu]>=0.10.2,<0.13", *GCS],
+        "tpu": [  # the newest that is tested, so that an older one is replaced
+            "jax[tpu]>=0.12,<0.13; python_version >= '3.12'",
+            "jax[tpu]>=0.10.2,<0.11; python_version < '3.12'",
+            *GCS,
+        ],
         "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "serve": SERVE,
         "dev": [

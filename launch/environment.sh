@@ -9,11 +9,12 @@ ensure_environment() { # extras
     echo "error: Python 3.11 or 3.12 is needed (others lack packages of the simulator); set PYTHON=/path/to/it" >&2
     return 2
   }
-  local wanted stamp="$VENV/.installed-${1//,/-}"
+  local wanted stamp="$VENV/.installed-${1//,/-}" version='import sys; print(sys.version_info[:2])'
   wanted=$(cat setup.py pyproject.toml | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "==> installing wallwm_jax[$1] into $VENV (once)"
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || return 2
+    [ "$("$VENV/bin/python" -c "$version" 2>/dev/null)" = "$("$PYTHON" -c "$version")" ] ||
+      "$PYTHON" -m venv --clear "$VENV" || return 2
     "$VENV/bin/python" -m pip install --quiet --upgrade pip 2>"$VENV/pip.log" &&
       "$VENV/bin/python" -m pip install --quiet -e ".[$1]" 2>>"$VENV/pip.log" || {
       tail -n 20 "$VENV/pip.log" >&2

@@ -69,6 +69,42 @@ def test_a_sequence_split_over_devices_gives_the_loss_and_gradients_of_one(views
         np.testing.assert_allclose(split["grads"][path], grad, atol=2e-6 * scale, err_msg=path)
 
 
+_LINEAR = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from flax import nnx
+from wallwm_jax.models.layers import Linear
+from wallwm_jax.parallel.mesh import make_mesh
+mesh, draws = make_mesh(dict(slice=1, data=2, fsdp=2, context=1, tensor=2)), np.random.default_rng(0)
+for axes, heads, lead in [
+    (("embed", "heads"), 2, (4, 3)), (("embed", "heads"), 3, (4, 3)), (("embed", "heads"), 2, ()),
+    (("embed", "mlp"), 0, (4, 3)), (("mlp", "embed"), 0, (6, 3)), (("video", "split_heads"), 2, (4, 3)),
+]:
+    linear = Linear(16, 12, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    linear.axes = axes
+    graph, params = nnx.split(linear)
+    x, probe = (jnp.asarray(draws.normal(size=(*lead, 5, size)), jnp.float32) for size in (16, 12))
+    def loss(params, x):
+        module = nnx.merge(graph, params)
+        y = jnp.moveaxis(module.to_heads(x, heads), -3, -2).reshape(probe.shape) if heads else module(x)
+        return jnp.sum(probe * jnp.tanh(y))
+    def on_mesh(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(loss)(*arrays)
+    found, wanted = jax.jit(on_mesh)(params, x), jax.jit(jax.grad(loss))(params, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+"""
+
+
+@pytest.mark.extended
+def test_gradients_of_weights_are_those_of_one_device_however_a_mesh_divides_them():
+    """Heads that `tensor` does and does not divide, no rows, rows that the mesh does not divide, outputs over all."""
+    command = [sys.executable, "-c", _LINEAR]
+    done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(("heads", "kind"), [(4, "all-to-all"), (2, "all-gather")])
 def test_on_tpu_heads_are_exchanged_for_tokens_where_they_divide(heads, kind):

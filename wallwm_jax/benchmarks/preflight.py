@@ -229,7 +229,7 @@ def needed_flops(config: ConfigDict, chips: int) -> float:
 def project(found: Statistics, chip: Chip, model_flops: float) -> dict[str, Any]:
     """The fields of `Report` that are seconds, of a compiled program that does `model_flops` of needed work."""
     products = found.product_cycles / chip.clock
-    other = (found.cycles - found.product_cycles) / chip.clock
+    other = (found.cycles - found.product_cycles) / chip.clock + found.unpriced / chip.hbm_bandwidth
     exchange = sum(_waited(kind, moved, chip) for (kind, _), moved in found.traffic.items())
     received = {
         dcn: sum(moved.received for (kind, _), moved in found.traffic.items() if kind.startswith(DCN) == dcn)

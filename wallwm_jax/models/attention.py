@@ -197,7 +197,7 @@ class Attention(nnx.Module):
 
     def _resident(self, x: jax.Array, context: jax.Array, **how: Any) -> jax.Array:
         """Through `resident_attention`."""
-        query, key, value = self._by_token(x, context, norms.STREAM)
+        query, key, value = self._by_token(x, context, norms.FRAMES)
         mixed = resident_attention.attend_resident(query, key, value, heads=self.heads, **how)
         return checkpoint_name(self.output(mixed), "projection")
 

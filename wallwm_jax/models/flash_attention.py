@@ -32,7 +32,7 @@ _BEYOND = 1.002  # a larger block may reach this much further than the one that 
 _WORTHWHILE = 512  # tokens
 _ROWS = 16  # of a register, in bfloat16
 _PLACED = 2 * 2**20  # bytes of tokens that are placed at once
-_MOST_QUERIES = 80 * 1024  # whose gradient fits the chip's memory; more are cut into parts
+_MOST_QUERIES = 80 * 1024  # of a head of 128 whose gradient fits the chip's memory; more are cut into parts
 _VMEM = 60 * 2**20
 
 
@@ -192,10 +192,11 @@ def _attend_forward(plan: _Plan, *arrays: Array) -> tuple[Array, tuple[Array, ..
 
 def _attend_backward(plan: _Plan, kept: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
     query, key, value, q_segments, k_segments, mixed, normaliser = kept
-    summed = value.dtype if query.shape[1] <= _MOST_QUERIES else jnp.dtype(jnp.float32)
+    most = _MOST_QUERIES * _LANES // plan.width
+    summed = value.dtype if query.shape[1] <= most else jnp.dtype(jnp.float32)
     found = []
-    for first in range(0, query.shape[1], _MOST_QUERIES):
-        part = slice(first, first + _MOST_QUERIES)
+    for first in range(0, query.shape[1], most):
+        part = slice(first, first + most)
         of_queries = _OfQueries(
             query[:, part], mixed[:, part], gradient[:, part], q_segments[:, part], normaliser[..., part]
         )

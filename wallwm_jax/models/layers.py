@@ -198,12 +198,26 @@ def _of_kernel(
         sizes = f"{form.x},{form.y}->{form.kernel}"
         return form.einsum(sizes, x, gradient, form.leading(x), preferred_element_type=jnp.float32)
 
+    def whole() -> jax.Array:
+        """Left to the compiler. A TPU writes a product with its longer side innermost, and scatters nothing along that,
+        so where the output is the shorter side, it stays one axis."""
+        if form is not _TO_HEADS or shape[0] <= fan_out:
+            return product(x, gradient)
+        flat = jnp.moveaxis(gradient, -3, -2).reshape(*x.shape[:-1], -1)
+        of_kernel = _PLAIN.einsum("?i,?o->io", x, flat, _PLAIN.leading(x), preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(of_kernel).reshape(shape)
+
     mesh = jax.sharding.get_abstract_mesh()
     flat = (math.prod(shape) // fan_out, fan_out)
     split = _split(axes, flat, mesh)
     scattered = [dimension for dimension, names in enumerate(split) if "fsdp" in names]
-    if not scattered or len(x) % math.prod(mesh.shape[axis] for axis in ROW_AXES) or "tensor" in split[scattered[0]]:
-        return product(x, gradient)
+    if not scattered or not form.leading(x) or "tensor" in split[scattered[0]]:
+        return whole()
+    sizes = {letter: shape[form.kernel.index(letter)] for letter, names in zip(form.split, split) if "tensor" in names}
+    if len(x) % math.prod(mesh.shape[axis] for axis in ROW_AXES) or any(
+        n % mesh.shape["tensor"] for n in sizes.values()
+    ):
+        return whole()
 
     def on_device(x: jax.Array, gradient: jax.Array) -> jax.Array:
         own = product(x, gradient)

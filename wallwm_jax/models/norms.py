@@ -24,8 +24,9 @@ Axes = tuple[str | None, str | None, str | None, str | None]
 
 STREAM: Axes = ("batch", "frames", "cells", None)
 """Logical axes of the video tower's stream, `[B, F, N, D]`."""
+FRAMES: Axes = ("batch", "frames", "cells", "heads")
 VIEWS: Axes = ("batch", None, "tokens", "heads")
-"""And of the tokens of its views, `[B, V, S, H * d]`."""
+"""Of what is projected from it: by frames, `[B, F, S, H * d]`, and by views, `[B, V, S, H * d]`."""
 _LANES, _ROWS = 128, 16  # of a register, in bfloat16
 _BLOCK = 2**19  # elements that are at hand at once
 _VMEM = 48 * 2**20

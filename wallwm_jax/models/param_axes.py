@@ -161,10 +161,12 @@ def map_params(function: Callable[[str, Rule, Any], Any], params: Any) -> Any:
 
 
 def name_axes(model: nnx.Module) -> None:
-    """Tells every linear map of a whole model the logical axes of its kernel `[in, out]`."""
+    """Tells the linear maps of a whole model the logical axes of their kernels `[in, out]`, but for those whose input
+    has noise draws before its rows: of the action tower all that do not read the video."""
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            fan_in, fan_out = rule_for("/".join(map(str, (*path, "kernel")))).axes[-2:]
+        name = "/".join(map(str, (*path, "kernel")))
+        if isinstance(module, Linear) and (path[0] != "action" or re.fullmatch(_FROM_VIDEO, name)):
+            fan_in, fan_out = rule_for(name).axes[-2:]
             module.axes = (fan_in, fan_out)
 
 

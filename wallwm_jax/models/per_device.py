@@ -76,16 +76,14 @@ def per_group(
       arrays: the first are queries `[B, G, S, H * d]`, whose shape and split the result has.
       axes: of each array, a letter per dimension: b rows, g groups, q queries, h features of heads; others stay whole.
       heads: H.
-      context: the letters that the context axis may split: it takes the first that it divides.
+      context: "g", "q" or both: what the context axis may split; it takes the first that it divides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(*arrays)
     tensor = tuple(axis for axis in ("tensor",) if mesh.shape[axis] > 1 and heads % mesh.shape[axis] == 0)
     where = {"b": tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None, "h": tensor or None}
-    sizes = {"g": arrays[0].shape[1], "q": arrays[0].shape[2], "h": heads // math.prod(mesh.shape[a] for a in tensor)}
-    splits = [letter for letter in context if mesh.shape["context"] > 1 and sizes[letter] % mesh.shape["context"] == 0]
-    for letter in splits[:1]:
-        where[letter] = (*(where.get(letter) or ()), "context")
+    sizes, parts = {"g": arrays[0].shape[1], "q": arrays[0].shape[2]}, mesh.shape["context"]
+    where |= {letter: ("context",) for letter in [one for one in context if parts > 1 and sizes[one] % parts == 0][:1]}
     specs = tuple(PartitionSpec(*(where.get(letter) for letter in letters)) for letters in axes)
     return jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -91,7 +91,7 @@ class Statistics:
       flops: of all matrix products and convolutions, outside Pallas kernels; product_cycles: of those in the estimate.
       products: sizes of an operand → number of executions of matrix products that have it.
       cycles: the compiler's own estimate for everything outside Pallas kernels; 0 where it gives none.
-      hbm: bytes between HBM and the chip, see `hlo.hbm_bytes`.
+      hbm: bytes between HBM and the chip, see `hlo.hbm_bytes`; unpriced: of instructions without an estimate of cycles.
       traffic: (kind of collective, chips of a group; slices, if over `DCN`) → what it moves.
       kernels: name of Pallas kernel → number of executions.
       kernel_work: (FLOPs, bytes between HBM and the chip) of a Pallas kernel → number of executions. Of attention FLOPs
@@ -106,6 +106,7 @@ class Statistics:
     product_cycles: float = 0.0
     cycles: float = 0.0
     hbm: float = 0.0
+    unpriced: float = 0.0
     products: Counter[tuple[int, ...]] = field(default_factory=Counter)
     traffic: dict[tuple[str, int], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     kernels: Counter[str] = field(default_factory=Counter)
@@ -138,6 +139,7 @@ class Statistics:
         self.cycles += other.cycles
         self.kernel_work += other.kernel_work
         self.hbm += other.hbm
+        self.unpriced += other.unpriced
         self.products += other.products
         self.kernels += other.kernels
         for key, moved in other.traffic.items():
@@ -223,7 +225,7 @@ def _count(
     under_way: dict[str, _Transfer] = {}
     for own, instruction in computations[computation].items():
         opcode, inner, called = instruction.opcode, times, [n for n in instruction.called if n in computations]
-        once = instruction.cycles
+        once = instruction.cycles or 0
         cycles = times * once
         work = _attention_flops(_kernel_name(instruction), instruction) if instruction.is_kernel else 0.0
         for transfer in under_way.values():
@@ -241,7 +243,9 @@ def _count(
             inner *= instruction.number("known_trip_count", _trips(instruction, computations))
         elif not inside.fusion:
             result.cycles += cycles
-            result.hbm += times * hbm_bytes(instruction, computations[computation], computations)
+            moved = hbm_bytes(instruction, computations[computation], computations)
+            result.hbm += times * moved
+            result.unpriced += times * moved if instruction.cycles is None else 0.0
         if opcode in ("dot", "convolution"):
             result.flops += times * _product_flops(instruction, computations[computation])
             for name in instruction.operands[:2]:

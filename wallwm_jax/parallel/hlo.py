@@ -86,10 +86,10 @@ class Instruction:
         return self.opcode == "custom-call" and f'"{KERNEL}"' in self.attributes
 
     @property
-    def cycles(self) -> int:
-        """The compiler's estimate; 0 where it gives none, or the largest integer instead of one, as for tpu7x."""
+    def cycles(self) -> int | None:
+        """The compiler's estimate, 0 where it gives none; None where it gives the largest integer instead of one."""
         estimate = self.number("estimated_cycles", 0)
-        return estimate if estimate < _NO_ESTIMATE else 0
+        return estimate if estimate < _NO_ESTIMATE else None
 
     def number(self, name: str, default: int) -> int:
         """A number that the compiler notes on this instruction, as `"name":"12"`, or inside braces after the name."""
