@@ -91,7 +91,8 @@ for axes, heads, lead in [
     def on_mesh(*arrays):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.grad(loss)(*arrays)
-    found, wanted = jax.jit(on_mesh)(params, x), jax.jit(jax.grad(loss))(params, x)
+    whole = jax.NamedSharding(mesh, jax.P())
+    found, wanted = jax.jit(on_mesh, in_shardings=whole)(params, x), jax.jit(jax.grad(loss))(params, x)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(one, other, atol=1e-5)
 """
