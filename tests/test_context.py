@@ -79,9 +79,10 @@ mesh, draws = make_mesh(dict(slice=1, data=2, fsdp=2, context=1, tensor=2)), np.
 for axes, heads, lead in [
     (("embed", "heads"), 2, (4, 3)), (("embed", "heads"), 3, (4, 3)), (("embed", "heads"), 2, ()),
     (("embed", "mlp"), 0, (4, 3)), (("mlp", "embed"), 0, (6, 3)), (("video", "split_heads"), 2, (4, 3)),
+    (("embed", "heads"), 2, (3, 4)), (("mlp", "embed"), 0, (3, 4)),
 ]:
     linear = Linear(16, 12, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    linear.axes = axes
+    linear.axes, linear.rows = axes, int(lead == (3, 4))
     graph, params = nnx.split(linear)
     x, probe = (jnp.asarray(draws.normal(size=(*lead, 5, size)), jnp.float32) for size in (16, 12))
     def loss(params, x):
@@ -100,7 +101,8 @@ for axes, heads, lead in [
 
 @pytest.mark.extended
 def test_gradients_of_weights_are_those_of_one_device_however_a_mesh_divides_them():
-    """Heads that `tensor` does and does not divide, no rows, rows that the mesh does not divide, outputs over all."""
+    """Heads that `tensor` does and does not divide; no rows, rows that the mesh does not divide, rows after draws;
+    outputs over all axes."""
     command = [sys.executable, "-c", _LINEAR]
     done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

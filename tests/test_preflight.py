@@ -349,8 +349,12 @@ def gradient_of_blocks(mesh):
     def loss(kernels, x):
         def block(x, kernel):
             up, down = (part.astype(jnp.bfloat16) for part in kernel)
-            hidden = jnp.tanh(layers.affine(layers._PLAIN, ("embed", "mlp"), x, up, jnp.zeros(len(down), x.dtype)))
-            x += layers.affine(layers._PLAIN, ("mlp", "embed"), hidden, down, jnp.zeros(len(up), x.dtype))
+            hidden = jnp.tanh(
+                layers.affine(layers._PLAIN, layers.Layout(("embed", "mlp")), x, up, jnp.zeros(len(down), x.dtype))
+            )
+            x += layers.affine(
+                layers._PLAIN, layers.Layout(("mlp", "embed")), hidden, down, jnp.zeros(len(up), x.dtype)
+            )
             return sharding.constrain(x, "batch", "tokens", None), None
 
         return jnp.mean(jax.lax.scan(jax.checkpoint(block), x, kernels)[0].astype(jnp.float32) ** 2)

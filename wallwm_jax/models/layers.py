@@ -27,7 +27,8 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`, computed in `dtype`.
 
     `std` is the standard deviation of the initial kernel: None gives 1 / sqrt(in), 0 gives zeros. `bias` can be absent.
-    `axes` are the kernel's logical axes, where they are known (`param_axes.name_axes`); see `affine`.
+    `axes` are the kernel's logical axes, where they are known, `rows` the axis of the input that a mesh splits by rows
+    (both by `param_axes.name_axes`); see `affine`.
     """
 
     def __init__(
@@ -45,22 +46,26 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32)) if bias else None
         self.dtype = dtype
         self.axes: tuple[str, str] | None = None
+        self.rows = 0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return affine(_PLAIN, self.axes, x.astype(self.dtype), *self._weights())
+        return affine(_PLAIN, self._layout(), x.astype(self.dtype), *self._weights())
 
     def to_heads(self, x: jax.Array, heads: int, name: str = "projection") -> jax.Array:
         """`[..., S, in]` to `[..., heads, S, out / heads]`, written where an attention reads it; kept by `name`, see
         `layer_stack.REMAT`."""
         kernel, bias = self._weights()
         kernel, bias = kernel.reshape(len(kernel), heads, -1), bias.reshape(heads, 1, -1)
-        return checkpoint_name(affine(_TO_HEADS, self.axes, x.astype(self.dtype), kernel, bias), name)
+        return checkpoint_name(affine(_TO_HEADS, self._layout(), x.astype(self.dtype), kernel, bias), name)
 
     def from_heads(self, x: jax.Array) -> jax.Array:
         """`[..., H, S, in / H]` to `[..., S, out]`."""
         kernel, bias = self._weights()
         kernel = kernel.reshape(x.shape[-3], x.shape[-1], -1)
-        return checkpoint_name(affine(_FROM_HEADS, self.axes, x.astype(self.dtype), kernel, bias), "projection")
+        return checkpoint_name(affine(_FROM_HEADS, self._layout(), x.astype(self.dtype), kernel, bias), "projection")
+
+    def _layout(self) -> Layout | None:
+        return Layout(self.axes, self.rows) if self.axes else None
 
     def _weights(self) -> tuple[jax.Array, jax.Array]:
         bias = jnp.zeros(self.kernel.shape[1:]) if self.bias is None else self.bias[...]
@@ -153,34 +158,38 @@ _TO_HEADS = _Form("?si", "ihd", "?hsd", "hd", "ih")
 _FROM_HEADS = _Form("?hsd", "hdo", "?so", "o", "ho")
 
 
-_Axes = tuple[str, str] | None
+class Layout(NamedTuple):
+    """How a mesh splits a linear map: logical axes of its kernel `[in, out]`; the axis of its input that are rows."""
+
+    axes: tuple[str, str]
+    rows: int = 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def affine(form: _Form, axes: _Axes, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def affine(form: _Form, layout: Layout | None, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """`x @ kernel + bias` over the axes that `form` names; `bias` broadcasts to the result.
 
     Its own derivative fixes how the parameters' gradients are computed, as products that accumulate in float32: JAX's
     default makes XLA's CPU backend copy a transposed gradient for every kernel, and its TPU backend sum the gradient of
-    a bias in the compute dtype, several times slower than it reads it. The gradient of a kernel `[in, out]` whose
-    logical `axes` are known is scattered as the kernel is split; left to the compiler, some chips sum it whole.
+    a bias in the compute dtype, several times slower than it reads it. The gradient of a kernel whose `layout` is known
+    is scattered as the kernel is split; left to the compiler, some chips sum it whole.
     """
     return form.einsum(f"{form.x},{form.kernel}->{form.y}", x, kernel, form.leading(x)) + bias
 
 
 def _affine_forward(
-    form: _Form, axes: _Axes, x: jax.Array, kernel: jax.Array, bias: jax.Array
+    form: _Form, layout: Layout | None, x: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return affine(form, axes, x, kernel, bias), (x, kernel, bias)
+    return affine(form, layout, x, kernel, bias), (x, kernel, bias)
 
 
 def _affine_backward(
-    form: _Form, axes: _Axes, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+    form: _Form, layout: Layout | None, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel, bias = saved
     einsum = functools.partial(form.einsum, leading=form.leading(x))
     of_x = einsum(f"{form.y},{form.kernel}->{form.x}", gradient, kernel)
-    of_kernel = _of_kernel(form, axes, kernel.shape, bias.size, x, gradient)
+    of_kernel = _of_kernel(form, layout, kernel.shape, bias.size, x, gradient)
     letters = form.y.replace("?", form.leading(x))
     tokens = {axis: size for axis, size in zip(letters, gradient.shape) if axis not in form.bias}
     ones = jnp.ones((_SUBLANES, *tokens.values()), gradient.dtype)
@@ -190,7 +199,7 @@ def _affine_backward(
 
 
 def _of_kernel(
-    form: _Form, axes: _Axes, shape: tuple[int, ...], fan_out: int, x: jax.Array, gradient: jax.Array
+    form: _Form, layout: Layout | None, shape: tuple[int, ...], fan_out: int, x: jax.Array, gradient: jax.Array
 ) -> jax.Array:
     """The gradient of a kernel of that shape, float32."""
 
@@ -209,14 +218,13 @@ def _of_kernel(
 
     mesh = jax.sharding.get_abstract_mesh()
     flat = (math.prod(shape) // fan_out, fan_out)
-    split = _split(axes, flat, mesh)
+    split = _split(layout, flat, mesh)
     scattered = [dimension for dimension, names in enumerate(split) if "fsdp" in names]
-    if not scattered or not form.leading(x) or "tensor" in split[scattered[0]]:
+    if layout is None or not scattered or len(form.leading(x)) <= layout.rows or "tensor" in split[scattered[0]]:
         return whole()
     sizes = {letter: shape[form.kernel.index(letter)] for letter, names in zip(form.split, split) if "tensor" in names}
-    if len(x) % math.prod(mesh.shape[axis] for axis in ROW_AXES) or any(
-        n % mesh.shape["tensor"] for n in sizes.values()
-    ):
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if x.shape[layout.rows] % parts or any(size % mesh.shape["tensor"] for size in sizes.values()):
         return whole()
 
     def on_device(x: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -227,10 +235,10 @@ def _of_kernel(
         return jax.lax.psum(own, copies) if copies else own
 
     def spec(letters: str) -> PartitionSpec:
-        """Of tokens: the first axis are rows, and features that `tensor` splits are so here."""
-        of_letter = {letter: "tensor" if "tensor" in names else None for letter, names in zip(form.split, split)}
-        others = letters.replace("?", form.leading(x))[1:]
-        return PartitionSpec(ROW_AXES, *(of_letter.get(letter) for letter in others))
+        """Of tokens: their rows are split, and features that `tensor` splits in the kernel."""
+        names = letters.replace("?", form.leading(x))
+        of_letter = dict.fromkeys(sizes, "tensor") | {names[layout.rows]: ROW_AXES}
+        return PartitionSpec(*(of_letter.get(letter) for letter in names))
 
     summed = jax.shard_map(
         on_device,
@@ -242,11 +250,11 @@ def _of_kernel(
     return summed.reshape(shape)
 
 
-def _split(axes: _Axes, shape: tuple[int, int], mesh: jax.sharding.AbstractMesh) -> list[tuple[str, ...]]:
-    """The mesh axes that split each dimension of a kernel; none where its logical axes are not known."""
-    if axes is None or mesh.empty:
+def _split(layout: Layout | None, shape: tuple[int, int], mesh: jax.sharding.AbstractMesh) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension of a kernel; none where its layout is not known."""
+    if layout is None or mesh.empty:
         return [(), ()]
-    return [(names,) if isinstance(names, str) else names or () for names in spec_for(axes, shape, mesh)]
+    return [(names,) if isinstance(names, str) else names or () for names in spec_for(layout.axes, shape, mesh)]
 
 
 affine.defvjp(_affine_forward, _affine_backward)

@@ -161,13 +161,14 @@ def map_params(function: Callable[[str, Rule, Any], Any], params: Any) -> Any:
 
 
 def name_axes(model: nnx.Module) -> None:
-    """Tells the linear maps of a whole model the logical axes of their kernels `[in, out]`, but for those whose input
-    has noise draws before its rows: of the action tower all that do not read the video."""
+    """Tells every linear map of a whole model the logical axes of its kernel `[in, out]`, and which axis of its input
+    are rows: in blocks of the action tower the second, after noise draws, unless it reads the video."""
     for path, module in nnx.iter_modules(model):
-        name = "/".join(map(str, (*path, "kernel")))
-        if isinstance(module, Linear) and (path[0] != "action" or re.fullmatch(_FROM_VIDEO, name)):
+        if isinstance(module, Linear):
+            name = "/".join(map(str, (*path, "kernel")))
             fan_in, fan_out = rule_for(name).axes[-2:]
             module.axes = (fan_in, fan_out)
+            module.rows = int(name.startswith("action/blocks/") and not re.fullmatch(_FROM_VIDEO, name))
 
 
 def muon_matrices(params: Any) -> Any:
